@@ -1,0 +1,3 @@
+"""CALM: continuous autoregressive language models in JAX."""
+
+__version__ = "0.1.0"

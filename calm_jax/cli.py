@@ -1,0 +1,40 @@
+"""The door of every act: absl's app.run, with bad input told in one line."""
+
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app, flags
+
+from calm_jax import errors
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130  # What a shell reports for a process ended by Ctrl-C.
+
+
+def run(main: Callable[[], None]) -> None:
+  """Parses flags, runs `main` and exits: 0, 2 for bad input, 130 after Ctrl-C."""
+
+  def guarded(argv: Sequence[str]) -> int:
+    try:
+      if len(argv) > 1:
+        raise errors.CalmError(
+            f"unexpected argument {argv[1]!r}: settings are given as --name=value; see --help"
+        )
+      main()
+    except errors.CalmError as error:
+      print(f"error: {error}", file=sys.stderr)
+      return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+      print("interrupted", file=sys.stderr)
+      return EXIT_INTERRUPTED
+    return 0
+
+  def parse(argv: Sequence[str]) -> Sequence[str]:
+    try:
+      return flags.FLAGS(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+      # ml_collections reports a wrong --config.name with any of these.
+      print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+      sys.exit(EXIT_BAD_INPUT)
+
+  app.run(guarded, flags_parser=parse)

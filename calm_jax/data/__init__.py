@@ -1,0 +1,1 @@
+"""Text -> tokens -> blocks: sources, tokenizers, the token store, the input pipeline."""

@@ -1,0 +1,1 @@
+"""Hidden -> samples -> text: temperature without likelihoods, decoding, prompts."""

@@ -1,0 +1,1 @@
+"""Patches -> latents -> hidden -> samples: pure linen modules, no losses, no meshes."""

@@ -1,0 +1,1 @@
+"""Samples -> numbers: losses and scores as pure functions."""
