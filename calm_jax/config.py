@@ -1,0 +1,381 @@
+"""ConfigDict at the door -> frozen dataclasses inside.
+
+The dataclasses are the one list of settings and of their published values. A
+name that is not in them is refused with the nearest one that is; a value out of
+range is refused with the range.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import typing
+from typing import Any, Literal
+
+import ml_collections
+
+from calm_jax import errors
+
+
+def require(condition: bool, message: str) -> None:
+  """Raises CalmError(message) unless `condition` holds."""
+  if not condition:
+    raise errors.CalmError(message)
+
+
+def require_positive(settings: Any, *names: str) -> None:
+  """Raises CalmError unless each named field of `settings` is above zero."""
+  for name in names:
+    value = getattr(settings, name)
+    require(value > 0, f"{name} must be above 0, got {value}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """What a stage reads.
+
+  Attributes:
+    path: a token store written by `calm_jax.prepare`.
+    context: tokens an example (a block of the store); a multiple of K.
+  """
+
+  path: str = ""
+  context: int = 8192
+
+  def __post_init__(self):
+    require_positive(self, "context")
+
+
+@dataclasses.dataclass(frozen=True)
+class Autoencoder:
+  """Sizes of stage one (spec: width D, inner width I, latent L).
+
+  Attributes:
+    patch_size: K, tokens a patch.
+    width: E. ffn: inner width of its SwiGLU blocks.
+    encoder_layers, decoder_layers: half of each run on single tokens, half on
+      the patch, so both are even.
+    latent: Z, size of the latent vector.
+    init: `reference` draws every weight with std 0.02 as published; `fan_in`
+      with 1/sqrt(fan_in), which small models need.
+  """
+
+  patch_size: int = 4
+  width: int = 512
+  ffn: int = 1280
+  encoder_layers: int = 2
+  decoder_layers: int = 2
+  latent: int = 128
+  init: Literal["fan_in", "reference"] = "reference"
+
+  def __post_init__(self):
+    require_positive(
+      self, "patch_size", "width", "ffn", "encoder_layers", "decoder_layers", "latent"
+    )
+    for name in ("encoder_layers", "decoder_layers"):
+      value = getattr(self, name)
+      require(value % 2 == 0, f"{name} must be even (half before, half after the patch), got {value}")
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencodingLoss:
+  """Stage one's objective: K * cross-entropy + kl_weight * KL.
+
+  Attributes:
+    kl_weight: weight of the KL to N(0, I), summed over the latent's dimensions.
+    kl_floor: nats below which a dimension's KL costs nothing.
+    drop_token: share of input tokens replaced by `drop_token_id` (DropToken).
+    drop_token_id: the reference uses 0, a real token in most vocabularies.
+    drop_latent: dropout rate of the latent (DropLatent).
+  """
+
+  kl_weight: float = 1e-3
+  kl_floor: float = 0.5
+  drop_token: float = 0.15
+  drop_token_id: int = 0
+  drop_latent: float = 0.15
+
+  def __post_init__(self):
+    for name in ("drop_token", "drop_latent"):
+      value = getattr(self, name)
+      require(0 <= value < 1, f"{name} must lie in [0, 1), got {value}")
+    for name in ("kl_weight", "kl_floor"):
+      value = getattr(self, name)
+      require(value >= 0, f"{name} must not be negative, got {value}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+  """Sizes of stage two's Transformer.
+
+  Attributes:
+    layers, width (D), ffn (F), heads (H), kv_heads (G): Llama's.
+    rope_theta: base of the rotary positions, which count patches.
+    init: as in `Autoencoder`.
+  """
+
+  layers: int = 16
+  width: int = 1024
+  ffn: int = 2752
+  heads: int = 16
+  kv_heads: int = 16
+  rope_theta: float = 10000.0
+  init: Literal["fan_in", "reference"] = "reference"
+
+  def __post_init__(self):
+    require_positive(self, "layers", "width", "ffn", "heads", "kv_heads", "rope_theta")
+    require(
+      self.width % (2 * self.heads) == 0,
+      f"width must be a multiple of 2 * heads = {2 * self.heads}, got {self.width}",
+    )
+    require(
+      self.heads % self.kv_heads == 0,
+      f"heads must be a multiple of kv_heads = {self.kv_heads}, got {self.heads}",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+  """The generative head.
+
+  Attributes:
+    kind: a row of `models.heads.HEADS`.
+    blocks: residual blocks; the paper has a quarter as many as backbone layers.
+    noise: R, dimensions of the uniform noise.
+  """
+
+  kind: str = "energy"
+  blocks: int = 4
+  noise: int = 64
+
+  def __post_init__(self):
+    require_positive(self, "blocks", "noise")
+
+
+@dataclasses.dataclass(frozen=True)
+class EnergyLoss:
+  """Stage two's objective.
+
+  Attributes:
+    alpha: exponent of the distance, in (0, 2); 2 is not a proper score.
+    samples: N, model samples a patch. posterior_draws: M, targets a patch.
+  """
+
+  alpha: float = 1.0
+  samples: int = 8
+  posterior_draws: int = 100
+
+  def __post_init__(self):
+    require(0 < self.alpha < 2, f"alpha must lie in (0, 2), got {self.alpha}")
+    require(
+      self.samples >= 2, f"samples (N) must be at least 2 for the repulsion, got {self.samples}"
+    )
+    require_positive(self, "posterior_draws")
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+  """AdamW with clipping and a schedule.
+
+  Attributes:
+    learning_rate: the peak.
+    schedule: a row of `training.optimizer.SCHEDULES`.
+    warmup_steps: steps of linear rise; step 0 already moves, step warmup-1 is the peak.
+    decay_steps: last steps over which `wsd` falls to final_share of the peak.
+    final_share: where `cosine` and `wsd` end, as a share of the peak.
+    b1, b2, eps, weight_decay: AdamW's; biases and norms are not decayed.
+    clip_norm: global gradient norm above which gradients are scaled down.
+  """
+
+  learning_rate: float = 3e-4
+  schedule: str = "constant"
+  warmup_steps: int = 2000
+  decay_steps: int = 0
+  final_share: float = 0.0
+  b1: float = 0.9
+  b2: float = 0.95
+  eps: float = 1e-8
+  weight_decay: float = 0.1
+  clip_norm: float = 1.0
+
+  def __post_init__(self):
+    require_positive(self, "learning_rate", "eps", "clip_norm")
+    for name in ("warmup_steps", "decay_steps", "weight_decay"):
+      value = getattr(self, name)
+      require(value >= 0, f"{name} must not be negative, got {value}")
+    require(0 <= self.final_share <= 1, f"final_share must lie in [0, 1], got {self.final_share}")
+    for name in ("b1", "b2"):
+      require(0 <= getattr(self, name) < 1, f"{name} must lie in [0, 1), got {getattr(self, name)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+  """The loop.
+
+  Attributes:
+    steps: optimizer steps. batch: examples a step, over all accumulation parts.
+    accumulation: parts the batch is worked off in, one after the other.
+    seed: of the parameters, the data order and all noise.
+    compute_dtype: of activations; parameters and losses stay float32.
+    log_every, eval_every, checkpoint_every: steps; 0 turns evaluation off.
+    eval_blocks: held-out examples an evaluation.
+    keep_latest: newest checkpoints kept. keep_every: steps whose checkpoints stay; 0 for none.
+    max_skipped: non-finite steps in a row after which the run stops.
+  """
+
+  steps: int = 250_000
+  batch: int = 256
+  accumulation: int = 1
+  seed: int = 0
+  compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+  log_every: int = 10
+  eval_every: int = 1000
+  eval_blocks: int = 64
+  checkpoint_every: int = 1000
+  keep_latest: int = 3
+  keep_every: int = 0
+  max_skipped: int = 10
+
+  def __post_init__(self):
+    require_positive(
+      self, "steps", "batch", "accumulation", "log_every", "eval_blocks",
+      "checkpoint_every", "keep_latest", "max_skipped",
+    )  # fmt: skip
+    for name in ("eval_every", "keep_every"):
+      value = getattr(self, name)
+      require(value >= 0, f"{name} must not be negative, got {value}")
+    require(
+      self.batch % self.accumulation == 0,
+      f"batch must be divisible by accumulation = {self.accumulation}, got {self.batch}",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderRun:
+  """Stage one: patches -> latents -> patches."""
+
+  stage: Literal["autoencoder"] = "autoencoder"
+  data: Data = dataclasses.field(default_factory=Data)
+  model: Autoencoder = dataclasses.field(default_factory=Autoencoder)
+  loss: AutoencodingLoss = dataclasses.field(default_factory=AutoencodingLoss)
+  optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+  training: Training = dataclasses.field(default_factory=Training)
+
+
+@dataclasses.dataclass(frozen=True)
+class CalmRun:
+  """Stage two: the language model over the latents of a trained autoencoder.
+
+  Attributes:
+    autoencoder: stage one's workdir. Its weights are copied into this run's own
+      workdir at the start, which is complete without the other from then on.
+  """
+
+  stage: Literal["calm"] = "calm"
+  data: Data = dataclasses.field(default_factory=Data)
+  autoencoder: str = ""
+  model: Backbone = dataclasses.field(default_factory=Backbone)
+  head: Head = dataclasses.field(default_factory=Head)
+  loss: EnergyLoss = dataclasses.field(default_factory=EnergyLoss)
+  optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+  training: Training = dataclasses.field(default_factory=Training)
+
+
+Run = AutoencoderRun | CalmRun
+
+RUNS: dict[str, type[Run]] = {"autoencoder": AutoencoderRun, "calm": CalmRun}
+
+
+def nearest(name: str, known: typing.Iterable[str]) -> str:
+  """Returns `known` as a sentence, led by the entry that resembles `name` most."""
+  known = sorted(known)
+  match = difflib.get_close_matches(name, known, n=1)
+  listed = f"known: {', '.join(known)}"
+  return f"did you mean {match[0]!r}? {listed}" if match else listed
+
+
+def choose(sizes: typing.Mapping[str, Run], size: str) -> Run:
+  """Returns the run of a config file's size, the part after its colon.
+
+  Raises:
+    CalmError: for a size that the file does not have.
+  """
+  if size not in sizes:
+    raise errors.CalmError(f"unknown size {size!r}: {nearest(size, sizes)}")
+  return sizes[size]
+
+
+def from_mapping(values: typing.Mapping[str, Any]) -> Run:
+  """Returns the frozen run that a config file or a stored config.json describes.
+
+  Raises:
+    CalmError: for an unknown name (the nearest known one is named), a value of
+      the wrong type or one out of range.
+  """
+  stage = values.get("stage", "")
+  if stage not in RUNS:
+    raise errors.CalmError(f"config.stage is {stage!r}: {nearest(str(stage), RUNS)}")
+  return _build(RUNS[stage], values, "config")
+
+
+def _build(cls: type, values: typing.Mapping[str, Any], where: str) -> Any:
+  fields = {field.name: field for field in dataclasses.fields(cls)}
+  hints = typing.get_type_hints(cls)
+  arguments = {}
+  for name, value in values.items():
+    if name not in fields:
+      raise errors.CalmError(f"unknown setting {where}.{name}: {nearest(name, fields)}")
+    if dataclasses.is_dataclass(hints[name]):
+      arguments[name] = _build(typing.cast(type, hints[name]), value, f"{where}.{name}")
+    else:
+      arguments[name] = _checked(hints[name], value, f"{where}.{name}")
+  try:
+    return cls(**arguments)
+  except errors.CalmError as error:
+    raise errors.CalmError(f"{where}.{error}") from None
+
+
+def _checked(hint: Any, value: Any, where: str) -> Any:
+  if typing.get_origin(hint) is Literal:
+    choices = typing.get_args(hint)
+    require(value in choices, f"{where} is {value!r}: {nearest(str(value), choices)}")
+    return value
+  if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    value = float(value)
+  require(
+    isinstance(value, hint) and not (hint is int and isinstance(value, bool)),
+    f"{where} must be of type {hint.__name__}, got {value!r}",
+  )
+  require(not (hint is float and not math.isfinite(value)), f"{where} must be finite, got {value}")
+  return value
+
+
+def to_config_dict(run: Run) -> ml_collections.ConfigDict:
+  """Returns `run` as the ConfigDict that a config file hands to the flags."""
+  return ml_collections.ConfigDict(dataclasses.asdict(run))
+
+
+def to_json(run: Run) -> str:
+  """Returns `run` as indented JSON, the form it is stored in."""
+  return json.dumps(dataclasses.asdict(run), indent=2) + "\n"
+
+
+def differences(a: Run, b: Run) -> list[str]:
+  """Returns the settings in which two runs differ, each as `name: value a, value b`."""
+  flat_a, flat_b = _flat(dataclasses.asdict(a)), _flat(dataclasses.asdict(b))
+  names = [*flat_a, *(name for name in flat_b if name not in flat_a)]
+  return [
+    f"{name}: {flat_a.get(name)!r}, {flat_b.get(name)!r}"
+    for name in names
+    if flat_a.get(name) != flat_b.get(name)
+  ]
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+  result = {}
+  for name, value in tree.items():
+    if isinstance(value, dict):
+      result |= _flat(value, f"{prefix}{name}.")
+    else:
+      result[f"{prefix}{name}"] = value
+  return result

@@ -1,0 +1,70 @@
+"""The act of writing: `python -m calm_jax.generate --workdir=W --prompt=TEXT`.
+
+The prompt and its continuation go to standard output as they come, everything
+else to standard error. Texts are also kept in the workdir's samples.jsonl.
+"""
+
+import json
+import sys
+import time
+
+import jax
+from absl import flags
+from etils import epath
+
+from calm_jax import cli, workdir
+from calm_jax.generation import decode
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a stage-two training run.")
+_PROMPT = flags.DEFINE_string(
+  "prompt", "", "Text to go on from; - reads it from standard input; empty begins a document."
+)
+_TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "1/n: 1, 0.5, 0.3333, 0.25, ...")
+_NUM_CANDIDATES = flags.DEFINE_integer(
+  "num_candidates", 200, "Draws a patch below temperature 1; more is nearer to the exact law."
+)
+_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 256, "New tokens after which a text ends.")
+_SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same text.")
+_NUM_TEXTS = flags.DEFINE_integer("num_texts", 1, "Texts to write, one after the other.", 1)
+
+
+def _note(line: str) -> None:
+  print(line, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+  settings = decode.Settings(_TEMPERATURE.value, _NUM_CANDIDATES.value, _MAX_TOKENS.value)
+  trained = workdir.load_calm(_WORKDIR.value)
+  tokenizer = workdir.tokenizer(_WORKDIR.value, trained.origin)
+  prompt = sys.stdin.read() if _PROMPT.value == "-" else _PROMPT.value
+  prompt_tokens = tokenizer.encode(prompt)
+  decoder = decode.Decoder(trained, settings, _note)
+  for number in range(_NUM_TEXTS.value):
+    if _NUM_TEXTS.value > 1:
+      _note(f"--- text {number + 1} of {_NUM_TEXTS.value}")
+    key = jax.random.fold_in(jax.random.key(_SEED.value), number)
+    start, patches, written = time.perf_counter(), [], []
+
+    def new_tokens(key=key, patches=patches):
+      for patch in decoder.tokens(prompt_tokens, key):
+        patches.append(patch)
+        yield patch
+
+    print(prompt, end="", flush=True)
+    for piece in decode.pieces(tokenizer.decode, prompt_tokens, new_tokens()):
+      print(piece, end="", flush=True)
+      written.append(piece)
+    print(flush=True)
+    count, seconds = sum(map(len, patches)), time.perf_counter() - start
+    _note(f"{count} tokens in {seconds:.1f} s, compiling included where it is the first text")
+    record = {
+      "prompt": prompt, "text": "".join(written), "temperature": settings.temperature,
+      "num_candidates": settings.num_candidates, "seed": _SEED.value, "number": number,
+      "step": trained.step,
+    }  # fmt: skip
+    with (epath.Path(_WORKDIR.value) / workdir.SAMPLES).open("a") as file:
+      file.write(json.dumps(record) + "\n")
+
+
+if __name__ == "__main__":
+  cli.run(main)

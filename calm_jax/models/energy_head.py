@@ -1,0 +1,74 @@
+"""Hidden -> samples: the energy head, one pass a sample, no iteration."""
+
+import jax
+from flax import linen as nn
+from jax import numpy as jnp
+
+from calm_jax import config
+from calm_jax.models import layers
+
+
+class Block(nn.Module):
+  """x + Linear(SwiGLU-like MLP of [LayerNorm(x), y]): [N, ..., D], [..., D] -> [N, ..., D].
+
+  The first Linear of the paper reads x and the condition y side by side. It is
+  held as two matrices, because y is the same for all N samples: its half is
+  computed once, not N times.
+  """
+
+  scheme: str
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x_ND, y_D):
+    def linear(name, features, **kwargs):
+      return layers.linear(name, features, self.scheme, self.dtype, **kwargs)
+
+    width = y_D.shape[-1]
+    u_ND = linear("sample_in", width, bias=False, share=0.5)(
+      layers.layer_norm("norm", self.dtype)(x_ND)
+    )
+    u_ND += linear("hidden_in", width, share=0.5)(y_D)[None]
+    u_ND = nn.silu(linear("middle", width)(nn.silu(u_ND)))
+    gate_ND, up_ND = jnp.split(linear("gate_up", 2 * width)(u_ND), 2, axis=-1)
+    return x_ND + linear("down", width)(nn.silu(gate_ND) * up_ND)
+
+
+class EnergyHead(nn.Module):
+  """Turns uniform noise into samples of the next latent, given the hidden state.
+
+  Source: CALM (arXiv:2510.27688), section 4.3.
+  """
+
+  sizes: config.Head
+  latent: int
+  scheme: str
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, hidden_D: jax.Array, noise_NR: jax.Array) -> jax.Array:
+    """Returns N samples of each predicted latent, [N, ..., Z] float32.
+
+    Args:
+      hidden_D: [..., D].
+      noise_NR: [N, ..., R], uniform in [-0.5, 0.5).
+    """
+
+    def linear(name, features):
+      return layers.linear(name, features, self.scheme, self.dtype)
+
+    width = hidden_D.shape[-1]
+    x_ND = layers.layer_norm("noise_norm", self.dtype)(linear("noise_in", width)(noise_NR))
+    y_D = layers.layer_norm("hidden_norm", self.dtype)(linear("hidden_in", width)(hidden_D))
+    for i in range(self.sizes.blocks):
+      x_ND = Block(self.scheme, self.dtype, name=f"block_{i}")(x_ND, y_D)
+    x_ND = layers.layer_norm("norm", self.dtype)(x_ND)
+    x_ND = nn.silu(linear("middle", width)(x_ND))
+    out = nn.Dense(
+      self.latent, dtype=self.dtype, kernel_init=nn.initializers.zeros_init(), name="out"
+    )
+    return out(x_ND).astype(jnp.float32)
+
+  def draw_noise(self, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Returns uniform noise [*shape, R] in [-0.5, 0.5)."""
+    return jax.random.uniform(key, (*shape, self.sizes.noise), minval=-0.5, maxval=0.5)

@@ -1,0 +1,60 @@
+"""What every model shares: initial values, norms, SwiGLU."""
+
+from flax import linen as nn
+from jax import numpy as jnp
+
+EPS = 1e-6
+
+
+def kernel_init(scheme: str, share: float = 1.0) -> nn.initializers.Initializer:
+  """Returns the initializer of a weight matrix.
+
+  Args:
+    scheme: `reference` is normal with std 0.02 (the published recipe), `fan_in`
+      normal with std 1/sqrt(fan_in).
+    share: the part that this matrix's inputs are of all that the layer sums
+      over; below 1 where one Linear of the paper is held as two matrices.
+  """
+  import os
+  if scheme == "backbone": scheme=os.environ.get("BB","reference")
+  if scheme == "zero": return nn.initializers.zeros_init()
+  if scheme == "reference":
+    return nn.initializers.normal(0.02)
+  return nn.initializers.variance_scaling(share, "fan_in", "normal")
+
+
+def embedding_init(scheme: str, width: int) -> nn.initializers.Initializer:
+  """Returns the initializer of a token table (V, width), tied or not."""
+  return nn.initializers.normal(0.02 if scheme == "reference" else width**-0.5)
+
+
+def linear(
+  name: str, features: int, init: str, dtype: jnp.dtype, *, bias: bool = True, share: float = 1.0
+) -> nn.Dense:
+  """Returns a Linear layer with float32 parameters that computes in `dtype`."""
+  return nn.Dense(
+    features, use_bias=bias, dtype=dtype, kernel_init=kernel_init(init, share), name=name
+  )
+
+
+def rms_norm(name: str, dtype: jnp.dtype) -> nn.RMSNorm:
+  return nn.RMSNorm(epsilon=EPS, dtype=dtype, name=name)
+
+
+def layer_norm(name: str, dtype: jnp.dtype) -> nn.LayerNorm:
+  return nn.LayerNorm(epsilon=EPS, dtype=dtype, name=name)
+
+
+class SwiGLU(nn.Module):
+  """down(SiLU(gate x) * up x), no biases: [..., D] -> [..., D] through width F."""
+
+  ffn: int
+  scheme: str
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x_D):
+    gate_F = linear("gate", self.ffn, self.scheme, self.dtype, bias=False)(x_D)
+    up_F = linear("up", self.ffn, self.scheme, self.dtype, bias=False)(x_D)
+    down = linear("down", x_D.shape[-1], self.scheme, self.dtype, bias=False)
+    return down(nn.silu(gate_F) * up_F)

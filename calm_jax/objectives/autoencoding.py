@@ -1,0 +1,35 @@
+"""Samples -> numbers: what stage one minimises and reports."""
+
+import jax
+from jax import numpy as jnp
+
+
+def kl_to_standard_normal(mean_Z: jax.Array, log_std_Z: jax.Array) -> jax.Array:
+  """KL(N(mean, std²) ‖ N(0, 1)) of each dimension in nats, same shape; lower is nearer."""
+  return 0.5 * (jnp.square(mean_Z) + jnp.exp(2 * log_std_Z) - 1 - 2 * log_std_Z)
+
+
+def floored_kl(mean_Z: jax.Array, log_std_Z: jax.Array, floor: float) -> jax.Array:
+  """KL to N(0, I) in nats, each dimension raised to `floor`, summed over Z: [...].
+
+  Lower is better. The gradient of a dimension below the floor is zero.
+
+  Source: CALM (arXiv:2510.27688), section 3.2 (KL clipping).
+  """
+  return jnp.sum(jnp.maximum(kl_to_standard_normal(mean_Z, log_std_Z), floor), axis=-1)
+
+
+def cross_entropy(logits_V: jax.Array, token: jax.Array) -> jax.Array:
+  """−log p(token) in nats: [..., V], [...] -> [...]. Lower is better."""
+  picked = jnp.take_along_axis(logits_V, token[..., None], axis=-1)[..., 0]
+  return jax.nn.logsumexp(logits_V, axis=-1) - picked
+
+
+def drop_tokens(key: jax.Array, token: jax.Array, rate: float, replacement: int) -> jax.Array:
+  """Returns tokens, each replaced by `replacement` with probability `rate` (DropToken)."""
+  return jnp.where(jax.random.bernoulli(key, rate, token.shape), replacement, token)
+
+
+def drop_latents(key: jax.Array, z_Z: jax.Array, rate: float) -> jax.Array:
+  """Returns z, each entry zero with probability `rate`, else scaled by 1/(1 − rate) (DropLatent)."""
+  return jnp.where(jax.random.bernoulli(key, 1 - rate, z_Z.shape), z_Z / (1 - rate), 0.0)

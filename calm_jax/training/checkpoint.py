@@ -1,0 +1,179 @@
+"""Checkpoints through Orbax: the one module that knows how a state lies on disk.
+
+A checkpoint holds `params`, `rest` (optimizer and counters) and `meta` (data
+position, config, hashes, fingerprints). Parameters can be read alone.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from jax import numpy as jnp
+
+from calm_jax import errors
+
+DIRECTORY = "checkpoints"
+UNREADABLE = "checkpoints_unreadable"
+
+Tree = Any
+Report = Callable[[str], None]
+
+
+@jax.jit
+def _fingerprint(tree: Tree) -> jax.Array:
+  total = jnp.uint32(0)
+  for leaf in jax.tree.leaves(tree):
+    unsigned = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
+    bits = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
+    total = total * jnp.uint32(1_000_003) + jnp.sum(bits, dtype=jnp.uint32)
+  return total
+
+
+def fingerprint(tree: Tree) -> str:
+  """Returns 8 hex digits over the bits of every leaf, the same for every sharding.
+
+  A wrap-around sum a leaf: it finds damage, not malice.
+  """
+  return f"{int(_fingerprint(tree)):08x}"
+
+
+def abstract(tree: Tree) -> Tree:
+  """Returns shapes, dtypes and places of `tree`, to restore into without holding it."""
+  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+  """A checkpoint read back. `rest` is None where only the parameters were asked for."""
+
+  step: int
+  params: Tree
+  rest: Tree
+  meta: dict[str, Any]
+
+
+class Checkpoints:
+  """The checkpoints of one workdir: saved in the background, whole or not at all."""
+
+  def __init__(
+    self, workdir: str, keep_latest: int = 1, keep_every: int = 0, report: Report = logging.warning
+  ):
+    self._workdir = epath.Path(workdir)
+    self._report = report
+    self._manager = ocp.CheckpointManager(
+      (self._workdir / DIRECTORY).absolute(),
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=keep_latest,
+        keep_period=keep_every or None,
+        cleanup_tmp_directories=True,
+      ),
+      item_handlers={
+        "params": ocp.StandardCheckpointHandler(),
+        "rest": ocp.StandardCheckpointHandler(),
+        "meta": ocp.JsonCheckpointHandler(),
+      },
+    )
+
+  def steps(self) -> list[int]:
+    """Returns the steps of whole checkpoints, oldest first."""
+    return sorted(self._manager.all_steps())
+
+  def save(self, step: int, params: Tree, rest: Tree, meta: dict[str, Any]) -> bool:
+    """Starts saving and returns at once. Returns False, and says why, if saving fails.
+
+    A failure of the save before this one shows here, too. Older checkpoints stay
+    as they were.
+    """
+    meta = meta | {"params_fingerprint": fingerprint(params), "rest_fingerprint": fingerprint(rest)}
+    args = ocp.args.Composite(
+      params=ocp.args.StandardSave(params),
+      rest=ocp.args.StandardSave(rest),
+      meta=ocp.args.JsonSave(meta),
+    )
+    saved_before = self.wait()
+    return self._attempt(f"step {step}", lambda: self._manager.save(step, args=args)) and (
+      saved_before
+    )
+
+  def wait(self) -> bool:
+    """Waits for the save under way; returns False, and says why, if it failed."""
+    return self._attempt("the last step", self._manager.wait_until_finished)
+
+  def _attempt(self, what: str, action: Callable[[], Any]) -> bool:
+    try:
+      action()
+    except Exception as error:  # Orbax passes on whatever the file system raised.
+      self._manager.reload()
+      good = self.steps()
+      self._report(
+        f"saving the checkpoint of {what} failed ({_first_line(error)}); the last good one is "
+        f"{f'step {good[-1]}' if good else 'none'}"
+      )
+      return False
+    return True
+
+  def restore(self, params: Tree, rest: Tree = None) -> Restored | None:
+    """Returns the newest checkpoint that reads back whole, None where there is none at all.
+
+    Args:
+      params, rest: abstract trees; without `rest` only parameters are read.
+
+    Raises:
+      CalmError: if there are checkpoints and none of them can be read.
+    """
+    steps = self.steps()
+    for step in reversed(steps):
+      try:
+        return self._read(step, params, rest)
+      except Exception as error:  # Damage shows as any error of Orbax or TensorStore.
+        self._report(
+          f"the checkpoint of step {step} in {self._workdir} can't be read ({_first_line(error)})"
+          + ("; falling back to the one before" if step != steps[0] else "")
+        )
+    if steps:
+      raise errors.CalmError(
+        f"none of the checkpoints in {self._workdir / DIRECTORY} can be read (steps {steps}): "
+        "start again in a new workdir"
+      )
+    return None
+
+  def _read(self, step: int, params: Tree, rest: Tree) -> Restored:
+    items: dict[str, Any] = {
+      "params": ocp.args.StandardRestore(params),
+      "meta": ocp.args.JsonRestore(),
+    }
+    if rest is not None:
+      items["rest"] = ocp.args.StandardRestore(rest)
+    read = self._manager.restore(step, args=ocp.args.Composite(**items))
+    for name in items.keys() - {"meta"}:
+      expected, found = read.meta[f"{name}_fingerprint"], fingerprint(read[name])
+      if found != expected:
+        raise ValueError(f"{name} have fingerprint {found}, {expected} was saved: damaged")
+    return Restored(step, read.params, read.rest if rest is not None else None, read.meta)
+
+  def set_aside_after(self, step: int) -> None:
+    """Moves checkpoints newer than `step` out of the way, so that the run can write them anew."""
+    for newer in self.steps():
+      if newer > step:
+        place = self._workdir / UNREADABLE
+        place.mkdir(parents=True, exist_ok=True)
+        target = place / str(newer)
+        if target.exists():
+          target.rmtree()
+        (self._workdir / DIRECTORY / str(newer)).rename(target)
+        self._report(f"moved the checkpoint of step {newer} to {target}")
+    self._manager.reload()
+
+  def close(self) -> None:
+    """Ends the background threads; call `wait` first."""
+    self._manager.close()
+
+
+def _first_line(error: Exception) -> str:
+  lines = str(error).strip().splitlines()
+  return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

@@ -1,0 +1,85 @@
+"""Figures of a run: a line a report, metrics.jsonl always, TensorBoard where it is installed."""
+
+import importlib.util
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etils import epath
+from tqdm import tqdm
+
+
+class Writer:
+  """Writes figures as they come, process-wide once.
+
+  On a terminal a progress bar shows rate and time left; elsewhere each report is
+  a plain line.
+  """
+
+  def __init__(self, path: epath.Path, steps: int, first_step: int):
+    self._path = path
+    self._steps, self._first_step = steps, first_step
+    self._started = time.monotonic()
+    self._drop_after(first_step)
+    self._bar = tqdm(
+      total=steps, initial=first_step, unit="step", disable=not sys.stderr.isatty(), leave=True
+    )
+    self._board = None
+    if importlib.util.find_spec("tensorboardX"):
+      from tensorboardX import SummaryWriter
+
+      self._board = SummaryWriter(str(path.parent / "tensorboard"))
+
+  def _drop_after(self, step: int) -> None:
+    """A resumed run writes the steps after its checkpoint again: forget the first account."""
+    if not self._path.exists():
+      return
+    kept = []
+    for line in self._path.read_text().splitlines():
+      try:
+        if json.loads(line)["step"] <= step:
+          kept.append(line + "\n")
+      except ValueError:
+        continue  # The last line of a killed run may be cut.
+    self._path.write_text("".join(kept))
+
+  def write(
+    self, kind: str, step: int, values: Mapping[str, Any], shown: Sequence[str] = ()
+  ) -> None:
+    """Writes one report: {"kind", "step", "time", ...}; `step` counts finished steps.
+
+    Args:
+      shown: the figures that the printed line names.
+    """
+    record = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
+    with self._path.open("a") as file:
+      file.write(json.dumps(record) + "\n")
+    if self._board:
+      for name, value in values.items():
+        if isinstance(value, (int, float)):
+          self._board.add_scalar(f"{kind}/{name}", value, step)
+    figures = "  ".join(f"{name} {values[name]:.6g}" for name in shown if name in values)
+    left = f"  {self._seconds_left(step)} left" if kind == "train" else ""
+    self.show(f"{kind} {step}/{self._steps}  {figures}{left}")
+
+  def _seconds_left(self, step: int) -> str:
+    done = max(1, step - self._first_step)
+    seconds = (time.monotonic() - self._started) / done * (self._steps - step)
+    return f"{int(seconds // 60)}m{int(seconds % 60):02d}s"
+
+  def advance(self, steps: int) -> None:
+    """Moves the progress bar."""
+    self._bar.update(steps)
+
+  @staticmethod
+  def show(line: str) -> None:
+    """Prints a line for a person, on standard error, past the progress bar."""
+    tqdm.write(line, file=sys.stderr)
+    sys.stderr.flush()
+
+  def close(self) -> None:
+    self._bar.close()
+    if self._board:
+      self._board.close()

@@ -1,0 +1,69 @@
+"""AdamW as the paper trains with it, and learning-rate schedules as rows of a table."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from jax import numpy as jnp
+
+from calm_jax import config, errors
+
+Schedule = Callable[[jax.Array], jax.Array]
+
+
+def _constant(settings: config.Optimizer, steps: int, step: jax.Array) -> jax.Array:
+  return jnp.float32(1.0)
+
+
+def _cosine(settings: config.Optimizer, steps: int, step: jax.Array) -> jax.Array:
+  done = (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
+  wave = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(done, 0, 1)))
+  return settings.final_share + (1 - settings.final_share) * wave
+
+
+def _warmup_stable_decay(settings: config.Optimizer, steps: int, step: jax.Array) -> jax.Array:
+  done = (step - (steps - settings.decay_steps)) / max(1, settings.decay_steps)
+  return 1 - (1 - settings.final_share) * jnp.clip(done, 0, 1)
+
+
+# Share of the peak rate at a step, warmup aside.
+SCHEDULES = {"constant": _constant, "cosine": _cosine, "wsd": _warmup_stable_decay}
+
+
+def schedule(settings: config.Optimizer, steps: int) -> Schedule:
+  """Returns step -> learning rate: linear warmup times the named schedule.
+
+  Step 0 has peak / warmup_steps, not 0, and step warmup_steps − 1 the peak.
+
+  Raises:
+    CalmError: for an unknown schedule or a warmup and decay longer than the run.
+  """
+  if settings.schedule not in SCHEDULES:
+    known = config.nearest(settings.schedule, SCHEDULES)
+    raise errors.CalmError(f"optimizer.schedule is {settings.schedule!r}: {known}")
+  if settings.schedule == "wsd" and settings.warmup_steps + settings.decay_steps > steps:
+    raise errors.CalmError(
+      f"optimizer.warmup_steps + decay_steps = {settings.warmup_steps + settings.decay_steps} "
+      f"is more than training.steps = {steps}"
+    )
+
+  def rate(step: jax.Array) -> jax.Array:
+    warmup = jnp.minimum(1.0, (step + 1) / max(1, settings.warmup_steps))
+    return settings.learning_rate * warmup * SCHEDULES[settings.schedule](settings, steps, step)
+
+  return rate
+
+
+def decay_mask(params: Any) -> Any:
+  """Returns a tree of booleans: weight decay is for matrices, not for biases and norms."""
+  return jax.tree.map(lambda p: p.ndim > 1, params)
+
+
+def transformation(settings: config.Optimizer) -> optax.GradientTransformation:
+  """Returns clipping, Adam and decoupled decay, before the learning rate and its sign."""
+  return optax.chain(
+    optax.clip_by_global_norm(settings.clip_norm),
+    optax.scale_by_adam(settings.b1, settings.b2, settings.eps),
+    optax.add_decayed_weights(settings.weight_decay, mask=decay_mask),
+  )

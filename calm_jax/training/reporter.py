@@ -1,0 +1,106 @@
+"""Figures of finished steps: read one step late, checked, written now and then."""
+
+import time
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from calm_jax import config, errors
+from calm_jax.training import metrics
+
+# What a person sees of a training report, in this order where it is there.
+SHOWN = (
+  "loss", "token_accuracy", "kl", "attraction", "repulsion", "gradient_norm", "tokens_per_second",
+)  # fmt: skip
+
+
+class Reporter:
+  """Receives each step's figures while they are still being computed.
+
+  The step before is read when the next one has been dispatched, so reporting
+  never stalls the device.
+  """
+
+  def __init__(
+    self, run: config.Run, writer: metrics.Writer, flops_per_token: float, first_step: int
+  ):
+    self._run, self._writer = run, writer
+    self._tokens_per_step = run.data.context * run.training.batch
+    self._flops_per_step = flops_per_token * self._tokens_per_step
+    self._lap_step = first_step
+    self._pending: tuple[int, Mapping[str, jax.Array], np.ndarray] | None = None
+    self._lap_start = time.perf_counter()
+    self._waited_for_data = 0.0
+    self._paused = 0.0
+
+  def wait_for_data(self, seconds: float) -> None:
+    """Books seconds that the loop waited for a batch."""
+    self._waited_for_data += seconds
+
+  def pause(self, seconds: float) -> None:
+    """Books seconds that were not training: compiling, evaluating, saving."""
+    self._paused += seconds
+
+  def flops(self, done: int) -> float:
+    """Returns the training FLOPs of `done` steps."""
+    return self._flops_per_step * done
+
+  def push(self, done: int, figures: Mapping[str, jax.Array], indices: np.ndarray) -> None:
+    """Takes step number `done` (from 1) and finishes the one before.
+
+    Raises:
+      CalmError: see `flush`.
+    """
+    pending, self._pending = self._pending, (done, figures, indices)
+    if pending:
+      self._finish(*pending)
+
+  def flush(self) -> None:
+    """Waits for the last step taken and finishes it.
+
+    Raises:
+      CalmError: after training.max_skipped non-finite steps in a row.
+    """
+    if self._pending:
+      pending, self._pending = self._pending, None
+      self._finish(*pending)
+
+  def _finish(self, done: int, figures: Mapping[str, jax.Array], indices: np.ndarray) -> None:
+    values = {name: float(value) for name, value in jax.device_get(dict(figures)).items()}
+    self._writer.advance(1)
+    settings = self._run.training
+    if not values.pop("finite"):
+      self._skipped(done, values, indices)
+    if done % settings.log_every and done != settings.steps:
+      return
+    now = time.perf_counter()
+    seconds = max(now - self._lap_start - self._paused, 1e-9)
+    tokens_per_second = self._tokens_per_step * (done - self._lap_step) / seconds
+    values |= {
+      "seconds": seconds,
+      "data_wait_share": self._waited_for_data / seconds,
+      "tokens_per_second": tokens_per_second,
+      "patches_per_second": tokens_per_second * values.pop("patches_per_token"),
+      "flops": self.flops(done),
+    }
+    self._lap_start, self._lap_step = now, done
+    self._waited_for_data = self._paused = 0.0
+    self._writer.write("train", done, values, SHOWN)
+
+  def _skipped(self, done: int, values: Mapping[str, float], indices: np.ndarray) -> None:
+    in_a_row = int(values["skipped_in_a_row"])
+    what = (
+      f"step {done} was skipped: loss {values['loss']}, gradient norm {values['gradient_norm']}; "
+      f"its batch holds examples {_ranges(indices)}"
+    )
+    self._writer.show(what)
+    if in_a_row >= self._run.training.max_skipped:
+      raise errors.CalmError(f"{in_a_row} non-finite steps in a row, training.max_skipped; {what}")
+
+
+def _ranges(indices: np.ndarray) -> str:
+  """Returns sorted indices as `3-6, 9`."""
+  ordered = np.unique(indices)
+  runs = np.split(ordered, np.flatnonzero(np.diff(ordered) != 1) + 1)
+  return ", ".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else f"{r[0]}" for r in runs)

@@ -1,0 +1,135 @@
+"""One optimizer step: gradients, accumulation, the update, and refusing a bad one."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import optax
+from jax import numpy as jnp
+
+from calm_jax import config
+from calm_jax.training import optimizer
+
+Params = Any
+Batch = Mapping[str, jax.Array]
+Metrics = dict[str, jax.Array]
+# (params, frozen, batch, key) -> (mean loss, metrics). Metrics are means over the
+# batch, except `tokens`, the number of tokens that the loss is a mean over.
+Loss = Callable[[Params, Params, Batch, jax.Array], tuple[jax.Array, Metrics]]
+
+
+@flax.struct.dataclass
+class TrainState:
+  """All that a resumed run needs besides the data position.
+
+  Attributes:
+    step: optimizer steps taken or skipped. skipped: of them, those skipped;
+      skipped_in_a_row: at the end, without a good one between.
+  """
+
+  params: Params
+  optimizer: Any
+  step: jax.Array
+  skipped: jax.Array
+  skipped_in_a_row: jax.Array
+
+
+def new_state(params: Params, settings: config.Optimizer) -> TrainState:
+  """Returns the state before the first step."""
+  return TrainState(
+    params=params,
+    optimizer=optimizer.transformation(settings).init(params),
+    step=jnp.int32(0),
+    skipped=jnp.int32(0),
+    skipped_in_a_row=jnp.int32(0),
+  )
+
+
+def accumulated_gradients(
+  loss: Loss, params: Params, frozen: Params, batch: Batch, key: jax.Array, parts: int
+) -> tuple[Params, Metrics]:
+  """Returns gradients and metrics of the batch, worked off in `parts` parts by a scan.
+
+  Parts are weighed by their `tokens`, so the result is that of the whole batch
+  even where parts hold different numbers of tokens. Metrics gain `loss`.
+  """
+
+  def gradients(part):
+    (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, frozen, part, key)
+    weight = metrics["tokens"].astype(jnp.float32)
+    sums = jax.tree.map(lambda x: x * weight, (grads, {**metrics, "loss": value}))
+    return sums, weight
+
+  if parts == 1:
+    sums, weight = gradients(batch)
+  else:
+    split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+    zeros = jax.tree.map(
+      lambda x: jnp.zeros(x.shape, x.dtype),
+      jax.eval_shape(gradients, jax.tree.map(lambda x: x[0], split)),
+    )
+
+    def add(total, part):
+      return jax.tree.map(jnp.add, total, gradients(part)), None
+
+    (sums, weight), _ = jax.lax.scan(add, zeros, split)
+  grads, metrics = jax.tree.map(lambda x: x / weight, sums)
+  metrics["tokens"] = weight
+  return grads, metrics
+
+
+def make_step(
+  loss: Loss, settings: config.Optimizer, training: config.Training
+) -> Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]:
+  """Returns the pure step function (state, frozen, batch) -> (state, metrics).
+
+  Where the loss or the gradient norm is not finite, parameters and optimizer
+  stay as they were; the step and the skip are counted.
+  """
+  tx = optimizer.transformation(settings)
+  rate = optimizer.schedule(settings, training.steps)
+
+  def step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
+    key = jax.random.key(training.seed)
+    grads, metrics = accumulated_gradients(
+      loss, state.params, frozen, batch, key, training.accumulation
+    )
+    gradient_norm = optax.global_norm(grads)
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(gradient_norm)
+    directions, new_optimizer = tx.update(grads, state.optimizer, state.params)
+    learning_rate = rate(state.step)
+    updates = jax.tree.map(lambda u: -learning_rate * u, directions)
+    new_params = optax.apply_updates(state.params, updates)
+
+    def keep(new, old):
+      return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+
+    metrics |= {
+      "finite": finite,
+      "gradient_norm": gradient_norm,
+      "parameter_norm": optax.global_norm(state.params),
+      "update_norm": optax.global_norm(updates),
+      "learning_rate": learning_rate,
+    }
+    new_state = TrainState(
+      params=keep(new_params, state.params),
+      optimizer=keep(new_optimizer, state.optimizer),
+      step=state.step + 1,
+      skipped=state.skipped + jnp.where(finite, 0, 1),
+      skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
+    )
+    metrics |= {"skipped": new_state.skipped, "skipped_in_a_row": new_state.skipped_in_a_row}
+    return new_state, metrics
+
+  return step
+
+
+def parts(state: TrainState) -> tuple[Params, dict[str, Any]]:
+  """Returns (parameters, all else): the two items of a checkpoint."""
+  return state.params, {
+    "optimizer": state.optimizer,
+    "step": state.step,
+    "skipped": state.skipped,
+    "skipped_in_a_row": state.skipped_in_a_row,
+  }

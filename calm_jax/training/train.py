@@ -1,0 +1,157 @@
+"""The loop, one for all stages: read, step, report, evaluate, save."""
+
+import contextlib
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from etils import epath
+
+from calm_jax import config, errors, workdir
+from calm_jax.data import pipeline
+from calm_jax.data import store as store_lib
+from calm_jax.training import checkpoint, evaluation, metrics, reporter, stages, step
+
+EVALUATION_BATCH = 16
+SHOWN = (
+  "token_accuracy", "patch_accuracy", "brier_lm", "brier_lm_stderr", "energy", "conditioning_gap",
+)  # fmt: skip
+
+
+class Interrupted(KeyboardInterrupt):
+  """Ctrl-C or SIGTERM, after the state was saved."""
+
+
+class _Stop:
+  """Turns the first SIGINT or SIGTERM into a flag; the second acts as usual."""
+
+  def __init__(self):
+    self.signal = ""
+    self._previous: dict[int, Any] = {}
+
+  def __enter__(self):
+    for number in (signal.SIGINT, signal.SIGTERM):
+      self._previous[number] = signal.signal(number, self._note)
+    return self
+
+  def _note(self, number, _):
+    self.signal = signal.Signals(number).name
+    self.__exit__()
+
+  def __exit__(self, *_):
+    while self._previous:
+      signal.signal(*self._previous.popitem())
+
+
+@contextlib.contextmanager
+def _timed(book: Callable[[float], None]) -> Iterator[None]:
+  start = time.perf_counter()
+  yield
+  book(time.perf_counter() - start)
+
+
+class Trainer:
+  """A run of one stage in one workdir."""
+
+  def __init__(
+    self,
+    run: config.Run,
+    stage: stages.Stage,
+    store: store_lib.TokenStore,
+    directory: str,
+    flops_per_token: float,
+  ):
+    self._run, self._stage, self._flops_per_token = run, stage, flops_per_token
+    settings, context = run.training, run.data.context
+    self._directory = epath.Path(directory)
+    self._batches = pipeline.TrainingBatches(store, context, settings.batch, settings.seed)
+    self._evaluate = evaluation.Evaluator(
+      stage, store, context, min(EVALUATION_BATCH, settings.eval_blocks), settings.eval_blocks, 0
+    )
+    self._origin = {"store_hash": store.hash, "tokenizer_hash": store.manifest.tokenizer.hash}
+    self._checkpoints = checkpoint.Checkpoints(
+      directory, settings.keep_latest, settings.keep_every, report=metrics.Writer.show
+    )
+
+  def train(self) -> None:
+    """Trains to the last step, from the newest good checkpoint if there is one.
+
+    Raises:
+      CalmError: after too many non-finite steps in a row, or if the last state
+        can't be saved.
+      Interrupted: after Ctrl-C or SIGTERM, once the state is saved.
+    """
+    state = self._restore_or_init()
+    start, steps = int(state.step), self._run.training.steps
+    writer = metrics.Writer(self._directory / workdir.METRICS, steps, start)
+    try:
+      with _Stop() as stop:
+        self._loop(state, start, writer, stop)
+    except errors.CalmError as error:
+      good = self._checkpoints.steps()
+      where = f"step {good[-1]}" if good else "none"
+      raise errors.CalmError(f"{error}; the last good checkpoint is {where}") from error
+    finally:
+      writer.close()
+      self._checkpoints.close()
+
+  def _restore_or_init(self) -> step.TrainState:
+    key = jax.random.key(self._run.training.seed)
+    init = jax.jit(lambda: step.new_state(self._stage.init(key), self._run.optimizer))
+    params, rest = step.parts(jax.eval_shape(init))
+    restored = self._checkpoints.restore(checkpoint.abstract(params), checkpoint.abstract(rest))
+    if restored is None:
+      return init()
+    for name, value in self._origin.items():
+      if restored.meta[name] != value:
+        raise errors.CalmError(
+          f"the checkpoint in {self._directory} was trained on data with {name} "
+          f"{restored.meta[name]}, data.path has {value}: give the same data or a new workdir"
+        )
+    self._checkpoints.set_aside_after(restored.step)
+    self._batches.set_state(restored.meta["data"])
+    metrics.Writer.show(f"going on after step {restored.step}")
+    return step.TrainState(params=restored.params, **restored.rest)
+
+  def _loop(
+    self, state: step.TrainState, start: int, writer: metrics.Writer, stop: _Stop
+  ) -> None:
+    settings = self._run.training
+    report = reporter.Reporter(self._run, writer, self._flops_per_token, start)
+    compiled = jax.jit(
+      step.make_step(self._stage.loss, self._run.optimizer, settings), donate_argnums=0
+    )
+    for done in range(start + 1, settings.steps + 1):
+      with _timed(report.wait_for_data):
+        batch = next(self._batches)
+      if done == start + 1:
+        with _timed(report.pause):
+          compiled = compiled.lower(state, self._stage.frozen, batch).compile()
+      state, figures = compiled(state, self._stage.frozen, batch)
+      report.push(done, figures, batch["index"])
+      last = done == settings.steps or bool(stop.signal)
+      evaluate = settings.eval_every and (last or done % settings.eval_every == 0)
+      save = last or done % settings.checkpoint_every == 0
+      if evaluate or save:
+        report.flush()  # What is scored or saved is known to be good.
+        with _timed(report.pause):
+          if save:
+            self._save(done, state, wait=last)
+          if evaluate and not stop.signal:
+            figures = self._evaluate(state.params) | {"flops": report.flops(done)}
+            writer.write("evaluation", done, figures, SHOWN)
+      if stop.signal:
+        metrics.Writer.show(f"{stop.signal}: saved step {done}; the same command goes on from it")
+        raise Interrupted()
+
+  def _save(self, done: int, state: step.TrainState, wait: bool) -> None:
+    params, rest = step.parts(state)
+    meta = {**self._origin, "data": self._batches.get_state()}
+    saved = self._checkpoints.save(done, params, rest, meta)
+    if wait and not (self._checkpoints.wait() and saved):
+      raise errors.CalmError(
+        f"step {done} could not be saved in {self._directory}: make room there and run the same "
+        "command again"
+      )

@@ -1,0 +1,244 @@
+"""What a workdir holds, and how to read it: config, origin, tokenizer, weights.
+
+  config.json       the resolved settings
+  origin.json       what they were trained on: hashes, vocabulary, first patch
+  tokenizer.*       a copy, so that the workdir needs no token store to write text
+  checkpoints/      see training.checkpoint
+  autoencoder/      stage two only: the same four of its frozen autoencoder
+  metrics.jsonl evaluation.json samples.jsonl   figures and texts
+"""
+
+import dataclasses
+import json
+from typing import Any
+
+import jax
+from etils import epath
+from jax import numpy as jnp
+
+from calm_jax import config, errors
+from calm_jax.data import store as store_lib
+from calm_jax.data import tokenizer as tokenizer_lib
+from calm_jax.models import autoencoder, calm
+from calm_jax.training import checkpoint
+
+Params = Any
+
+AUTOENCODER = "autoencoder"
+METRICS = "metrics.jsonl"
+EVALUATION = "evaluation.json"
+SAMPLES = "samples.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+  """What a run was trained on.
+
+  Attributes:
+    tokenizer_file: name of the copy in the workdir. tokenizer_hash, store_hash:
+      identify tokenizer and token store.
+    vocab_size, eos_id: of the tokenizer. appends_eos: whether documents end with EOS.
+    start_patch: the K tokens that end the first training document. Generation
+      puts them in front, so that a prompt stands at the start of a document and
+      even the first patch has one before it.
+    autoencoder_fingerprint: of stage two's frozen parameters, else empty.
+  """
+
+  tokenizer_file: str
+  tokenizer_hash: str
+  store_hash: str
+  vocab_size: int
+  eos_id: int
+  appends_eos: bool
+  start_patch: tuple[int, ...]
+  autoencoder_fingerprint: str = ""
+
+  @classmethod
+  def of(
+    cls, store: store_lib.TokenStore, patch_size: int, autoencoder_fingerprint: str = ""
+  ) -> "Origin":
+    """Returns the origin of a run on `store`."""
+    end = max(int(store.offsets("train")[1]), patch_size)
+    tokenizer = store.manifest.tokenizer
+    return cls(
+      tokenizer_file=tokenizer.file,
+      tokenizer_hash=tokenizer.hash,
+      store_hash=store.hash,
+      vocab_size=tokenizer.vocab_size,
+      eos_id=tokenizer.eos_id,
+      appends_eos=store.manifest.appends_eos,
+      start_patch=tuple(int(token) for token in store.read("train", end - patch_size, end)),
+      autoencoder_fingerprint=autoencoder_fingerprint,
+    )
+
+
+def write_atomically(path: epath.Path, text: str) -> None:
+  """Writes a whole file or none."""
+  temporary = path.parent / f"{path.name}.tmp"
+  try:
+    temporary.write_text(text)
+    temporary.rename(path)
+  except OSError as error:
+    raise errors.CalmError(f"can't write {path}: {error}") from error
+
+
+def create(workdir: str, run: config.Run, origin: Origin, tokenizer: epath.Path) -> None:
+  """Writes config, origin and tokenizer of a new workdir; config.json comes last.
+
+  Raises:
+    CalmError: if the folder can't be written.
+  """
+  path = epath.Path(workdir)
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+    tokenizer.copy(path / origin.tokenizer_file, overwrite=True)
+  except OSError as error:
+    raise errors.CalmError(f"can't write workdir {workdir}: {error}") from error
+  write_atomically(path / "origin.json", json.dumps(dataclasses.asdict(origin), indent=2) + "\n")
+  write_atomically(path / "config.json", config.to_json(run))
+
+
+def exists(workdir: str) -> bool:
+  """Tells whether a run was started in this folder."""
+  return (epath.Path(workdir) / "config.json").exists()
+
+
+def read_run(workdir: str) -> config.Run:
+  """Returns the settings of a workdir.
+
+  Raises:
+    CalmError: if there is none, or it can't be read.
+  """
+  return config.from_mapping(_read_json(workdir, "config.json"))
+
+
+def read_origin(workdir: str) -> Origin:
+  """Returns what the workdir's run was trained on.
+
+  Raises:
+    CalmError: if there is none, or it can't be read.
+  """
+  values = _read_json(workdir, "origin.json")
+  try:
+    return Origin(**values | {"start_patch": tuple(values["start_patch"])})
+  except (KeyError, TypeError) as error:
+    raise errors.CalmError(f"{workdir}/origin.json is not of this version: {error}") from error
+
+
+def _read_json(workdir: str, name: str) -> dict[str, Any]:
+  path = epath.Path(workdir) / name
+  if not workdir or not path.exists():
+    raise errors.CalmError(
+      f"no workdir at {workdir!r} ({name} is missing): give the --workdir of a training run"
+    )
+  try:
+    return json.loads(path.read_text())
+  except ValueError as error:
+    raise errors.CalmError(f"{path} is no valid JSON: {error}") from error
+
+
+def tokenizer(workdir: str, origin: Origin) -> tokenizer_lib.Tokenizer:
+  """Returns the workdir's own copy of its tokenizer.
+
+  Raises:
+    CalmError: if it is missing or not the one trained with.
+  """
+  path = epath.Path(workdir) / origin.tokenizer_file
+  loaded = tokenizer_lib.load(str(path))
+  if loaded.hash != origin.tokenizer_hash:
+    raise errors.CalmError(
+      f"{path} has hash {loaded.hash}, but the model was trained with {origin.tokenizer_hash}"
+    )
+  return loaded
+
+
+def require_same_tokenizer(origin: Origin, store: store_lib.TokenStore, workdir: str) -> None:
+  """Raises CalmError, naming both hashes, unless store and workdir share a tokenizer."""
+  found = store.manifest.tokenizer.hash
+  if found != origin.tokenizer_hash:
+    raise errors.CalmError(
+      f"the token store {store.path} was written with tokenizer {found}, but {workdir} was "
+      f"trained with tokenizer {origin.tokenizer_hash}: prepare the text with --tokenizer="
+      f"{epath.Path(workdir) / origin.tokenizer_file}"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedAutoencoder:
+  """Stage one, ready to use."""
+
+  run: config.AutoencoderRun
+  origin: Origin
+  params: Params
+  step: int
+
+  def module(self, dtype: str) -> autoencoder.Autoencoder:
+    """Returns the module, computing in `dtype`."""
+    return autoencoder.Autoencoder(self.run.model, self.origin.vocab_size, jnp.dtype(dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedCalm:
+  """Stage two with its autoencoder, ready to use."""
+
+  run: config.CalmRun
+  origin: Origin
+  params: Params
+  step: int
+  autoencoder: TrainedAutoencoder
+  model: calm.Calm
+
+
+def _restore(workdir: str, params: Params) -> checkpoint.Restored:
+  checkpoints = checkpoint.Checkpoints(workdir)
+  restored = checkpoints.restore(checkpoint.abstract(params))
+  checkpoints.close()
+  if restored is None:
+    raise errors.CalmError(f"{workdir} has no checkpoint yet: train it first")
+  return restored
+
+
+def load_autoencoder(workdir: str) -> TrainedAutoencoder:
+  """Returns the newest readable autoencoder of a stage-one workdir.
+
+  Raises:
+    CalmError: if there is none there.
+  """
+  run, origin = read_run(workdir), read_origin(workdir)
+  if not isinstance(run, config.AutoencoderRun):
+    raise errors.CalmError(f"{workdir} holds stage {run.stage!r}, not an autoencoder")
+  module = autoencoder.Autoencoder(run.model, origin.vocab_size)
+  token_K = jnp.zeros((1, run.model.patch_size), jnp.int32)
+  shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), token_K)["params"])
+  restored = _restore(workdir, shapes)
+  return TrainedAutoencoder(run, origin, restored.params, restored.step)
+
+
+def load_calm(workdir: str) -> TrainedCalm:
+  """Returns the newest readable language model of a stage-two workdir.
+
+  Raises:
+    CalmError: if there is none there.
+  """
+  run, origin = read_run(workdir), read_origin(workdir)
+  if not isinstance(run, config.CalmRun):
+    raise errors.CalmError(f"{workdir} holds stage {run.stage!r}, not a language model")
+  codec = load_autoencoder(str(epath.Path(workdir) / AUTOENCODER))
+  model = calm.Calm.build(run, codec.module(run.training.compute_dtype))
+  restored = _restore(workdir, jax.eval_shape(model.init, jax.random.key(0)))
+  return TrainedCalm(run, origin, restored.params, restored.step, codec, model)
+
+
+def copy_autoencoder(trained: TrainedAutoencoder, source: str, workdir: str) -> None:
+  """Writes a frozen autoencoder into stage two's workdir, config.json last."""
+  target = str(epath.Path(workdir) / AUTOENCODER)
+  epath.Path(target).mkdir(parents=True, exist_ok=True)
+  checkpoints = checkpoint.Checkpoints(target)
+  if not checkpoints.steps():
+    saved = checkpoints.save(trained.step, trained.params, {}, {}) and checkpoints.wait()
+    if not saved:
+      raise errors.CalmError(f"can't copy the autoencoder of {source} to {target}")
+  checkpoints.close()
+  create(
+    target, trained.run, trained.origin, epath.Path(source) / trained.origin.tokenizer_file
+  )

@@ -1,0 +1,42 @@
+"""Stage 1: the autoencoder, patches <-> latents.
+
+  python -m calm_jax.main --config=configs/autoencoder.py \
+    --config.data.path=DATA --workdir=RUNS/autoencoder
+
+Sizes after the colon: `paper` (the default: the published recipe, 30k steps of
+512k tokens; its figures are the paper's) and `quickstart` (see
+launch/quickstart.sh, which prints what it took and reached).
+"""
+
+from ml_collections import ConfigDict
+
+from calm_jax import config
+
+PAPER = config.AutoencoderRun(
+  data=config.Data(context=2048),
+  optimizer=config.Optimizer(warmup_steps=1000),
+  training=config.Training(steps=30_000, batch=256),
+)
+
+# Weights drawn with 1/sqrt(fan_in): with the published std of 0.02 a small model
+# needs many times the steps to become near-lossless.
+QUICKSTART = config.AutoencoderRun(
+  data=config.Data(context=128),
+  model=config.Autoencoder(width=192, ffn=512, latent=64, init="fan_in"),
+  optimizer=config.Optimizer(
+    learning_rate=3e-3, warmup_steps=40, schedule="cosine", final_share=0.0
+  ),
+  training=config.Training(
+    steps=350,
+    batch=32,
+    compute_dtype="float32",
+    eval_every=70,
+    checkpoint_every=100,
+  ),
+)
+
+SIZES = {"paper": PAPER, "quickstart": QUICKSTART}
+
+
+def get_config(size: str = "paper") -> ConfigDict:
+  return config.to_config_dict(config.choose(SIZES, size))

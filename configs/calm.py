@@ -1,0 +1,39 @@
+"""Stage 2: the language model over the latents of a trained autoencoder.
+
+  python -m calm_jax.main --config=configs/calm.py:m --config.data.path=DATA \
+    --config.autoencoder=RUNS/autoencoder --workdir=RUNS/calm
+
+Sizes after the colon: `m` (the published CALM-M: 250k steps of 2M tokens,
+BrierLM 5.72 in the paper) and `quickstart` (see launch/quickstart.sh, which
+prints what it took and reached).
+"""
+
+from ml_collections import ConfigDict
+
+from calm_jax import config
+
+M = config.CalmRun()
+
+QUICKSTART = config.CalmRun(
+  data=config.Data(context=256),
+  model=config.Backbone(layers=4, width=256, ffn=688, heads=4, kv_heads=4, init="fan_in"),
+  head=config.Head(blocks=2, noise=32),
+  loss=config.EnergyLoss(samples=8, posterior_draws=16),
+  optimizer=config.Optimizer(
+    learning_rate=2e-3, warmup_steps=35, schedule="cosine", final_share=0.0
+  ),
+  training=config.Training(
+    steps=356,
+    batch=16,
+    compute_dtype="float32",
+    eval_every=50,
+    eval_blocks=32,
+    checkpoint_every=50,
+  ),
+)
+
+SIZES = {"m": M, "quickstart": QUICKSTART}
+
+
+def get_config(size: str = "m") -> ConfigDict:
+  return config.to_config_dict(config.choose(SIZES, size))
