@@ -18,7 +18,7 @@ def run(main: Callable[[], None]) -> None:
     try:
       if len(argv) > 1:
         raise errors.CalmError(
-            f"unexpected argument {argv[1]!r}: settings are given as --name=value; see --help"
+          f"unexpected argument {argv[1]!r}: settings are given as --name=value; see --help"
         )
       main()
     except errors.CalmError as error:

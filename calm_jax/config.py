@@ -74,7 +74,9 @@ class Autoencoder:
     )
     for name in ("encoder_layers", "decoder_layers"):
       value = getattr(self, name)
-      require(value % 2 == 0, f"{name} must be even (half before, half after the patch), got {value}")
+      require(
+        value % 2 == 0, f"{name} must be even (half before, half after the patch), got {value}"
+      )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,9 +30,7 @@ Built = tuple[stages.Stage, workdir.Origin, config.Autoencoder]
 Builder = Callable[..., Built]
 
 
-def _autoencoder(
-  run: config.AutoencoderRun, store: store_lib.TokenStore, directory: str
-) -> Built:
+def _autoencoder(run: config.AutoencoderRun, store: store_lib.TokenStore, directory: str) -> Built:
   stage = stages.autoencoder_stage(run, store.manifest.tokenizer.vocab_size)
   return stage, workdir.Origin.of(store, run.model.patch_size), run.model
 
@@ -92,9 +90,7 @@ def train_run(run: config.Run, directory: str, allow_config_change: bool = False
   _require_fitting(run, codec.patch_size)
   per_token = flops.train_per_token(run, codec, origin.vocab_size)
   trainer = train.Trainer(run, stage, store, directory, per_token)
-  workdir.create(
-    directory, run, origin, epath.Path(run.data.path) / store.manifest.tokenizer.file
-  )
+  workdir.create(directory, run, origin, epath.Path(run.data.path) / store.manifest.tokenizer.file)
   trainer.train()
 
 

@@ -1,11 +1,11 @@
 """What a workdir holds, and how to read it: config, origin, tokenizer, weights.
 
-  config.json       the resolved settings
-  origin.json       what they were trained on: hashes, vocabulary, first patch
-  tokenizer.*       a copy, so that the workdir needs no token store to write text
-  checkpoints/      see training.checkpoint
-  autoencoder/      stage two only: the same four of its frozen autoencoder
-  metrics.jsonl evaluation.json samples.jsonl   figures and texts
+config.json       the resolved settings
+origin.json       what they were trained on: hashes, vocabulary, first patch
+tokenizer.*       a copy, so that the workdir needs no token store to write text
+checkpoints/      see training.checkpoint
+autoencoder/      stage two only: the same four of its frozen autoencoder
+metrics.jsonl evaluation.json samples.jsonl   figures and texts
 """
 
 import dataclasses
@@ -239,6 +239,4 @@ def copy_autoencoder(trained: TrainedAutoencoder, source: str, workdir: str) -> 
     if not saved:
       raise errors.CalmError(f"can't copy the autoencoder of {source} to {target}")
   checkpoints.close()
-  create(
-    target, trained.run, trained.origin, epath.Path(source) / trained.origin.tokenizer_file
-  )
+  create(target, trained.run, trained.origin, epath.Path(source) / trained.origin.tokenizer_file)

@@ -56,7 +56,9 @@ class Decoder:
   in a ring; older ones are forgotten, so texts have no longest length.
   """
 
-  def __init__(self, trained: workdir.TrainedCalm, settings: Settings, report: Callable[[str], None]):
+  def __init__(
+    self, trained: workdir.TrainedCalm, settings: Settings, report: Callable[[str], None]
+  ):
     self._trained, self._settings, self._report = trained, settings, report
     self._patch_size = trained.model.autoencoder.sizes.patch_size
     self._window = trained.run.data.context // self._patch_size
@@ -78,7 +80,7 @@ class Decoder:
     z_NZ = model.samples(params, hidden_1D, noise_N1R)[:, 0]
     token_NK = calm.decode_tokens(model.autoencoder, frozen, z_NZ)
     within_K = jnp.arange(self._patch_size) < tail_length
-    met_NK = jnp.cumprod((token_NK == tail_K) & within_K, axis=-1)
+    met_NK = jnp.cumprod((token_NK == tail_K[None]) & within_K[None], axis=-1)
     agreed_N = jnp.sum(met_NK, axis=-1)
     longest = jnp.max(agreed_N)
     # Where no candidate meets the whole tail, those that meet most of it stand in.

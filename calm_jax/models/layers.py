@@ -15,9 +15,6 @@ def kernel_init(scheme: str, share: float = 1.0) -> nn.initializers.Initializer:
     share: the part that this matrix's inputs are of all that the layer sums
       over; below 1 where one Linear of the paper is held as two matrices.
   """
-  import os
-  if scheme == "backbone": scheme=os.environ.get("BB","reference")
-  if scheme == "zero": return nn.initializers.zeros_init()
   if scheme == "reference":
     return nn.initializers.normal(0.02)
   return nn.initializers.variance_scaling(share, "fan_in", "normal")

@@ -24,9 +24,7 @@ def repulsion(sample_NBPZ: jax.Array, alpha: float = 1.0) -> jax.Array:
   return jnp.sum(distance_NNBP, axis=(0, 1)) / (count * (count - 1))
 
 
-def energy_loss(
-  sample_NBPZ: jax.Array, target_MBPZ: jax.Array, alpha: float = 1.0
-) -> jax.Array:
+def energy_loss(sample_NBPZ: jax.Array, target_MBPZ: jax.Array, alpha: float = 1.0) -> jax.Array:
   """Negative energy score of model samples against posterior draws, [B, P].
 
   2 · mean ‖z_m − ẑ_n‖^alpha − mean over n ≠ k of ‖ẑ_n − ẑ_k‖^alpha. Unbiased for N

@@ -169,9 +169,9 @@ def calm_stage(run: config.CalmRun, codec: autoencoder.Autoencoder, frozen: Para
   def evaluate(params, frozen, batch, key):
     sample_NBPZ, target_MBPZ, target_BPK = predictions(params, frozen, batch, key)
     token_NBPK = calm.decode_tokens(codec, frozen, sample_NBPZ)
-    accuracy_BPn, collision_BPn = jax.vmap(
-      brier.accuracy_and_collision, in_axes=(1, 0)
-    )(token_NBPK, target_BPK)
+    accuracy_BPn, collision_BPn = jax.vmap(brier.accuracy_and_collision, in_axes=(1, 0))(
+      token_NBPK, target_BPK
+    )
     true_BP = energy_score.attraction(sample_NBPZ, target_MBPZ, settings.alpha)
     shifted_BP = energy_score.attraction(
       sample_NBPZ[:, :, :-1], target_MBPZ[:, :, 1:], settings.alpha

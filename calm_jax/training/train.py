@@ -115,9 +115,7 @@ class Trainer:
     metrics.Writer.show(f"going on after step {restored.step}")
     return step.TrainState(params=restored.params, **restored.rest)
 
-  def _loop(
-    self, state: step.TrainState, start: int, writer: metrics.Writer, stop: _Stop
-  ) -> None:
+  def _loop(self, state: step.TrainState, start: int, writer: metrics.Writer, stop: _Stop) -> None:
     settings = self._run.training
     report = reporter.Reporter(self._run, writer, self._flops_per_token, start)
     compiled = jax.jit(

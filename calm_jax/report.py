@@ -1,0 +1,52 @@
+"""The act of telling: `python -m calm_jax.report --workdir=W1,W2 --output=DIR`.
+
+Writes report.html, one page on all workdirs that needs nothing beside itself,
+and, given both stages, their final figures as summary.json and as a table on
+standard output.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from absl import flags
+
+from calm_jax import cli, errors
+from calm_jax.reporting import page, records, summary
+
+_WORKDIR = flags.DEFINE_list("workdir", None, "Folders of training runs, with commas between.")
+_OUTPUT = flags.DEFINE_string("output", None, "Folder of report.html and summary.json.")
+_SECONDS_TOTAL = flags.DEFINE_float(
+  "seconds_total", None, "What everything took; goes into the summary.", 0.0
+)
+
+
+def _note(line: str) -> None:
+  print(f"report: {line}", file=sys.stderr)
+
+
+def _summarize(accounts: Sequence[records.Account], output: str) -> None:
+  by_stage: dict[str, records.Account] = {}
+  for account in accounts:
+    if by_stage.setdefault(account.run.stage, account) is not account:
+      _note(f"{account.directory} is not in the summary, which takes the first of each stage")
+  missing = [stage for stage in summary.STAGES if stage not in by_stage]
+  if missing:
+    _note(f"no {summary.FILE}: it needs both stages, there is no workdir of stage {missing[0]!r}")
+    return
+  figures = summary.summarize(by_stage, _SECONDS_TOTAL.value)
+  summary.write(figures, output)
+  print(summary.table(figures))
+
+
+def main() -> None:
+  """Reports on the flags' workdirs."""
+  directories, output = _WORKDIR.value, _OUTPUT.value
+  if not directories or not output:
+    raise errors.CalmError("give --workdir=W1,W2, folders of training runs, and --output=DIR")
+  accounts = [records.read(directory) for directory in directories]
+  _note(f"wrote {page.write(accounts, output)}")
+  _summarize(accounts, output)
+
+
+if __name__ == "__main__":
+  cli.run(main)

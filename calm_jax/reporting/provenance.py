@@ -1,0 +1,46 @@
+"""What produced a report: versions of the libraries and the commit of this package."""
+
+import importlib.metadata
+import pathlib
+import platform
+import subprocess
+
+import calm_jax
+
+LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "numpy")
+
+
+def versions() -> dict[str, str | None]:
+  """Returns the version of Python, each library (None if it is not installed) and calm_jax."""
+  found: dict[str, str | None] = {"python": platform.python_version()}
+  for name in LIBRARIES:
+    try:
+      found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      found[name] = None
+  return found | {"calm_jax": calm_jax.__version__}
+
+
+def commit() -> str | None:
+  """Returns the short commit of the checkout that holds calm_jax, "-dirty" if it has changes.
+
+  None if there is no git, or the package is not part of the checkout around it
+  (a virtual environment may lie in someone else's).
+  """
+  package = pathlib.Path(calm_jax.__file__)
+  root = str(package.parent.parent)
+  tracked = _git(root, "ls-files", "--error-unmatch", f"{package.parent.name}/{package.name}")
+  revision = _git(root, "rev-parse", "--short", "HEAD")
+  if not tracked or not revision:
+    return None
+  return f"{revision}-dirty" if _git(root, "status", "--porcelain") else revision
+
+
+def _git(directory: str, *arguments: str) -> str:
+  """Returns what git prints, empty if it fails or is not there."""
+  command = ["git", "--no-optional-locks", "-C", directory, *arguments]
+  try:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+  except OSError:
+    return ""
+  return done.stdout.strip() if done.returncode == 0 else ""

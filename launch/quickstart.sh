@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# The whole story on one machine without an accelerator: corpus -> tokenizer -> token store ->
+# autoencoder -> language model -> evaluation -> text -> report. At most 12 minutes on 2 cores
+# and 6 GB. Run again, it goes on where it stopped. QUICKSTART_DIR moves its output.
+set -euo pipefail
+EXTRAS=""
+began=$(date +%s)
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+DIR=${QUICKSTART_DIR:-runs/quickstart}
+mkdir -p "$DIR"
+TIMES=$DIR/seconds.tsv # One line an attempt: step, seconds, done or stopped.
+touch "$TIMES"
+printf 'install\t%s\tdone\n' $(($(date +%s) - began)) >>"$TIMES"
+
+# Prints and runs one step's command, unless an earlier run of this script finished it.
+step() {
+  local name=$1 start status=0
+  shift
+  if grep -qP "^$name\t.*\tdone$" "$TIMES"; then
+    echo "= $name: done before"
+    return
+  fi
+  printf '\n+'
+  printf ' %q' "$@"
+  echo
+  start=$(date +%s)
+  "$@" || status=$?
+  printf '%s\t%s\t%s\n' "$name" $(($(date +%s) - start)) \
+    "$([ "$status" = 0 ] && echo done || echo stopped)" >>"$TIMES"
+  return "$status"
+}
+
+step prepare python -m calm_jax.prepare --input=stdlib: --tokenizer=train:1024 \
+  --output="$DIR/tokens"
+step autoencoder python -m calm_jax.main --config=configs/autoencoder.py:quickstart \
+  --config.data.path="$DIR/tokens" --workdir="$DIR/autoencoder"
+step evaluate_autoencoder python -m calm_jax.evaluate --workdir="$DIR/autoencoder"
+step calm python -m calm_jax.main --config=configs/calm.py:quickstart \
+  --config.data.path="$DIR/tokens" --config.autoencoder="$DIR/autoencoder" --workdir="$DIR/calm"
+step evaluate_calm python -m calm_jax.evaluate --workdir="$DIR/calm"
+step generate_1 python -m calm_jax.generate --workdir="$DIR/calm" \
+  --prompt=$'    def __init__(self, ' --temperature=0.3333 --max_tokens=256
+step generate_2 python -m calm_jax.generate --workdir="$DIR/calm" --temperature=0.5 \
+  --max_tokens=256
+
+seconds=$(awk -F'\t' '{total += $2} END {print total}' "$TIMES")
+report=(python -m calm_jax.report --workdir="$DIR/autoencoder,$DIR/calm" --output="$DIR"
+  --seconds_total="$seconds")
+printf '\n+'
+printf ' %q' "${report[@]}"
+echo
+"${report[@]}"

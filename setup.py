@@ -1,0 +1,46 @@
+"""Installs calm_jax; tool settings are in pyproject.toml."""
+
+import pathlib
+import re
+
+import setuptools
+
+ROOT = pathlib.Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "calm_jax/__init__.py").read_text())
+assert VERSION
+
+# Lower bounds are versions that the tests pass with; see CONTRIBUTING.md.
+setuptools.setup(
+  name="calm_jax",
+  version=VERSION.group(1),
+  description="Continuous autoregressive language models (CALM) in JAX, from a laptop to a pod.",
+  long_description=(ROOT / "README.md").read_text(),
+  long_description_content_type="text/markdown",
+  license="Apache-2.0",
+  packages=setuptools.find_packages(include=["calm_jax", "calm_jax.*"]),
+  python_requires=">=3.11",
+  install_requires=[
+    "jax>=0.10,<0.12",
+    "flax>=0.12.6",
+    "optax>=0.2.6",
+    "orbax-checkpoint>=0.11.37",
+    "etils[epath]>=1.13",
+    "grain>=0.2.16",
+    "tensorstore>=0.1.80",
+    "sentencepiece>=0.2.1",
+    "tokenizers>=0.22",
+    "zstandard>=0.24",
+    "pyarrow>=21",
+    "ml-collections>=1.1",
+    "absl-py>=2.3",
+    "numpy>=2.1",
+    "tqdm>=4.67",
+    "matplotlib>=3.10",
+  ],
+  extras_require={
+    "tpu": ["jax[tpu]"],
+    "cuda": ["jax[cuda13]"],
+    "tensorboard": ["tensorboardX>=2.6.4"],
+    "dev": ["pytest>=8.4", "pytest-xdist>=3.8", "ruff>=0.14", "pyright>=1.1.406"],
+  },
+)

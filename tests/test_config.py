@@ -1,0 +1,95 @@
+import dataclasses
+import pathlib
+import re
+
+import pytest
+
+from calm_jax import config, errors
+from calm_jax.training import optimizer
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def changed(run, path, value):
+  """Returns the run as a nested dict with one setting replaced or added."""
+  values = config.to_config_dict(run).to_dict()
+  *parents, name = path.split(".")
+  node = values
+  for parent in parents:
+    node = node[parent]
+  node[name] = value
+  return values
+
+
+@pytest.mark.parametrize("run", [config.AutoencoderRun(), config.CalmRun()])
+def test_a_run_survives_the_way_through_a_config_dict(run):
+  assert config.from_mapping(config.to_config_dict(run).to_dict()) == run
+
+
+@pytest.mark.parametrize(
+  ("path", "value", "message"),
+  [
+    ("loss.samples", 1, "config.loss.samples .N. must be at least 2.*got 1"),
+    ("loss.alpha", 2.0, r"config.loss.alpha must lie in \(0, 2\), got 2.0"),
+    ("loss.alpha", 0.0, r"must lie in \(0, 2\), got 0.0"),
+    ("training.batch", 10, None),
+    ("model.heads", 3, "config.model.width must be a multiple of 2 \\* heads"),
+    ("optimizer.learning_rate", -1.0, "learning_rate must be above 0, got -1.0"),
+    ("optimizer.learning_rate", float("nan"), "must be finite"),
+    ("optimizer.learning_rate", "fast", "must be of type float, got 'fast'"),
+    ("training.steps", True, "must be of type int, got True"),
+    ("training.stepz", 5, "unknown setting config.training.stepz: did you mean 'steps'"),
+    ("los", {}, "unknown setting config.los: did you mean 'loss'"),
+    ("model.init", "fanin", "did you mean 'fan_in'"),
+    ("stage", "clam", "did you mean 'calm'"),
+    ("data.context", 0, "config.data.context must be above 0, got 0"),
+  ],
+)
+def test_a_bad_setting_is_named_with_its_value_and_a_way_out(path, value, message):
+  values = changed(config.CalmRun(), path, value)
+  if message is None:
+    config.from_mapping(values)
+    return
+  with pytest.raises(errors.CalmError, match=message):
+    config.from_mapping(values)
+
+
+def test_a_batch_that_accumulation_does_not_divide_is_refused():
+  values = changed(config.CalmRun(), "training.accumulation", 3)
+  with pytest.raises(
+    errors.CalmError, match="batch must be divisible by accumulation = 3, got 256"
+  ):
+    config.from_mapping(values)
+
+
+def test_an_unknown_schedule_and_a_decay_longer_than_the_run_are_refused():
+  with pytest.raises(errors.CalmError, match="did you mean 'cosine'"):
+    optimizer.schedule(config.Optimizer(schedule="cosin"), 10)
+  with pytest.raises(errors.CalmError, match="is more than training.steps = 10"):
+    optimizer.schedule(config.Optimizer(schedule="wsd", warmup_steps=5, decay_steps=6), 10)
+
+
+def test_differences_name_both_values():
+  other = dataclasses.replace(config.CalmRun(), loss=config.EnergyLoss(samples=4))
+  assert config.differences(config.CalmRun(), other) == ["loss.samples: 8, 4"]
+  assert config.differences(other, other) == []
+
+
+def settings_fields():
+  for run in config.RUNS.values():
+    for part in dataclasses.fields(run):
+      if dataclasses.is_dataclass(part.default_factory):
+        yield from ((part.name, field.name) for field in dataclasses.fields(part.default_factory))
+      else:
+        yield "run", part.name
+
+
+def test_every_setting_is_read_somewhere():
+  """Each field is read as an attribute in a module other than the one that declares it."""
+  code = "\n".join(
+    path.read_text() for path in (ROOT / "calm_jax").rglob("*.py") if path.name != "config.py"
+  )
+  unread = {
+    f"{part}.{name}" for part, name in settings_fields() if not re.search(rf"\.{name}\b", code)
+  }
+  assert not unread

@@ -1,0 +1,306 @@
+"""Claims about prepare: the same bytes however it ran, whole or not at all, and why not."""
+
+import dataclasses
+import gzip
+import itertools
+import json
+import os
+import pathlib
+import resource
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from calm_jax import errors, prepare
+from calm_jax.data import parts, sources
+from calm_jax.data import store as store_lib
+from calm_jax.data import tokenizer as tokenizer_lib
+
+DOCUMENTS = [f"document {i} {'says so ' * (i % 7)}\n\tand ends {i * i}" for i in range(200)]
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch):
+  monkeypatch.setattr(prepare, "_MIN_PART_BYTES", 2000)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+  path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+  return tokenizer_lib.train(DOCUMENTS, 300, str(path)).path
+
+
+@pytest.fixture
+def settings(tmp_path: pathlib.Path, tokenizer: str) -> prepare.Settings:
+  """A corpus of two files and ten parts."""
+  for name, documents in (("a", DOCUMENTS[:150]), ("b", DOCUMENTS[150:])):
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in documents)
+    (tmp_path / f"{name}.jsonl").write_text(lines)
+  return prepare.Settings(
+    (f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl"),
+    f"{tmp_path}/store",
+    tokenizer,
+    heldout=0.1,
+    workers=1,
+  )
+
+
+def with_bad_line(settings: prepare.Settings) -> prepare.Settings:
+  """Breaks the last line of the corpus, which is in its last part."""
+  with open(settings.input[-1], "a") as file:
+    file.write("broken\n")
+  return settings
+
+
+def texts(store: store_lib.TokenStore, split: str) -> list[str]:
+  tokenizer, offsets = store.tokenizer(), store.offsets(split)
+  pairs = itertools.pairwise(map(int, offsets))
+  return [tokenizer.decode(store.read(split, start, stop)) for start, stop in pairs]
+
+
+def files(folder: str) -> dict[str, bytes]:
+  root = pathlib.Path(folder)
+  return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+def run(*flags: str, **options) -> subprocess.CompletedProcess[str]:
+  command = [sys.executable, "-m", "calm_jax.prepare", *flags]
+  return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
+
+
+def as_flags(settings: prepare.Settings) -> list[str]:
+  values = dataclasses.asdict(settings) | {"input": ",".join(settings.input)}
+  return [f"--{name}={value}" for name, value in values.items()]
+
+
+def test_every_document_is_in_one_split_in_order(settings: prepare.Settings):
+  store = prepare.prepare(settings)
+  train, heldout = texts(store, "train"), texts(store, "heldout")
+  assert not set(train) & set(heldout)
+  assert train == [text for text in DOCUMENTS if text not in heldout]
+  assert heldout == [text for text in DOCUMENTS if text in heldout]
+  assert 5 < len(heldout) < 40
+
+
+def test_copies_of_a_document_share_a_split(settings: prepare.Settings, tmp_path: pathlib.Path):
+  (tmp_path / "c.jsonl").write_bytes((tmp_path / "a.jsonl").read_bytes())
+  inputs = (*settings.input, f"{tmp_path}/c.jsonl")
+  store = prepare.prepare(dataclasses.replace(settings, input=inputs))
+  assert not set(texts(store, "train")) & set(texts(store, "heldout"))
+  assert sum(store.num_documents(split) for split in store_lib.SPLITS) == 350
+
+
+@pytest.mark.parametrize("append_eos", [True, False])
+def test_eos_ends_every_document_or_none(settings: prepare.Settings, append_eos: bool):
+  store = prepare.prepare(dataclasses.replace(settings, append_eos=append_eos))
+  assert store.manifest.appends_eos == append_eos
+  for split in store_lib.SPLITS:
+    tokens = store.read(split, 0, store.num_tokens(split))
+    ends = np.flatnonzero(tokens == store.manifest.tokenizer.eos_id)
+    np.testing.assert_array_equal(ends, store.offsets(split)[1:] - 1 if append_eos else [])
+
+
+def test_the_manifest_counts_what_was_read(settings: prepare.Settings):
+  manifest = prepare.prepare(settings).manifest
+  sizes = [sum(len(text.encode()) for text in part) for part in (DOCUMENTS[:150], DOCUMENTS[150:])]
+  assert manifest.sources == (
+    store_lib.Source("a.jsonl", sizes[0], 150),
+    store_lib.Source("b.jsonl", sizes[1], 50),
+  )
+  assert manifest.dtype == "uint16" and manifest.skipped_lines == 0
+
+
+@pytest.mark.parametrize("name", ["given", "train:300"])
+def test_the_number_of_workers_does_not_show(settings: prepare.Settings, name: str):
+  if name != "given":
+    settings = dataclasses.replace(settings, tokenizer=name)
+  alone = prepare.prepare(settings)
+  together = prepare.prepare(dataclasses.replace(settings, output=f"{settings.output}2", workers=3))
+  assert alone.hash == together.hash
+  assert files(alone.path) == files(together.path)
+
+
+def test_long_documents_are_encoded_in_pieces_that_lose_nothing(
+  settings: prepare.Settings, monkeypatch: pytest.MonkeyPatch
+):
+  monkeypatch.setattr(parts, "_PIECE_LETTERS", 10)
+  store = prepare.prepare(settings)
+  assert sorted(texts(store, "train") + texts(store, "heldout")) == sorted(DOCUMENTS)
+
+
+def test_a_big_corpus_is_sampled_everywhere_and_never_held_out(
+  settings: prepare.Settings, monkeypatch: pytest.MonkeyPatch
+):
+  monkeypatch.setattr(prepare, "_SAMPLE_BYTES", 4000)
+  _, spans = sources.find(settings.input)
+  sample = list(prepare._sample(settings, sources.split(spans, 2000)))
+  heldout = {text for text in DOCUMENTS if parts.is_heldout(text, settings.heldout)}
+  assert 3000 < sum(map(len, sample)) < 5000
+  assert not heldout & set(sample)
+  assert any(text.startswith("document 18") for text in sample)
+
+
+def test_long_documents_are_cut_after_newlines_where_there_are_any(
+  monkeypatch: pytest.MonkeyPatch,
+):
+  monkeypatch.setattr(parts, "_PIECE_LETTERS", 4)
+  assert list(parts._pieces("ab\nc\nd\nabcdefg")) == ["ab\n", "c\nd\n", "abcd", "efg"]
+
+
+KILLED = """
+import os, signal, sys
+from calm_jax import prepare
+from calm_jax.data import parts
+make_part = parts.make_part
+
+def killed_at_the_third(job, part, spans):
+  if part == 3:
+    os.kill(os.getpid(), signal.SIGKILL)
+  return make_part(job, part, spans)
+
+parts.make_part = killed_at_the_third
+prepare._MIN_PART_BYTES = 2000
+prepare.prepare(prepare.Settings(tuple(sys.argv[1].split(",")), sys.argv[2], sys.argv[3],
+                                 heldout=0.1, workers=1))
+"""
+
+
+def test_a_killed_run_goes_on_after_its_finished_parts(
+  settings: prepare.Settings, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+  settings = dataclasses.replace(settings, tokenizer="train:300")
+  arguments = [",".join(settings.input), settings.output, settings.tokenizer]
+  killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], timeout=60)
+  assert killed.returncode == -signal.SIGKILL
+  with pytest.raises(errors.CalmError, match="unfinished"):
+    store_lib.TokenStore.open(settings.output)
+
+  made, make_part = [], parts.make_part
+  monkeypatch.setattr(
+    parts, "make_part", lambda job, part, spans: made.append(part) or make_part(job, part, spans)
+  )
+  monkeypatch.setattr(tokenizer_lib, "train", None)  # The trained tokenizer is there.
+  resumed = prepare.prepare(settings)
+  total = len(sources.split(sources.find(settings.input)[1], 2000))
+  assert made == list(range(3, total))
+  assert f"going on: 3 of {total} parts are there" in capfd.readouterr().err
+
+  monkeypatch.undo()
+  whole = prepare.prepare(dataclasses.replace(settings, output=f"{settings.output}2"))
+  assert files(resumed.path) == files(whole.path)
+
+
+def test_parts_of_other_settings_are_not_taken(settings: prepare.Settings):
+  none = dataclasses.replace(settings, heldout=1e-9)
+  with pytest.raises(errors.CalmError, match="no document falls in the heldout split"):
+    prepare.prepare(none)
+  assert texts(prepare.prepare(settings), "heldout")
+  assert not (pathlib.Path(settings.output) / "unfinished").exists()
+
+
+def test_a_finished_store_is_left_alone(
+  settings: prepare.Settings, capfd: pytest.CaptureFixture[str]
+):
+  first = prepare.prepare(settings)
+  before = files(first.path)
+  again = prepare.prepare(dataclasses.replace(settings, workers=2))
+  assert "is there already" in capfd.readouterr().err
+  assert again.hash == first.hash and files(first.path) == before
+
+
+def test_another_plan_is_refused_by_what_differs(settings: prepare.Settings):
+  before = files(prepare.prepare(settings).path)
+  other = dataclasses.replace(settings, heldout=0.2, append_eos=False)
+  with pytest.raises(errors.CalmError, match=r"append_eos \(True there, False now\); heldout"):
+    prepare.prepare(other)
+  os.utime(settings.input[0], (1, 1))
+  with pytest.raises(errors.CalmError, match=r"differs in files \(2 files, .*another --output"):
+    prepare.prepare(settings)
+  assert files(settings.output) == before
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_bad_line_stops_the_run_and_can_be_skipped(settings: prepare.Settings, workers: int):
+  settings = with_bad_line(dataclasses.replace(settings, workers=workers))
+  with pytest.raises(errors.CalmError, match=r"b\.jsonl:51: not JSON .*; --skip_bad_lines") as bad:
+    prepare.prepare(settings)
+  assert "\n" not in str(bad.value)
+  with pytest.raises(errors.CalmError, match="unfinished"):
+    store_lib.TokenStore.open(settings.output)
+  store = prepare.prepare(dataclasses.replace(settings, skip_bad_lines=True))
+  assert store.manifest.skipped_lines == 1
+  assert sum(store.num_documents(split) for split in store_lib.SPLITS) == 200
+
+
+@pytest.mark.parametrize(
+  ("change", "reason"),
+  [
+    ({"heldout": 0.0}, "--heldout=0.0 is not between 0 and 1"),
+    ({"heldout": 1.0}, "--heldout=1.0 is not between 0 and 1"),
+    ({"heldout": float("nan")}, "--heldout=nan is not between 0 and 1"),
+    ({"heldout": 1 - 1e-9}, "no document falls in the train split: there are 200"),
+    ({"workers": -1}, "--workers=-1 is negative"),
+    ({"input": ()}, "must not be empty"),
+    ({"output": ""}, "must not be empty"),
+    ({"output": "/dev/null/store"}, "can't write /dev/null/store"),
+    ({"text_field": "body"}, r"a\.jsonl:1: no field 'body'"),
+    ({"tokenizer": "train:many"}, "names no size, as train:1024 does"),
+    ({"tokenizer": "train:10"}, "can't train a tokenizer of 10 pieces"),
+    ({"tokenizer": "train:100000"}, "can't train a tokenizer of 100000 pieces"),
+    ({"tokenizer": "train:300", "eos_token": "</s>"}, "--eos_token is for a tokenizer's file"),
+    ({"tokenizer": "nowhere.model"}, r"no such tokenizer: nowhere\.model"),
+    ({"tokenizer": "gpt2"}, "'gpt2' is no tokenizer"),
+    ({"eos_token": "<fin>"}, "no token that ends a document"),
+  ],
+)
+def test_bad_settings_are_told_in_one_line(settings: prepare.Settings, change, reason: str):
+  with pytest.raises(errors.CalmError, match=reason) as caught:
+    prepare.prepare(dataclasses.replace(settings, **change))
+  assert "\n" not in str(caught.value)
+  assert not (pathlib.Path(settings.output) / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("name", ["given", "train:300"])
+def test_a_corpus_without_text_is_an_error(
+  settings: prepare.Settings, tmp_path: pathlib.Path, name: str
+):
+  (tmp_path / "empty.jsonl").write_text("\n\n")
+  tokenizer = settings.tokenizer if name == "given" else name
+  empty = dataclasses.replace(settings, input=(f"{tmp_path}/empty.jsonl",), tokenizer=tokenizer)
+  with pytest.raises(errors.CalmError, match="there is no text"):
+    prepare.prepare(empty)
+
+
+def test_a_truncated_file_stops_the_run(settings: prepare.Settings, tmp_path: pathlib.Path):
+  whole = gzip.compress((tmp_path / "a.jsonl").read_bytes())
+  (tmp_path / "c.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+  cut = dataclasses.replace(settings, input=(f"{tmp_path}/c.jsonl.gz",), skip_bad_lines=True)
+  with pytest.raises(errors.CalmError, match="Truncated"):
+    prepare.prepare(cut)
+
+
+def test_the_command_prepares_and_says_what_it_made(settings: prepare.Settings):
+  done = run(*as_flags(dataclasses.replace(settings, workers=2)))
+  assert (done.returncode, done.stdout) == (0, ""), done.stderr
+  assert "200 documents" in done.stderr and "bytes a token" in done.stderr
+  assert store_lib.TokenStore.open(settings.output).num_documents("train") > 100
+
+
+def test_the_command_ends_with_one_line_and_2_at_bad_input(settings: prepare.Settings):
+  done = run(*as_flags(with_bad_line(settings)))
+  assert done.returncode == 2
+  assert done.stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("size", [500, 3000])  # Too little for a part, and for the store.
+def test_a_full_disk_is_told_in_one_line(settings: prepare.Settings, size: int):
+  def allow_little() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+  done = run(*as_flags(settings), preexec_fn=allow_little)
+  assert done.returncode == 2
+  assert f"error: can't write {settings.output}" in done.stderr and "Traceback" not in done.stderr
+  assert run(*as_flags(settings)).returncode == 0

@@ -1,0 +1,343 @@
+"""Claims about report: what a run tells is on one page, what it lacks is said, sums are right."""
+
+import html.parser
+import importlib.metadata
+import json
+import math
+import pathlib
+import re
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from calm_jax import config, errors, workdir
+from calm_jax.reporting import page, provenance, records, summary
+
+AUTOENCODER = config.AutoencoderRun(training=config.Training(steps=40))
+CALM = config.CalmRun(training=config.Training(steps=40))
+COMMON = {
+  "gradient_norm": 0.5, "parameter_norm": 40.0, "update_norm": 0.01, "learning_rate": 1e-3,
+  "skipped": 0.0, "skipped_in_a_row": 0.0, "tokens": 64.0, "seconds": 2.0, "data_wait_share": 0.01,
+  "patches_per_second": 25.0,
+}  # fmt: skip
+SUMMARY_KEYS = [
+  "ae_token_accuracy", "ae_patch_accuracy", "brier_1", "brier_2", "brier_3", "brier_4", "brier_lm",
+  "brier_lm_stderr", "brier_lm_marginal", "conditioning_gap", "conditioning_gap_stderr",
+  "context_tokens", "train_tokens_per_second", "seconds_total", "text_samples", "versions",
+  "commit",
+]  # fmt: skip
+SAMPLES = [
+  {
+    "prompt": "<b>if",
+    "text": " a < b & c:</pre><script>",
+    "temperature": 0.5,
+    "seed": 3,
+    "step": 9,
+  },
+  {"prompt": "", "text": "caf\u00e9", "temperature": 1.0, "seed": 4, "step": 9},
+]
+
+
+def train_records(run: config.Run, speeds: list[float]) -> list[dict[str, Any]]:
+  own = {"attraction": 3.0, "repulsion": 2.5}
+  if isinstance(run, config.AutoencoderRun):
+    own = {"token_accuracy": 0.9, "cross_entropy": 0.2, "kl": 30.0, "posterior_std": 0.4}
+  return [
+    {"kind": "train", "step": 10 * i, "time": 0.0, "loss": 9.0 / i, "tokens_per_second": speed,
+     "flops": 1e9 * i, **own, **COMMON}
+    for i, speed in enumerate(speeds, start=1)
+  ]  # fmt: skip
+
+
+def figures(run: config.Run) -> dict[str, Any]:
+  """What a stage's summarize returns, with the counts of the evaluator."""
+  counts = {"context_tokens": 64, "blocks": 8, "tokens": 512, "seed": 0}
+  if isinstance(run, config.AutoencoderRun):
+    return counts | {
+      "token_accuracy": 0.998, "token_accuracy_stderr": 0.0004, "patch_accuracy": 0.99,
+      "patch_accuracy_stderr": 0.001, "cross_entropy": 0.01, "cross_entropy_stderr": 0.001,
+      "posterior_std": 0.5, "active_dimensions": 2, "latent_dimensions": 3,
+      "posterior_std_by_dimension": [0.2, 0.9, 0.4], "kl_by_dimension": [2.0, 0.1, 1.0],
+    }  # fmt: skip
+  parts = {
+    f"{name}_{n}": value / n
+    for n in range(1, 5)
+    for name, value in (("accuracy", 6.0), ("collision", 4.0), ("brier", 8.0))
+  }
+  stderrs = {f"brier_{n}_stderr": 0.1 for n in range(1, 5)}
+  return counts | parts | stderrs | {
+    "brier_lm": 3.61, "brier_lm_stderr": 0.12, "energy": 5.0, "energy_stderr": 0.1,
+    "conditioning_gap": 0.7, "conditioning_gap_stderr": 0.05,
+  }  # fmt: skip
+
+
+def write_lines(path: pathlib.Path, values: list[dict[str, Any]]) -> None:
+  path.write_text("".join(json.dumps(value) + "\n" for value in values))
+
+
+def make_workdir(
+  path: pathlib.Path, run: config.Run, speeds: list[float], whole: bool = True
+) -> pathlib.Path:
+  """Writes a workdir; not `whole`, it has neither evaluations nor texts."""
+  path.mkdir()
+  (path / "config.json").write_text(config.to_json(run))
+  reports = train_records(run, speeds)
+  if whole:
+    reports += [
+      {"kind": "evaluation", "step": step, "time": 0.0, "flops": 1e8 * step, **figures(run)}
+      for step in (20, 40)
+    ]
+    final = {"stage": run.stage, "step": 40, **figures(run), "data": "tokens", "store_hash": "ab"}
+    if isinstance(run, config.CalmRun):
+      final |= {"samples": 8, "posterior_draws": 16, "brier_lm_marginal": 1.25}
+      write_lines(path / workdir.SAMPLES, SAMPLES)
+    (path / workdir.EVALUATION).write_text(json.dumps(final))
+  write_lines(path / workdir.METRICS, reports)
+  return path
+
+
+@pytest.fixture
+def autoencoder(tmp_path: pathlib.Path) -> pathlib.Path:
+  return make_workdir(tmp_path / "autoencoder", AUTOENCODER, [10.0, 40.0, 20.0, 30.0])
+
+
+@pytest.fixture
+def calm(tmp_path: pathlib.Path) -> pathlib.Path:
+  return make_workdir(tmp_path / "calm", CALM, [7.0, 1.0, 100.0])
+
+
+def render(*directories: pathlib.Path) -> str:
+  return page.render([records.read(str(directory)) for directory in directories])
+
+
+@pytest.fixture(scope="module")
+def whole_page(tmp_path_factory: pytest.TempPathFactory) -> str:
+  """A finished autoencoder and an unfinished language model."""
+  root = tmp_path_factory.mktemp("runs")
+  return render(
+    make_workdir(root / "autoencoder", AUTOENCODER, [10.0, 40.0, 20.0, 30.0]),
+    make_workdir(root / "calm", CALM, [7.0, 1.0, 100.0]),
+  )
+
+
+def summarize(autoencoder: pathlib.Path, calm: pathlib.Path) -> dict[str, Any]:
+  accounts = {"autoencoder": records.read(str(autoencoder)), "calm": records.read(str(calm))}
+  return summary.summarize(accounts, None)
+
+
+def run_report(*flags: str) -> subprocess.CompletedProcess[str]:
+  command = [sys.executable, "-W", "error::UserWarning", "-m", "calm_jax.report", *flags]
+  return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+class Tags(html.parser.HTMLParser):
+  """Counts tags and keeps what they refer to."""
+
+  def __init__(self, text: str):
+    super().__init__()
+    self.open: list[str] = []
+    self.names: list[str] = []
+    self.targets: list[str] = []
+    self.feed(text)
+
+  def handle_starttag(self, tag, attrs):
+    self.names.append(tag)
+    if tag not in ("meta", "img"):
+      self.open.append(tag)
+    self.targets += [value or "" for name, value in attrs if name in ("src", "href", "srcset")]
+
+  def handle_endtag(self, tag):
+    assert self.open.pop() == tag
+
+
+def test_the_page_needs_nothing_beside_itself(whole_page: str):
+  tags = Tags(whole_page)
+  assert not tags.open
+  assert not {"script", "link", "iframe", "object"} & set(tags.names)
+  assert all(target.startswith(("#run", "data:image/png;base64,")) for target in tags.targets)
+  assert not re.search(r"https?:|url\(|@import", whole_page)
+  assert whole_page.isascii()
+
+
+def test_every_picture_of_a_whole_run_is_drawn(whole_page: str):
+  pictures = [picture for stage in page.PICTURES.values() for picture in stage]
+  for picture in pictures:
+    assert f'<img alt="{picture.title}" src="data:' in whole_page
+  assert Tags(whole_page).names.count("img") == len(pictures) == 16
+  assert "Not drawn" not in whole_page
+  assert whole_page.count('class="notes"') == 1
+
+
+def test_figures_are_shown_with_standard_error_unit_and_direction(whole_page: str):
+  text = re.sub(r"<[^>]+>", "|", whole_page)
+  assert "|Token accuracy||99.800 &#177; 0.040||%||higher is better|" in text
+  assert "|Cross-entropy||0.0100 &#177; 0.0010||nats a token||lower is better|" in text
+  assert "|BrierLM||3.61 &#177; 0.12||%||higher is better|" in text
+  assert "|BrierLM of the marginal||1.25||%||reached without any context|" in text
+  assert "context in tokens 64, held-out blocks 8" in text
+
+
+def test_texts_are_escaped_and_the_prompt_is_marked(whole_page: str):
+  assert (
+    '<pre><span class="prompt">&lt;b&gt;if</span> a &lt; b &amp; c:&lt;/pre&gt;&lt;script&gt;</pre>'
+  ) in whole_page
+  assert "temperature 0.5, seed 3, step 9" in whole_page
+  assert "<pre>caf&#233;</pre>" in whole_page
+
+
+def test_a_later_page_replaces_the_one_before(tmp_path: pathlib.Path):
+  run = make_workdir(tmp_path / "young", AUTOENCODER, [5.0], whole=False)
+  account = records.read(str(run))
+  first = pathlib.Path(page.write([account], str(tmp_path))).read_text()
+  write_lines(run / workdir.METRICS, train_records(AUTOENCODER, [5.0, 6.0]))
+  second = pathlib.Path(page.write([records.read(str(run))], str(tmp_path))).read_text()
+  assert "10 of 40" in first and "20 of 40" in second
+
+
+@pytest.mark.parametrize("run", [AUTOENCODER, CALM])
+def test_what_a_young_run_lacks_is_said(tmp_path: pathlib.Path, run: config.Run):
+  directory = make_workdir(tmp_path / "young", run, [5.0], whole=False)
+  text = render(directory)
+  assert "The run is not finished: 10 of 40 steps are reported." in text
+  assert f"python -m calm_jax.evaluate --workdir={directory}" in text
+  assert "No evaluation yet." in text
+  assert ("python -m calm_jax.generate" in text) == (run is CALM)
+  assert ("Not drawn: this run has no figures of brier_lm." in text) == (run is CALM)
+
+
+def test_the_loops_evaluation_stands_in_for_a_missing_one(calm: pathlib.Path):
+  (calm / workdir.EVALUATION).unlink()
+  text = render(calm)
+  assert "3.61 &#177; 0.12" in text and "from the training loop" in text
+  assert "The line of the marginal is missing" in text
+
+
+def test_skipped_steps_are_stated_and_leave_gaps(calm: pathlib.Path):
+  reports = train_records(CALM, [1.0, 2.0, 3.0, 4.0])
+  reports[1] |= {"loss": math.nan, "gradient_norm": math.inf, "skipped": 2.0}
+  reports[3] |= {"skipped": 2.0, "learning_rate": 0.0, "update_norm": 0.0}
+  write_lines(calm / workdir.METRICS, reports)
+  assert "Skipped steps: 2." in render(calm)
+  column = records.column(records.read(str(calm)).train, "gradient_norm")
+  assert column.tolist()[::2] == [0.5, 0.5] and math.isnan(column[1])
+
+
+def test_long_runs_and_perfect_scores_draw_without_warnings(tmp_path: pathlib.Path):
+  directory = make_workdir(tmp_path / "long", AUTOENCODER, [5.0] * 300)
+  perfect = {"token_accuracy": 1.0, "token_accuracy_stderr": math.nan, "cross_entropy": 0.0}
+  reports = [record | perfect for record in train_records(AUTOENCODER, [5.0] * 300)]
+  reports += [{**reports[-1], **figures(AUTOENCODER), **perfect, "kind": "evaluation"}]
+  write_lines(directory / workdir.METRICS, reports)
+  assert "Not drawn" not in render(directory)
+
+
+def test_a_cut_last_line_is_skipped_and_broken_ones_are_counted(calm: pathlib.Path):
+  first, *rest = (calm / workdir.METRICS).read_text().splitlines()
+  lines = [first, '{"kind": "tra', "[1]", *rest, '{"kind": "train", "st']
+  (calm / workdir.METRICS).write_text("\n".join(lines))
+  account = records.read(str(calm))
+  assert len(account.train) == 3 and len(account.evaluations) == 2
+  assert "Unreadable lines of metrics.jsonl that are left out: 2." in account.notes
+
+
+def test_the_summary_has_every_figure(autoencoder: pathlib.Path, calm: pathlib.Path):
+  result = summarize(autoencoder, calm)
+  assert list(result) == SUMMARY_KEYS
+  assert result["ae_token_accuracy"] == 0.998 and result["ae_patch_accuracy"] == 0.99
+  assert [result[f"brier_{n}"] for n in (1, 2, 4)] == [8.0, 4.0, 2.0]
+  assert (result["brier_lm"], result["brier_lm_stderr"]) == (3.61, 0.12)
+  assert result["brier_lm_marginal"] == 1.25
+  assert (result["conditioning_gap"], result["conditioning_gap_stderr"]) == (0.7, 0.05)
+  assert result["context_tokens"] == 64 and result["seconds_total"] is None
+  # Medians by hand: of 10, 20, 30, 40 and of 1, 7, 100.
+  assert result["train_tokens_per_second"] == {"autoencoder": 25.0, "calm": 7.0}
+  assert result["text_samples"] == ["<b>if a < b & c:</pre><script>", "caf\u00e9"]
+  assert result["versions"]["jax"] == importlib.metadata.version("jax")
+  assert set(result["versions"]) == {"python", "calm_jax", *provenance.LIBRARIES}
+
+
+def test_a_figure_that_does_not_exist_is_null(autoencoder: pathlib.Path, calm: pathlib.Path):
+  final = json.loads((calm / workdir.EVALUATION).read_text())
+  del final["brier_lm"], final["brier_4"]
+  (calm / workdir.EVALUATION).write_text(json.dumps(final | {"brier_lm_stderr": math.nan}))
+  result = json.loads(json.dumps(summarize(autoencoder, calm), allow_nan=False))
+  assert result["brier_lm"] is result["brier_4"] is result["brier_lm_stderr"] is None
+
+
+def test_the_summary_names_the_missing_command(autoencoder: pathlib.Path, calm: pathlib.Path):
+  (autoencoder / workdir.EVALUATION).unlink()
+  with pytest.raises(
+    errors.CalmError, match=f"run python -m calm_jax.evaluate --workdir={autoencoder}$"
+  ):
+    summarize(autoencoder, calm)
+
+
+def test_the_commit_tells_of_changes(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
+  package = tmp_path / "calm_jax"
+  package.mkdir()
+  (package / "__init__.py").write_text("")
+  monkeypatch.setattr(provenance.calm_jax, "__file__", str(package / "__init__.py"))
+
+  def git(*arguments: str) -> None:
+    identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+    subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True)
+
+  assert provenance.commit() is None
+  git("init", "--quiet")
+  git("commit", "--quiet", "--allow-empty", "-m", "Someone else's repository")
+  assert provenance.commit() is None
+  git("add", ".")
+  git("commit", "--quiet", "-m", "Ours")
+  clean = provenance.commit()
+  assert clean and re.fullmatch("[0-9a-f]{7,}", clean)
+  (package / "__init__.py").write_text("changed")
+  assert provenance.commit() == f"{clean}-dirty"
+
+
+@pytest.mark.parametrize(
+  ("name", "text", "reason"),
+  [
+    (workdir.METRICS, None, "has no figures yet.*after 10 steps"),
+    (workdir.METRICS, '{"kind": "evaluation", "step": 1}\n', "has no figures yet"),
+    (workdir.EVALUATION, "{", "is no valid JSON"),
+    (workdir.EVALUATION, "[]", "holds no figures"),
+    ("config.json", None, "no workdir at"),
+  ],
+)
+def test_a_bad_workdir_is_refused(calm: pathlib.Path, name: str, text: str | None, reason: str):
+  if text is None:
+    (calm / name).unlink()
+  else:
+    (calm / name).write_text(text)
+  with pytest.raises(errors.CalmError, match=reason) as error:
+    records.read(str(calm))
+  assert "\n" not in str(error.value)
+
+
+def test_the_command_writes_page_and_summary(
+  tmp_path: pathlib.Path, autoencoder: pathlib.Path, calm: pathlib.Path
+):
+  output = tmp_path / "new" / "output"
+  done = run_report(f"--workdir={autoencoder},{calm}", f"--output={output}", "--seconds_total=61.5")
+  assert done.returncode == 0, done.stderr
+  assert sorted(path.name for path in output.iterdir()) == [summary.FILE, page.FILE][::-1]
+  result = json.loads((output / summary.FILE).read_text())
+  assert list(result) == SUMMARY_KEYS and result["seconds_total"] == 61.5
+  lines = dict(re.split(r"  +", line, maxsplit=1) for line in done.stdout.splitlines())
+  assert lines["brier_lm"] == "3.61" and lines["train_tokens_per_second.calm"] == "7"
+  assert lines["text_samples"] == "2, the first: '<b>if a < b & c:</pre><script>'"
+
+
+def test_the_command_says_in_a_line_what_is_missing(tmp_path: pathlib.Path, calm: pathlib.Path):
+  done = run_report(f"--workdir={calm}", f"--output={tmp_path}/output")
+  assert done.returncode == 0 and done.stdout == ""
+  assert "no summary.json: it needs both stages, there is no workdir of stage 'autoencoder'" in (
+    done.stderr
+  )
+  assert not (tmp_path / "output" / summary.FILE).exists()
+
+  done = run_report(f"--workdir={calm}", "--output=/dev/null/output")
+  assert done.returncode == 2
+  assert re.fullmatch(r"error: can't write --output=/dev/null/output: .*\n", done.stderr)

@@ -1,0 +1,168 @@
+"""Claims about tokenizers: lossless, deterministic, and no text becomes a control id."""
+
+import json
+import pathlib
+
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from calm_jax import errors
+from calm_jax.data import tokenizer as tokenizer_lib
+
+CORPUS = [
+  "def f(self, x):\n    if x:\n        return self.f(x)\n    return 3.14\n\n\n" * 3,
+  "The quick brown fox jumps over the lazy dog, again and again.\r\n" * 3,
+]
+NASTY = [
+  "",
+  " ",
+  "a",
+  "  leading and trailing  ",
+  "\t\ttabs\tinside\t",
+  "line\r\nline\rline\n\n\n    indented",
+  "multiple    spaces\n \n",
+  "café, naïve, 日本語, 🙂🏽, e\u0301",
+  "\ufeffmark, no-break\u00a0space, zero\u200bwidth, line\u2028separator, \x85 \x0b \x00",
+  "▁ is SentencePiece's space, ▁▁ twice, and at the end ▁",
+  "⁇ <unk> <s> </s> <0x0A> <|endoftext|> <|end_of_text|>",
+  "\U0010ffff\ufffd",
+  "ﬁ ² Å ½ \uff21\uff22",
+]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tokenizer_lib.Tokenizer:
+  path = tmp_path_factory.mktemp("trained") / "tokenizer.model"
+  return tokenizer_lib.train(CORPUS, 330, str(path))
+
+
+def hugging_face(path: pathlib.Path, specials: list[str], template: bool = False) -> str:
+  """Writes a byte-level BPE, by default without a template that adds special tokens."""
+  model = tokenizers.Tokenizer(models.BPE())
+  model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
+  model.decoder = decoders.ByteLevel()  # pyright: ignore
+  trainer = trainers.BpeTrainer(
+    vocab_size=300, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+  )
+  model.train_from_iterator(CORPUS, trainer)
+  if template:
+    pair = (specials[0], model.token_to_id(specials[0]))
+    model.post_processor = tokenizers.processors.TemplateProcessing(
+      single=f"{specials[0]} $A", special_tokens=[pair]
+    )
+    model.enable_truncation(4)
+    model.enable_padding(length=8)
+  model.save(str(path))
+  return str(path)
+
+
+@pytest.mark.parametrize("text", NASTY + CORPUS)
+def test_trained_tokenizer_is_lossless_and_gives_no_control_ids(
+  trained: tokenizer_lib.Tokenizer, text: str
+):
+  ids = trained.encode(text)
+  assert trained.decode(ids) == text
+  assert not {0, trained.eos_id} & set(ids)
+  assert max(ids, default=0) < trained.vocab_size == 330
+
+
+@pytest.mark.parametrize("text", NASTY + CORPUS)
+def test_hugging_face_tokenizer_takes_special_tokens_in_text_as_letters(
+  tmp_path: pathlib.Path, text: str
+):
+  path = hugging_face(tmp_path / "tokenizer.json", ["<s>", "<|endoftext|>"], template=True)
+  loaded = tokenizer_lib.load(path)
+  ids = loaded.encode(text)
+  assert loaded.decode(ids) == text
+  assert not {0, loaded.eos_id} & set(ids)
+
+
+def test_training_twice_gives_the_same_file(
+  tmp_path: pathlib.Path, trained: tokenizer_lib.Tokenizer
+):
+  again = tokenizer_lib.train(iter(CORPUS), 330, str(tmp_path / "again.model"))
+  assert again.hash == trained.hash
+  assert pathlib.Path(again.path).read_bytes() == pathlib.Path(trained.path).read_bytes()
+
+
+def test_runs_of_spaces_and_newlines_become_pieces(trained: tokenizer_lib.Tokenizer):
+  assert len(trained.encode("    ")) == 1
+  assert len(trained.encode("\n\n\n")) < 3
+
+
+def test_eos_has_no_text(trained: tokenizer_lib.Tokenizer):
+  ids = trained.encode("a b")
+  assert trained.decode([*ids, trained.eos_id]) == "a b"
+
+
+@pytest.mark.parametrize("name", ["<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>"])
+def test_usual_names_of_eos_are_known(tmp_path: pathlib.Path, name: str):
+  loaded = tokenizer_lib.load(hugging_face(tmp_path / "tokenizer.json", ["<pad>", name]))
+  assert loaded.eos_id == 1
+
+
+def test_an_unusual_eos_must_be_named(tmp_path: pathlib.Path):
+  path = hugging_face(tmp_path / "tokenizer.json", ["<pad>", "<fin>"])
+  with pytest.raises(errors.CalmError, match=r"no token that ends a document .*--eos_token"):
+    tokenizer_lib.load(path)
+  with pytest.raises(errors.CalmError, match=r"'<end>'.*--eos_token"):
+    tokenizer_lib.load(path, eos="<end>")
+  assert tokenizer_lib.load(path, eos="<fin>").eos_id == tokenizer_lib.load(path, eos=1).eos_id == 1
+
+
+def test_an_eos_that_text_can_produce_is_refused(tmp_path: pathlib.Path):
+  path = pathlib.Path(hugging_face(tmp_path / "tokenizer.json", ["</s>"]))
+  content = json.loads(path.read_text())
+  content["added_tokens"][0]["special"] = False
+  path.write_text(json.dumps(content))
+  with pytest.raises(errors.CalmError, match="encodes the text '</s>' as EOS"):
+    tokenizer_lib.load(str(path))
+
+
+def test_the_vocabulary_bounds_ids_that_have_gaps(tmp_path: pathlib.Path):
+  path = pathlib.Path(hugging_face(tmp_path / "tokenizer.json", ["</s>"]))
+  content = json.loads(path.read_text())
+  content["model"]["vocab"]["gap"] = 1000
+  path.write_text(json.dumps(content))
+  assert tokenizer_lib.load(str(path)).vocab_size == 1001
+
+
+@pytest.mark.parametrize(
+  ("name", "content", "reason"),
+  [
+    ("a.model", b"", "can't read tokenizer"),
+    ("a.model", b"no model", "can't read tokenizer"),
+    ("a.json", b"{}", "can't read tokenizer"),
+    ("a.json", b"\xff", "can't read tokenizer"),
+    ("a.model", None, "no such tokenizer"),
+    ("a.bpe", b"", "is no tokenizer"),
+    ("train", None, "is no tokenizer"),
+  ],
+)
+def test_a_bad_file_is_told_in_one_line(
+  tmp_path: pathlib.Path, name: str, content: bytes | None, reason: str
+):
+  if content is not None:
+    (tmp_path / name).write_bytes(content)
+  with pytest.raises(errors.CalmError, match=reason) as caught:
+    tokenizer_lib.load(str(tmp_path / name))
+  assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  ("texts", "vocab_size", "reason"),
+  [
+    (CORPUS, 0, "can't train a tokenizer of 0 pieces"),
+    (CORPUS, 200, "smaller than required"),
+    (CORPUS, 100_000, "too high"),
+    ([], 1024, "no text"),
+    (["\t\t"], 1024, "no text"),
+  ],
+)
+def test_a_vocabulary_that_does_not_fit_writes_nothing(
+  tmp_path: pathlib.Path, texts: list[str], vocab_size: int, reason: str
+):
+  with pytest.raises(errors.CalmError, match=reason) as caught:
+    tokenizer_lib.train(texts, vocab_size, str(tmp_path / "a.model"))
+  assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
