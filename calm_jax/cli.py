@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from calm_jax import errors
 
@@ -31,10 +31,15 @@ def run(main: Callable[[], None]) -> None:
 
   def parse(argv: Sequence[str]) -> Sequence[str]:
     try:
-      return flags.FLAGS(argv)
+      rest = flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-      # ml_collections reports a wrong --config.name with any of these.
-      print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+      # ml_collections reports a wrong --config.name with any of these, and what a config
+      # file raises as the text of its traceback.
+      reason = " ".join(str(error).split()).rpartition("CalmError: ")[2]
+      print(f"error: {reason}", file=sys.stderr)
       sys.exit(EXIT_BAD_INPUT)
+    if flags.FLAGS["verbosity"].using_default_value:
+      flags.FLAGS.verbosity = logging.FATAL  # --verbosity=0 shows what the libraries tell.
+    return rest
 
   app.run(guarded, flags_parser=parse)

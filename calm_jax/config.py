@@ -113,7 +113,8 @@ class Backbone:
   Attributes:
     layers, width (D), ffn (F), heads (H), kv_heads (G): Llama's.
     rope_theta: base of the rotary positions, which count patches.
-    init: as in `Autoencoder`.
+    init: as in `Autoencoder`, of the token table, the input projection and the head;
+      the Transformer's own layers keep std 0.02, which did as well on small models.
   """
 
   layers: int = 16

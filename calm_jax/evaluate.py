@@ -11,7 +11,7 @@ from typing import Any
 from absl import flags
 from etils import epath
 
-from calm_jax import cli, config, errors, workdir
+from calm_jax import cli, config, errors, files, workdir
 from calm_jax.data import store as store_lib
 from calm_jax.objectives import brier
 from calm_jax.training import evaluation, stages
@@ -93,7 +93,7 @@ def main() -> None:
   if not _WORKDIR.value:
     raise errors.CalmError("give --workdir=DIR, the folder of a training run")
   text = json.dumps(evaluate(_WORKDIR.value), indent=2) + "\n"
-  workdir.write_atomically(epath.Path(_WORKDIR.value) / workdir.EVALUATION, text)
+  files.write(epath.Path(_WORKDIR.value) / workdir.EVALUATION, text)
   print(text, end="")
 
 

@@ -12,7 +12,7 @@ import jax
 from absl import flags
 from etils import epath
 
-from calm_jax import cli, workdir
+from calm_jax import cli, errors, workdir
 from calm_jax.generation import decode
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a stage-two training run.")
@@ -33,6 +33,8 @@ def _note(line: str) -> None:
 
 
 def main() -> None:
+  if not _WORKDIR.value:
+    raise errors.CalmError("give --workdir=DIR, the folder of a stage-two training run")
   settings = decode.Settings(_TEMPERATURE.value, _NUM_CANDIDATES.value, _MAX_TOKENS.value)
   trained = workdir.load_calm(_WORKDIR.value)
   tokenizer = workdir.tokenizer(_WORKDIR.value, trained.origin)

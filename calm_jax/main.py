@@ -3,6 +3,7 @@
 Run again with the same flags, it goes on from the newest good checkpoint.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 from absl import flags
@@ -88,8 +89,11 @@ def train_run(run: config.Run, directory: str, allow_config_change: bool = False
   store = store_lib.TokenStore.open(run.data.path)
   stage, origin, codec = BUILDERS[run.stage](run, store, directory)
   _require_fitting(run, codec.patch_size)
+  if workdir.exists(directory):
+    workdir.require_same_data(directory, origin)
   per_token = flops.train_per_token(run, codec, origin.vocab_size)
-  trainer = train.Trainer(run, stage, store, directory, per_token)
+  record = {"config": dataclasses.asdict(run), "origin": dataclasses.asdict(origin)}
+  trainer = train.Trainer(run, stage, store, directory, per_token, record)
   workdir.create(directory, run, origin, epath.Path(run.data.path) / store.manifest.tokenizer.file)
   trainer.train()
 
@@ -97,7 +101,12 @@ def train_run(run: config.Run, directory: str, allow_config_change: bool = False
 def main() -> None:
   if _CONFIG.value is None or not _WORKDIR.value:
     raise errors.CalmError("give --config=configs/STAGE.py[:SIZE] and --workdir=DIR")
-  run = config.from_mapping(_CONFIG.value.to_dict())
+  try:
+    values = _CONFIG.value.to_dict()
+  except OSError as error:  # What went wrong when the flag was parsed shows here.
+    reason = " ".join(str(error).partition("Attempted")[2].split())
+    raise errors.CalmError(f"can't load --config: {reason}") from error
+  run = config.from_mapping(values)
   train_run(run, _WORKDIR.value, _ALLOW_CONFIG_CHANGE.value)
 
 

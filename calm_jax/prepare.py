@@ -18,7 +18,7 @@ import tqdm
 from absl import flags
 from etils import epath
 
-from calm_jax import cli, errors
+from calm_jax import cli, errors, files
 from calm_jax.data import parts as parts_lib
 from calm_jax.data import sources, store
 from calm_jax.data import tokenizer as tokenizer_lib
@@ -99,7 +99,7 @@ def prepare(settings: Settings) -> store.TokenStore:
     )
     counts = _make_parts(job, parts, settings.workers or os.cpu_count() or 1)
     _require_both_splits(counts, settings)
-    (epath.Path(settings.output) / PLAN).write_text(json.dumps(plan, indent=2) + "\n")
+    files.write(epath.Path(settings.output) / PLAN, json.dumps(plan, indent=2) + "\n")
     written = _write(settings, job, tokenizer, counts, names)
     _remove_work(settings.output)
   except OSError as error:

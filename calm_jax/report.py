@@ -1,4 +1,4 @@
-"""The act of telling: `python -m calm_jax.report --workdir=W1,W2 --output=DIR`.
+"""The act of telling: `python -m calm_jax.report --workdir=W1,W2 [--output=DIR]`.
 
 Writes report.html, one page on all workdirs that needs nothing beside itself,
 and, given both stages, their final figures as summary.json and as a table on
@@ -14,7 +14,9 @@ from calm_jax import cli, errors
 from calm_jax.reporting import page, records, summary
 
 _WORKDIR = flags.DEFINE_list("workdir", None, "Folders of training runs, with commas between.")
-_OUTPUT = flags.DEFINE_string("output", None, "Folder of report.html and summary.json.")
+_OUTPUT = flags.DEFINE_string(
+  "output", "", "Folder of report.html and summary.json; by default the first workdir."
+)
 _SECONDS_TOTAL = flags.DEFINE_float(
   "seconds_total", None, "What everything took; goes into the summary.", 0.0
 )
@@ -40,9 +42,10 @@ def _summarize(accounts: Sequence[records.Account], output: str) -> None:
 
 def main() -> None:
   """Reports on the flags' workdirs."""
-  directories, output = _WORKDIR.value, _OUTPUT.value
-  if not directories or not output:
-    raise errors.CalmError("give --workdir=W1,W2, folders of training runs, and --output=DIR")
+  directories = _WORKDIR.value
+  if not directories:
+    raise errors.CalmError("give --workdir=W1,W2, folders of training runs")
+  output = _OUTPUT.value or directories[0]
   accounts = [records.read(directory) for directory in directories]
   _note(f"wrote {page.write(accounts, output)}")
   _summarize(accounts, output)

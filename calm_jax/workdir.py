@@ -16,7 +16,7 @@ import jax
 from etils import epath
 from jax import numpy as jnp
 
-from calm_jax import config, errors
+from calm_jax import config, errors, files
 from calm_jax.data import store as store_lib
 from calm_jax.data import tokenizer as tokenizer_lib
 from calm_jax.models import autoencoder, calm
@@ -72,16 +72,6 @@ class Origin:
     )
 
 
-def write_atomically(path: epath.Path, text: str) -> None:
-  """Writes a whole file or none."""
-  temporary = path.parent / f"{path.name}.tmp"
-  try:
-    temporary.write_text(text)
-    temporary.rename(path)
-  except OSError as error:
-    raise errors.CalmError(f"can't write {path}: {error}") from error
-
-
 def create(workdir: str, run: config.Run, origin: Origin, tokenizer: epath.Path) -> None:
   """Writes config, origin and tokenizer of a new workdir; config.json comes last.
 
@@ -94,8 +84,8 @@ def create(workdir: str, run: config.Run, origin: Origin, tokenizer: epath.Path)
     tokenizer.copy(path / origin.tokenizer_file, overwrite=True)
   except OSError as error:
     raise errors.CalmError(f"can't write workdir {workdir}: {error}") from error
-  write_atomically(path / "origin.json", json.dumps(dataclasses.asdict(origin), indent=2) + "\n")
-  write_atomically(path / "config.json", config.to_json(run))
+  files.write(path / "origin.json", json.dumps(dataclasses.asdict(origin), indent=2) + "\n")
+  files.write(path / "config.json", config.to_json(run))
 
 
 def exists(workdir: str) -> bool:
@@ -120,7 +110,7 @@ def read_origin(workdir: str) -> Origin:
   """
   values = _read_json(workdir, "origin.json")
   try:
-    return Origin(**values | {"start_patch": tuple(values["start_patch"])})
+    return Origin(**{**values, "start_patch": tuple(values["start_patch"])})
   except (KeyError, TypeError) as error:
     raise errors.CalmError(f"{workdir}/origin.json is not of this version: {error}") from error
 
@@ -161,6 +151,18 @@ def require_same_tokenizer(origin: Origin, store: store_lib.TokenStore, workdir:
       f"trained with tokenizer {origin.tokenizer_hash}: prepare the text with --tokenizer="
       f"{epath.Path(workdir) / origin.tokenizer_file}"
     )
+
+
+def require_same_data(workdir: str, origin: Origin) -> None:
+  """Raises CalmError, naming the hashes, unless the workdir's run began on the same data."""
+  begun = read_origin(workdir)
+  for name in ("tokenizer_hash", "store_hash"):
+    before, now = getattr(begun, name), getattr(origin, name)
+    if before != now:
+      raise errors.CalmError(
+        f"{workdir} was trained on data with {name} {before}, config.data.path has {now}: give "
+        "the same data or a new --workdir"
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,9 +235,9 @@ def copy_autoencoder(trained: TrainedAutoencoder, source: str, workdir: str) -> 
   """Writes a frozen autoencoder into stage two's workdir, config.json last."""
   target = str(epath.Path(workdir) / AUTOENCODER)
   epath.Path(target).mkdir(parents=True, exist_ok=True)
-  checkpoints = checkpoint.Checkpoints(target)
+  checkpoints = checkpoint.Checkpoints(target, keep_latest=1)
   if not checkpoints.steps():
-    saved = checkpoints.save(trained.step, trained.params, {}, {}) and checkpoints.wait()
+    saved = checkpoints.save(trained.step, trained.params, None, {}) and checkpoints.wait()
     if not saved:
       raise errors.CalmError(f"can't copy the autoencoder of {source} to {target}")
   checkpoints.close()

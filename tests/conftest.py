@@ -1,10 +1,89 @@
-"""Eight CPU devices, no accelerator, and a shape mismatch that broadcasting would hide is an error."""
+"""Eight CPU devices, no accelerator; a shape mismatch that broadcasting would hide is an error.
+
+The fixtures tell a whole story at toy size once a session: store, both stages trained.
+Tests that change a folder take a copy.
+"""
 
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
-import jax  # noqa: E402 -- reads the environment when it is imported.
+import json
+import pathlib
+
+import jax
+import pytest
+
+from calm_jax import config, main, prepare
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+OPTIMIZER = config.Optimizer(learning_rate=3e-3, warmup_steps=2, schedule="cosine")
+TRAINING = config.Training(
+  steps=6,
+  batch=8,
+  compute_dtype="float32",
+  log_every=1,
+  eval_every=3,
+  eval_blocks=6,
+  checkpoint_every=2,
+)
+
+
+@pytest.fixture(scope="session")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> str:
+  """The path of a token store of 300 pieces."""
+  folder = tmp_path_factory.mktemp("corpus")
+  lines = [
+    json.dumps({"text": f"The {i} cats of number {i % 17} said: {'meow, ' * (i % 5)}then ate."})
+    for i in range(400)
+  ]
+  (folder / "cats.jsonl").write_text("\n".join(lines))
+  settings = prepare.Settings(
+    (f"{folder}/cats.jsonl",), f"{folder}/tokens", "train:300", heldout=0.2, workers=1
+  )
+  return prepare.prepare(settings).path
+
+
+@pytest.fixture(scope="session")
+def autoencoder_run(tokens: str) -> config.AutoencoderRun:
+  return config.AutoencoderRun(
+    data=config.Data(tokens, 32),
+    model=config.Autoencoder(width=16, ffn=32, latent=8, init="fan_in"),
+    optimizer=OPTIMIZER,
+    training=TRAINING,
+  )
+
+
+@pytest.fixture(scope="session")
+def trained_autoencoder(
+  autoencoder_run: config.AutoencoderRun, tmp_path_factory: pytest.TempPathFactory
+) -> pathlib.Path:
+  """The workdir of a finished run of stage one."""
+  workdir = tmp_path_factory.mktemp("autoencoder") / "run"
+  main.train_run(autoencoder_run, str(workdir))
+  return workdir
+
+
+@pytest.fixture(scope="session")
+def calm_run(tokens: str, trained_autoencoder: pathlib.Path) -> config.CalmRun:
+  return config.CalmRun(
+    data=config.Data(tokens, 32),
+    autoencoder=str(trained_autoencoder),
+    model=config.Backbone(layers=2, width=16, ffn=32, heads=2, kv_heads=1, init="fan_in"),
+    head=config.Head(blocks=1, noise=4),
+    loss=config.EnergyLoss(samples=4, posterior_draws=3),
+    optimizer=OPTIMIZER,
+    training=TRAINING,
+  )
+
+
+@pytest.fixture(scope="session")
+def trained_calm(
+  calm_run: config.CalmRun, tmp_path_factory: pytest.TempPathFactory
+) -> pathlib.Path:
+  """The workdir of a finished run of stage two."""
+  workdir = tmp_path_factory.mktemp("calm") / "run"
+  main.train_run(calm_run, str(workdir))
+  return workdir

@@ -65,7 +65,7 @@ def test_a_batch_that_accumulation_does_not_divide_is_refused():
 def test_an_unknown_schedule_and_a_decay_longer_than_the_run_are_refused():
   with pytest.raises(errors.CalmError, match="did you mean 'cosine'"):
     optimizer.schedule(config.Optimizer(schedule="cosin"), 10)
-  with pytest.raises(errors.CalmError, match="is more than training.steps = 10"):
+  with pytest.raises(errors.CalmError, match=r"is more than training\.steps = 10"):
     optimizer.schedule(config.Optimizer(schedule="wsd", warmup_steps=5, decay_steps=6), 10)
 
 

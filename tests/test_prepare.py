@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import pathlib
-import resource
 import signal
 import subprocess
 import sys
@@ -66,9 +65,9 @@ def files(folder: str) -> dict[str, bytes]:
   return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
 
 
-def run(*flags: str, **options) -> subprocess.CompletedProcess[str]:
+def run(*flags: str) -> subprocess.CompletedProcess[str]:
   command = [sys.executable, "-m", "calm_jax.prepare", *flags]
-  return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
+  return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
 def as_flags(settings: prepare.Settings) -> list[str]:
@@ -297,10 +296,10 @@ def test_the_command_ends_with_one_line_and_2_at_bad_input(settings: prepare.Set
 
 @pytest.mark.parametrize("size", [500, 3000])  # Too little for a part, and for the store.
 def test_a_full_disk_is_told_in_one_line(settings: prepare.Settings, size: int):
-  def allow_little() -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-  done = run(*as_flags(settings), preexec_fn=allow_little)
+  limited = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size})); "
+  limited += "import runpy; runpy.run_module('calm_jax.prepare', run_name='__main__')"
+  command = [sys.executable, "-c", limited, *as_flags(settings)]
+  done = subprocess.run(command, capture_output=True, text=True, timeout=60)
   assert done.returncode == 2
   assert f"error: can't write {settings.output}" in done.stderr and "Traceback" not in done.stderr
   assert run(*as_flags(settings)).returncode == 0

@@ -86,8 +86,10 @@ def test_training_twice_gives_the_same_file(
   assert pathlib.Path(again.path).read_bytes() == pathlib.Path(trained.path).read_bytes()
 
 
-def test_runs_of_spaces_and_newlines_become_pieces(trained: tokenizer_lib.Tokenizer):
-  assert len(trained.encode("    ")) == 1
+def test_each_space_of_an_indentation_is_a_piece_and_newlines_share_one(
+  trained: tokenizer_lib.Tokenizer,
+):
+  assert len(trained.encode("    ")) == 4
   assert len(trained.encode("\n\n\n")) < 3
 
 

@@ -21,7 +21,7 @@ from concurrent.futures import process
 import numpy as np
 from etils import epath
 
-from calm_jax import errors
+from calm_jax import errors, files
 from calm_jax.data import sources, store
 from calm_jax.data import tokenizer as tokenizer_lib
 
@@ -100,9 +100,7 @@ def make_part(job: Job, part: int, spans: Sequence[sources.Span]) -> Counts:
         split: stack.enter_context(_SplitWriter.open(job, part, split)) for split in store.SPLITS
       }
       counts = _tokenize(job, spans, writers)
-    temporary = job.file(part, "json.tmp")
-    temporary.write_text(json.dumps(counts))
-    temporary.replace(job.file(part, "json"))
+    files.write(job.file(part, "json"), json.dumps(counts))
   except OSError as error:  # Those of sources are CalmErrors by now.
     raise errors.CalmError(f"can't write {job.directory}: {error}") from error
   return counts

@@ -32,8 +32,8 @@ class Blocks:
   def __len__(self) -> int:
     return self._count
 
-  def __getitem__(self, block: int) -> dict[str, np.ndarray]:
-    start = int(block) * self._context
+  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    start = int(index) * self._context
     return {"tokens": self._store.read(self._split, start, start + self._context)}
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import tensorstore
 from etils import epath
 
-from calm_jax import errors
+from calm_jax import errors, files
 from calm_jax.data import tokenizer as tokenizer_lib
 
 FORMAT_VERSION = 1
@@ -236,9 +236,7 @@ def write(
       sources=tuple(sources),
       splits={name: _write_split(path, name, contents[name], dtype) for name in SPLITS},
     )
-    temporary = root / f"{MANIFEST}.tmp"
-    temporary.write_text(json.dumps(dataclasses.asdict(manifest), indent=2) + "\n")
-    temporary.replace(root / MANIFEST)
+    files.write(root / MANIFEST, json.dumps(dataclasses.asdict(manifest), indent=2) + "\n")
   except errors.CalmError:
     raise
   except (OSError, ValueError) as error:  # TensorStore tells a full disk by ValueError.

@@ -13,7 +13,7 @@ import sentencepiece
 import tokenizers
 from etils import epath
 
-from calm_jax import errors
+from calm_jax import errors, files
 
 # End of document in well-known tokenizer.json files; the first that exists is taken.
 EOS_NAMES = (
@@ -201,7 +201,6 @@ def train(texts: Iterable[str], vocab_size: int, output_path: str) -> Tokenizer:
       normalization_rule_name="identity",
       add_dummy_prefix=False,
       remove_extra_whitespaces=False,
-      allow_whitespace_only_pieces=True,
       byte_fallback=True,
       # _WORD says where pieces end.
       split_by_whitespace=False,
@@ -220,8 +219,5 @@ def train(texts: Iterable[str], vocab_size: int, output_path: str) -> Tokenizer:
       f"can't train a tokenizer of {vocab_size} pieces on {sum(words.values())} words: "
       f"{reason or error}"
     ) from error
-  path = epath.Path(output_path)
-  temporary = path.parent / f"{path.name}.tmp"
-  temporary.write_bytes(model.getvalue())
-  temporary.replace(path)
+  files.write(output_path, model.getvalue())
   return load(output_path)

@@ -68,7 +68,7 @@ class Attention(nn.Module):
     batch, patches, _ = x_BPD.shape
 
     def project(name, heads):
-      y = layers.linear(name, heads * channels, sizes.init, self.dtype, bias=False)(x_BPD)
+      y = layers.linear(name, heads * channels, "reference", self.dtype, bias=False)(x_BPD)
       return y.reshape(batch, patches, heads, channels)
 
     query_BPHC = rotate(project("query", sizes.heads), position_P, sizes.rope_theta)
@@ -86,7 +86,7 @@ class Attention(nn.Module):
         query_BPHC, cache.key_BWGC, cache.value_BWGC, mask=visible_PW[None, None]
       )
     y_BPD = y_BPHC.reshape(x_BPD.shape)
-    return layers.linear("out", sizes.width, sizes.init, self.dtype, bias=False)(y_BPD), cache
+    return layers.linear("out", sizes.width, "reference", self.dtype, bias=False)(y_BPD), cache
 
 
 class Layer(nn.Module):
@@ -103,7 +103,7 @@ class Layer(nn.Module):
     )
     x_BPD = x_BPD + y_BPD
     y_BPD = layers.rms_norm("mlp_norm", self.dtype)(x_BPD)
-    mlp = layers.SwiGLU(self.sizes.ffn, self.sizes.init, self.dtype, name="mlp")
+    mlp = layers.SwiGLU(self.sizes.ffn, "reference", self.dtype, name="mlp")
     return x_BPD + mlp(y_BPD), cache
 
 
@@ -165,4 +165,5 @@ class Backbone(nn.Module):
     x_BPD = layers.rms_norm("norm", self.dtype)(x_BPD)
     if cache is None:
       return x_BPD, None
+    assert held_W is not None
     return x_BPD, Cache(tuple(written), held_W, cache.next_position + token_BPK.shape[1])

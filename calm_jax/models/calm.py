@@ -7,7 +7,9 @@ import jax
 from jax import numpy as jnp
 
 from calm_jax import config
-from calm_jax.models import autoencoder, backbone, energy_head, heads
+from calm_jax.models import autoencoder as autoencoder_lib
+from calm_jax.models import backbone as backbone_lib
+from calm_jax.models import energy_head, heads, layers
 
 Params = Any
 
@@ -15,7 +17,7 @@ Params = Any
 DECODE_CHUNK = 1024
 
 
-def decode_tokens(model: autoencoder.Autoencoder, params: Params, z_Z: jax.Array) -> jax.Array:
+def decode_tokens(model: autoencoder_lib.Autoencoder, params: Params, z_Z: jax.Array) -> jax.Array:
   """Returns the most likely tokens of latents [..., Z]: int32 [..., K].
 
   Works through the latents in chunks, so that the logits over the vocabulary
@@ -23,7 +25,7 @@ def decode_tokens(model: autoencoder.Autoencoder, params: Params, z_Z: jax.Array
   """
 
   def most_likely(one_Z):
-    logits_KV = model.apply({"params": params}, one_Z, method="decode")
+    logits_KV = layers.apply(model, params, one_Z, method="decode")
     return jnp.argmax(logits_KV, axis=-1).astype(jnp.int32)
 
   flat = z_Z.reshape(-1, z_Z.shape[-1])
@@ -39,17 +41,17 @@ class Calm:
   passed beside them and never trained here.
   """
 
-  autoencoder: autoencoder.Autoencoder
-  backbone: backbone.Backbone
+  autoencoder: autoencoder_lib.Autoencoder
+  backbone: backbone_lib.Backbone
   head: energy_head.EnergyHead
 
   @classmethod
-  def build(cls, run: config.CalmRun, codec: autoencoder.Autoencoder) -> "Calm":
+  def build(cls, run: config.CalmRun, codec: autoencoder_lib.Autoencoder) -> "Calm":
     """Returns the model of a run over a given autoencoder."""
     dtype = jnp.dtype(run.training.compute_dtype)
     return cls(
       autoencoder=codec,
-      backbone=backbone.Backbone(run.model, codec.vocab_size, dtype),
+      backbone=backbone_lib.Backbone(run.model, codec.vocab_size, dtype),
       head=heads.build(run.head, codec.sizes.latent, run.model.init, dtype),
     )
 
@@ -65,11 +67,11 @@ class Calm:
     }
 
   def hidden(
-    self, params: Params, token_BPK: jax.Array, cache: backbone.Cache | None = None
-  ) -> tuple[jax.Array, backbone.Cache | None]:
+    self, params: Params, token_BPK: jax.Array, cache: backbone_lib.Cache | None = None
+  ) -> tuple[jax.Array, backbone_lib.Cache | None]:
     """Returns hidden states [B, P, D], of which the one at i predicts patch i + 1."""
-    return self.backbone.apply({"params": params["backbone"]}, token_BPK, cache)
+    return layers.apply(self.backbone, params["backbone"], token_BPK, cache)
 
   def samples(self, params: Params, hidden_D: jax.Array, noise_NR: jax.Array) -> jax.Array:
     """Returns latents [N, ..., Z] for hidden states [..., D] and noise [N, ..., R]."""
-    return self.head.apply({"params": params["head"]}, hidden_D, noise_NR)
+    return layers.apply(self.head, params["head"], hidden_D, noise_NR)

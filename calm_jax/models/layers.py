@@ -1,9 +1,16 @@
 """What every model shares: initial values, norms, SwiGLU."""
 
+from typing import Any
+
 from flax import linen as nn
 from jax import numpy as jnp
 
 EPS = 1e-6
+
+
+def apply(module: nn.Module, params: Any, *args: Any, method: str | None = None) -> Any:
+  """Returns what a method of `module`, by default its call, gives with these parameters."""
+  return module.apply({"params": params}, *args, method=method)
 
 
 def kernel_init(scheme: str, share: float = 1.0) -> nn.initializers.Initializer:

@@ -31,5 +31,5 @@ def drop_tokens(key: jax.Array, token: jax.Array, rate: float, replacement: int)
 
 
 def drop_latents(key: jax.Array, z_Z: jax.Array, rate: float) -> jax.Array:
-  """Returns z, each entry zero with probability `rate`, else scaled by 1/(1 − rate) (DropLatent)."""
+  """Returns z, each entry 0 with probability `rate`, else times 1/(1 − rate) (DropLatent)."""
   return jnp.where(jax.random.bernoulli(key, 1 - rate, z_Z.shape), z_Z / (1 - rate), 0.0)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from etils import epath
 
-from calm_jax import config, errors, workdir
+from calm_jax import config, errors, files
 from calm_jax.reporting import (
   autoencoder_pictures,
   calm_pictures,
@@ -109,7 +109,7 @@ def write(accounts: Sequence[records.Account], output: str) -> str:
     path.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise errors.CalmError(f"can't write --output={output}: {error}") from error
-  workdir.write_atomically(path / FILE, render(accounts))
+  files.write(path / FILE, render(accounts))
   return str(path / FILE)
 
 

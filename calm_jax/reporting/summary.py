@@ -7,7 +7,7 @@ from typing import Any
 
 from etils import epath
 
-from calm_jax import errors, workdir
+from calm_jax import errors, files, workdir
 from calm_jax.objectives import brier
 from calm_jax.reporting import provenance, records
 
@@ -92,4 +92,4 @@ def write(summary: Mapping[str, Any], output: str) -> None:
   Raises:
     CalmError: if it can't be written.
   """
-  workdir.write_atomically(epath.Path(output) / FILE, json.dumps(summary, indent=2) + "\n")
+  files.write(epath.Path(output) / FILE, json.dumps(summary, indent=2) + "\n")

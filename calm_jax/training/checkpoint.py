@@ -5,7 +5,8 @@ position, config, hashes, fingerprints). Parameters can be read alone.
 """
 
 import dataclasses
-import logging
+import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from etils import epath
 from jax import numpy as jnp
 
 from calm_jax import errors
+from calm_jax.training import metrics
 
 DIRECTORY = "checkpoints"
 UNREADABLE = "checkpoints_unreadable"
@@ -41,6 +43,21 @@ def fingerprint(tree: Tree) -> str:
   return f"{int(_fingerprint(tree)):08x}"
 
 
+@functools.cache
+def _ignore_stragglers() -> None:
+  """Silences the reads and writes that are still under way when Orbax gives up on others.
+
+  Each of them would print that the event loop it reports to is closed.
+  """
+  previous = sys.unraisablehook
+
+  def hook(unraisable):
+    if str(unraisable.exc_value) != "Event loop is closed":
+      previous(unraisable)
+
+  sys.unraisablehook = hook
+
+
 def abstract(tree: Tree) -> Tree:
   """Returns shapes, dtypes and places of `tree`, to restore into without holding it."""
   place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -61,39 +78,59 @@ class Checkpoints:
   """The checkpoints of one workdir: saved in the background, whole or not at all."""
 
   def __init__(
-    self, workdir: str, keep_latest: int = 1, keep_every: int = 0, report: Report = logging.warning
+    self,
+    workdir: str,
+    keep_latest: int | None = None,
+    keep_every: int = 0,
+    report: Report = metrics.show,
   ):
+    """Opens them to be read, or, given `keep_latest`, to be written.
+
+    A reader changes nothing, so that a run can be looked at while it trains.
+
+    Raises:
+      CalmError: if they can't be written there.
+    """
+    _ignore_stragglers()
     self._workdir = epath.Path(workdir)
     self._report = report
-    self._manager = ocp.CheckpointManager(
-      (self._workdir / DIRECTORY).absolute(),
-      options=ocp.CheckpointManagerOptions(
-        max_to_keep=keep_latest,
-        keep_period=keep_every or None,
-        cleanup_tmp_directories=True,
-      ),
-      item_handlers={
-        "params": ocp.StandardCheckpointHandler(),
-        "rest": ocp.StandardCheckpointHandler(),
-        "meta": ocp.JsonCheckpointHandler(),
-      },
+    reads = keep_latest is None
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=keep_latest,
+      keep_period=keep_every or None,
+      cleanup_tmp_directories=not reads,
+      create=not reads,
+      read_only=reads,
     )
+    handlers = {
+      "params": ocp.StandardCheckpointHandler(),
+      "rest": ocp.StandardCheckpointHandler(),
+      "meta": ocp.JsonCheckpointHandler(),
+    }
+    try:
+      self._manager = ocp.CheckpointManager(
+        (self._workdir / DIRECTORY).absolute(), options=options, item_handlers=handlers
+      )
+    except OSError as error:
+      raise errors.CalmError(f"can't open the checkpoints of {workdir}: {error}") from error
 
   def steps(self) -> list[int]:
     """Returns the steps of whole checkpoints, oldest first."""
     return sorted(self._manager.all_steps())
 
-  def save(self, step: int, params: Tree, rest: Tree, meta: dict[str, Any]) -> bool:
+  def save(self, step: int, params: Tree, rest: Tree | None, meta: dict[str, Any]) -> bool:
     """Starts saving and returns at once. Returns False, and says why, if saving fails.
+
+    `rest` is None for parameters that are never trained on.
 
     A failure of the save before this one shows here, too. Older checkpoints stay
     as they were.
     """
-    meta = meta | {"params_fingerprint": fingerprint(params), "rest_fingerprint": fingerprint(rest)}
+    trees = {"params": params} if rest is None else {"params": params, "rest": rest}
+    prints = {f"{name}_fingerprint": fingerprint(tree) for name, tree in trees.items()}
     args = ocp.args.Composite(
-      params=ocp.args.StandardSave(params),
-      rest=ocp.args.StandardSave(rest),
-      meta=ocp.args.JsonSave(meta),
+      meta=ocp.args.JsonSave(meta | prints),
+      **{name: ocp.args.StandardSave(tree) for name, tree in trees.items()},
     )
     saved_before = self.wait()
     return self._attempt(f"step {step}", lambda: self._manager.save(step, args=args)) and (
@@ -151,10 +188,10 @@ class Checkpoints:
       items["rest"] = ocp.args.StandardRestore(rest)
     read = self._manager.restore(step, args=ocp.args.Composite(**items))
     for name in items.keys() - {"meta"}:
-      expected, found = read.meta[f"{name}_fingerprint"], fingerprint(read[name])
+      expected, found = read["meta"][f"{name}_fingerprint"], fingerprint(read[name])
       if found != expected:
         raise ValueError(f"{name} have fingerprint {found}, {expected} was saved: damaged")
-    return Restored(step, read.params, read.rest if rest is not None else None, read.meta)
+    return Restored(step, read["params"], None if rest is None else read["rest"], read["meta"])
 
   def set_aside_after(self, step: int) -> None:
     """Moves checkpoints newer than `step` out of the way, so that the run can write them anew."""

@@ -1,5 +1,6 @@
 """Figures of a run: a line a report, metrics.jsonl always, TensorBoard where it is installed."""
 
+import importlib
 import importlib.util
 import json
 import sys
@@ -9,6 +10,14 @@ from typing import Any
 
 from etils import epath
 from tqdm import tqdm
+
+from calm_jax import errors, files
+
+
+def show(line: str) -> None:
+  """Prints a line for a person, on standard error, past a progress bar."""
+  tqdm.write(line, file=sys.stderr)
+  sys.stderr.flush()
 
 
 class Writer:
@@ -28,9 +37,8 @@ class Writer:
     )
     self._board = None
     if importlib.util.find_spec("tensorboardX"):
-      from tensorboardX import SummaryWriter
-
-      self._board = SummaryWriter(str(path.parent / "tensorboard"))
+      board = importlib.import_module("tensorboardX")
+      self._board = board.SummaryWriter(str(path.parent / "tensorboard"))
 
   def _drop_after(self, step: int) -> None:
     """A resumed run writes the steps after its checkpoint again: forget the first account."""
@@ -43,7 +51,7 @@ class Writer:
           kept.append(line + "\n")
       except ValueError:
         continue  # The last line of a killed run may be cut.
-    self._path.write_text("".join(kept))
+    files.write(self._path, "".join(kept))
 
   def write(
     self, kind: str, step: int, values: Mapping[str, Any], shown: Sequence[str] = ()
@@ -52,17 +60,23 @@ class Writer:
 
     Args:
       shown: the figures that the printed line names.
+
+    Raises:
+      CalmError: if it can't be written.
     """
     record = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
-    with self._path.open("a") as file:
-      file.write(json.dumps(record) + "\n")
+    try:
+      with self._path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+    except OSError as error:
+      raise errors.CalmError(f"can't write {self._path}: {error}") from error
     if self._board:
       for name, value in values.items():
         if isinstance(value, (int, float)):
           self._board.add_scalar(f"{kind}/{name}", value, step)
     figures = "  ".join(f"{name} {values[name]:.6g}" for name in shown if name in values)
     left = f"  {self._seconds_left(step)} left" if kind == "train" else ""
-    self.show(f"{kind} {step}/{self._steps}  {figures}{left}")
+    show(f"{kind} {step}/{self._steps}  {figures}{left}")
 
   def _seconds_left(self, step: int) -> str:
     done = max(1, step - self._first_step)
@@ -72,12 +86,6 @@ class Writer:
   def advance(self, steps: int) -> None:
     """Moves the progress bar."""
     self._bar.update(steps)
-
-  @staticmethod
-  def show(line: str) -> None:
-    """Prints a line for a person, on standard error, past the progress bar."""
-    tqdm.write(line, file=sys.stderr)
-    sys.stderr.flush()
 
   def close(self) -> None:
     self._bar.close()

@@ -94,7 +94,7 @@ class Reporter:
       f"step {done} was skipped: loss {values['loss']}, gradient norm {values['gradient_norm']}; "
       f"its batch holds examples {_ranges(indices)}"
     )
-    self._writer.show(what)
+    metrics.show(what)
     if in_a_row >= self._run.training.max_skipped:
       raise errors.CalmError(f"{in_a_row} non-finite steps in a row, training.max_skipped; {what}")
 

@@ -9,7 +9,7 @@ import numpy as np
 from jax import numpy as jnp
 
 from calm_jax import config
-from calm_jax.models import autoencoder, calm
+from calm_jax.models import autoencoder, calm, layers
 from calm_jax.objectives import autoencoding, brier, energy_score
 from calm_jax.training import step
 
@@ -64,10 +64,10 @@ def autoencoder_stage(run: config.AutoencoderRun, vocab_size: int) -> Stage:
   size, settings = run.model.patch_size, run.loss
 
   def encode(params, token_BPK):
-    return model.apply({"params": params}, token_BPK, method="encode")
+    return layers.apply(model, params, token_BPK, method="encode")
 
   def decode(params, z_BPZ):
-    return model.apply({"params": params}, z_BPZ, method="decode")
+    return layers.apply(model, params, z_BPZ, method="decode")
 
   def posterior_draw(mean_BPZ, log_std_BPZ, key_B):
     eps_BPZ = per_example(lambda key: jax.random.normal(key, mean_BPZ.shape[1:]), key_B, 0)
@@ -141,7 +141,7 @@ def calm_stage(run: config.CalmRun, codec: autoencoder.Autoencoder, frozen: Para
     token_BPK = patches(batch["tokens"], size)
     target_BPK = token_BPK[:, 1:]
     hidden_BPD, _ = model.hidden(params, token_BPK[:, :-1])
-    mean_BPZ, log_std_BPZ = codec.apply({"params": frozen}, target_BPK, method="encode")
+    mean_BPZ, log_std_BPZ = layers.apply(codec, frozen, target_BPK, method="encode")
     noise_key_B, target_key_B = jax.vmap(jax.random.split, out_axes=1)(
       example_keys(key, batch["index"])
     )
@@ -152,7 +152,8 @@ def calm_stage(run: config.CalmRun, codec: autoencoder.Autoencoder, frozen: Para
     draws = (settings.posterior_draws, count, codec.sizes.latent)
     eps_MBPZ = per_example(lambda key: jax.random.normal(key, draws), target_key_B, 1)
     sample_NBPZ = model.samples(params, hidden_BPD, noise_NBPR)
-    return sample_NBPZ, mean_BPZ + jnp.exp(log_std_BPZ) * eps_MBPZ, target_BPK
+    target_MBPZ = mean_BPZ[None] + jnp.exp(log_std_BPZ)[None] * eps_MBPZ
+    return sample_NBPZ, target_MBPZ, target_BPK
 
   def loss(params, frozen, batch, key):
     sample_NBPZ, target_MBPZ, target_BPK = predictions(params, frozen, batch, key)

@@ -95,7 +95,7 @@ def make_step(
     grads, metrics = accumulated_gradients(
       loss, state.params, frozen, batch, key, training.accumulation
     )
-    gradient_norm = optax.global_norm(grads)
+    gradient_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(gradient_norm)
     directions, new_optimizer = tx.update(grads, state.optimizer, state.params)
     learning_rate = rate(state.step)
@@ -108,8 +108,8 @@ def make_step(
     metrics |= {
       "finite": finite,
       "gradient_norm": gradient_norm,
-      "parameter_norm": optax.global_norm(state.params),
-      "update_norm": optax.global_norm(updates),
+      "parameter_norm": optax.tree.norm(state.params),
+      "update_norm": optax.tree.norm(updates),
       "learning_rate": learning_rate,
     }
     new_state = TrainState(

@@ -3,7 +3,7 @@
 import contextlib
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -62,7 +62,9 @@ class Trainer:
     store: store_lib.TokenStore,
     directory: str,
     flops_per_token: float,
+    record: Mapping[str, Any],
   ):
+    """Takes the parts of a run; `record` goes into every checkpoint."""
     self._run, self._stage, self._flops_per_token = run, stage, flops_per_token
     settings, context = run.training, run.data.context
     self._directory = epath.Path(directory)
@@ -70,10 +72,8 @@ class Trainer:
     self._evaluate = evaluation.Evaluator(
       stage, store, context, min(EVALUATION_BATCH, settings.eval_blocks), settings.eval_blocks, 0
     )
-    self._origin = {"store_hash": store.hash, "tokenizer_hash": store.manifest.tokenizer.hash}
-    self._checkpoints = checkpoint.Checkpoints(
-      directory, settings.keep_latest, settings.keep_every, report=metrics.Writer.show
-    )
+    self._record = record
+    self._checkpoints = checkpoint.Checkpoints(directory, settings.keep_latest, settings.keep_every)
 
   def train(self) -> None:
     """Trains to the last step, from the newest good checkpoint if there is one.
@@ -104,30 +104,25 @@ class Trainer:
     restored = self._checkpoints.restore(checkpoint.abstract(params), checkpoint.abstract(rest))
     if restored is None:
       return init()
-    for name, value in self._origin.items():
-      if restored.meta[name] != value:
-        raise errors.CalmError(
-          f"the checkpoint in {self._directory} was trained on data with {name} "
-          f"{restored.meta[name]}, data.path has {value}: give the same data or a new workdir"
-        )
     self._checkpoints.set_aside_after(restored.step)
     self._batches.set_state(restored.meta["data"])
-    metrics.Writer.show(f"going on after step {restored.step}")
+    metrics.show(f"going on after step {restored.step}")
     return step.TrainState(params=restored.params, **restored.rest)
 
   def _loop(self, state: step.TrainState, start: int, writer: metrics.Writer, stop: _Stop) -> None:
     settings = self._run.training
     report = reporter.Reporter(self._run, writer, self._flops_per_token, start)
-    compiled = jax.jit(
+    traced = jax.jit(
       step.make_step(self._stage.loss, self._run.optimizer, settings), donate_argnums=0
     )
+    take: Callable[..., Any] = traced
     for done in range(start + 1, settings.steps + 1):
       with _timed(report.wait_for_data):
         batch = next(self._batches)
       if done == start + 1:
         with _timed(report.pause):
-          compiled = compiled.lower(state, self._stage.frozen, batch).compile()
-      state, figures = compiled(state, self._stage.frozen, batch)
+          take = traced.lower(state, self._stage.frozen, batch).compile()
+      state, figures = take(state, self._stage.frozen, batch)
       report.push(done, figures, batch["index"])
       last = done == settings.steps or bool(stop.signal)
       evaluate = settings.eval_every and (last or done % settings.eval_every == 0)
@@ -141,12 +136,12 @@ class Trainer:
             figures = self._evaluate(state.params) | {"flops": report.flops(done)}
             writer.write("evaluation", done, figures, SHOWN)
       if stop.signal:
-        metrics.Writer.show(f"{stop.signal}: saved step {done}; the same command goes on from it")
+        metrics.show(f"{stop.signal}: saved step {done}; the same command goes on from it")
         raise Interrupted()
 
   def _save(self, done: int, state: step.TrainState, wait: bool) -> None:
     params, rest = step.parts(state)
-    meta = {**self._origin, "data": self._batches.get_state()}
+    meta = {**self._record, "data": self._batches.get_state()}
     saved = self._checkpoints.save(done, params, rest, meta)
     if wait and not (self._checkpoints.wait() and saved):
       raise errors.CalmError(

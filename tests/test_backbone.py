@@ -1,0 +1,96 @@
+"""Claims about the Transformer over patches: causal, and the same with and without a cache."""
+
+import jax
+import numpy as np
+import pytest
+from jax import numpy as jnp
+
+from calm_jax import config
+from calm_jax.models import backbone, layers
+
+SIZES = config.Backbone(layers=2, width=16, ffn=24, heads=4, kv_heads=2, init="fan_in")
+VOCAB, PATCH, PATCHES = 50, 2, 7
+
+
+@pytest.fixture(scope="module")
+def model():
+  return backbone.Backbone(SIZES, VOCAB)
+
+
+@pytest.fixture(scope="module")
+def token_BPK():
+  return jax.random.randint(jax.random.key(1), (3, PATCHES, PATCH), 0, VOCAB)
+
+
+@pytest.fixture(scope="module")
+def params(model, token_BPK):
+  return model.init(jax.random.key(0), token_BPK)["params"]
+
+
+def test_no_gradient_flows_from_a_hidden_state_to_later_patches(params):
+  """Every token is another row of the table, so the gradient by row is that by position."""
+  token_BPK = jnp.arange(PATCHES * PATCH).reshape(1, PATCHES, PATCH)
+  model = backbone.Backbone(SIZES, token_BPK.size)
+  table_VD = params["embed"]["embedding"][: token_BPK.size]
+
+  def hidden_sum(table_VD, patch):
+    changed = {**params, "embed": {"embedding": table_VD}}
+    hidden_BPD, _ = layers.apply(model, changed, token_BPK)
+    return jnp.sum(jnp.sin(hidden_BPD[0, patch]))
+
+  for patch in range(PATCHES):
+    grad = jax.grad(hidden_sum)(table_VD, patch).reshape(PATCHES, PATCH, -1)
+    size_P = np.abs(grad).sum(axis=(1, 2))
+    assert np.all(size_P[: patch + 1] > 0)
+    np.testing.assert_array_equal(size_P[patch + 1 :], 0)
+
+
+@pytest.mark.parametrize("prefill", [1, 3, PATCHES])
+def test_patch_by_patch_with_a_cache_equals_all_at_once(model, params, token_BPK, prefill):
+  expected_BPD, _ = layers.apply(model, params, token_BPK)
+  cache = backbone.empty_cache(SIZES, 3, PATCHES + 2, jnp.float32)
+  found_BPD, cache = layers.apply(model, params, token_BPK[:, :prefill], cache)
+  parts = [found_BPD]
+  for patch in range(prefill, PATCHES):
+    found_BPD, cache = layers.apply(model, params, token_BPK[:, patch : patch + 1], cache)
+    parts.append(found_BPD)
+  np.testing.assert_allclose(jnp.concatenate(parts, axis=1), expected_BPD, atol=2e-5)
+  assert int(cache.next_position) == PATCHES
+
+
+def test_a_full_ring_forgets_the_oldest_patch(model, params, token_BPK):
+  """In one layer, what has left the window changes nothing, what is in it does."""
+  one_layer = backbone.Backbone(
+    config.Backbone(layers=1, width=16, ffn=24, heads=4, kv_heads=2, init="fan_in"), VOCAB
+  )
+
+  def last(token_BPK, window=3):
+    cache = backbone.empty_cache(one_layer.sizes, 3, window, jnp.float32)
+    hidden_BPD = None
+    for patch in range(PATCHES):
+      hidden_BPD, cache = layers.apply(one_layer, params, token_BPK[:, patch : patch + 1], cache)
+    return np.asarray(hidden_BPD)
+
+  forgotten = token_BPK.at[:, PATCHES - 4].set(0)
+  remembered = token_BPK.at[:, PATCHES - 3].set(0)
+  np.testing.assert_array_equal(last(forgotten), last(token_BPK))
+  assert np.abs(last(remembered) - last(token_BPK)).max() > 1e-3
+
+
+def test_rotation_makes_attention_depend_on_distance_alone():
+  q_C, k_C = jax.random.normal(jax.random.key(0), (2, 8))
+
+  def score(query_at, key_at):
+    x_BPHC = jnp.stack([q_C, k_C])[None, :, None]
+    q, k = backbone.rotate(x_BPHC, jnp.array([query_at, key_at]), 10000.0)[0, :, 0]
+    return float(q @ k)
+
+  assert score(5, 3) == pytest.approx(score(105, 103), rel=1e-4)
+  assert abs(score(5, 3) - score(5, 4)) > 1e-3
+
+
+def test_rotation_by_hand():
+  """Position 2, two channels of frequency 1: a plain turn by 2 radians."""
+  x_BPHC = jnp.array([1.0, 0.0]).reshape(1, 1, 1, 2)
+  found = backbone.rotate(x_BPHC, jnp.array([2]), 10000.0)[0, 0, 0]
+  np.testing.assert_allclose(found, [np.cos(2.0), np.sin(2.0)], rtol=1e-6)

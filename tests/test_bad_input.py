@@ -1,0 +1,175 @@
+"""Each bad input ends in one line on standard error and exit code 2, and spoils nothing."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from calm_jax import config, errors, main, prepare, workdir
+from calm_jax.data import store as store_lib
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def changed(run: config.Run, **parts) -> config.Run:
+  """The run with settings replaced: changed(run, data={"context": 30})."""
+  return dataclasses.replace(
+    run, **{part: dataclasses.replace(getattr(run, part), **new) for part, new in parts.items()}
+  )
+
+
+def refused(run: config.Run, directory: pathlib.Path, reason: str) -> None:
+  with pytest.raises(errors.CalmError, match=reason) as caught:
+    main.train_run(run, str(directory))
+  assert "\n" not in str(caught.value)
+  assert not workdir.exists(str(directory))
+
+
+@pytest.fixture
+def other_tokens(tokens: str, tmp_path: pathlib.Path) -> str:
+  """A store with another tokenizer."""
+  (tmp_path / "dogs.jsonl").write_text(
+    "".join(json.dumps({"text": f"{i} dogs bark at {i * i} dogs."}) + "\n" for i in range(200))
+  )
+  settings = prepare.Settings(
+    (f"{tmp_path}/dogs.jsonl",), f"{tmp_path}/store", "train:290", heldout=0.3, workers=1
+  )
+  return prepare.prepare(settings).path
+
+
+@pytest.mark.parametrize("context", [30, 4])
+def test_a_context_that_is_no_multiple_of_k_or_one_patch(autoencoder_run, tmp_path, context):
+  run = changed(autoencoder_run, data={"context": context})
+  refused(run, tmp_path / "new", f"multiple of K = 4 .* got {context}")
+
+
+def test_a_context_longer_than_the_text(autoencoder_run, tmp_path):
+  run = changed(autoencoder_run, data={"context": 400_000})
+  refused(run, tmp_path / "new", "prepare more text or shorten the context")
+
+
+def test_no_store_and_one_that_is_not_there(autoencoder_run, tmp_path):
+  refused(
+    changed(autoencoder_run, data={"path": ""}), tmp_path / "new", "config.data.path is empty"
+  )
+  gone = changed(autoencoder_run, data={"path": f"{tmp_path}/gone"})
+  refused(gone, tmp_path / "new", "no such token store: .*gone")
+
+
+def test_no_autoencoder_one_that_is_not_there_and_one_that_is_none(
+  calm_run, trained_calm, tmp_path
+):
+  for path, reason in (
+    ("", "config.autoencoder is empty"),
+    (f"{tmp_path}/gone", "no workdir at"),
+    (str(trained_calm), "holds stage 'calm', not an autoencoder"),
+  ):
+    refused(dataclasses.replace(calm_run, autoencoder=path), tmp_path / "new", reason)
+
+
+def test_a_store_that_does_not_match_the_autoencoder(
+  calm_run, trained_autoencoder, other_tokens, tmp_path
+):
+  own = workdir.read_origin(str(trained_autoencoder)).tokenizer_hash
+  other = store_lib.TokenStore.open(other_tokens).manifest.tokenizer.hash
+  assert own != other
+  refused(changed(calm_run, data={"path": other_tokens}), tmp_path / "new", f"{other}.*{own}")
+
+
+def test_a_workdir_whose_config_differs(autoencoder_run, trained_autoencoder):
+  before = (trained_autoencoder / "config.json").read_text()
+  run = changed(autoencoder_run, optimizer={"learning_rate": 0.5})
+  with pytest.raises(errors.CalmError, match=r"optimizer.learning_rate: 0.003, 0.5"):
+    main.train_run(run, str(trained_autoencoder))
+  assert (trained_autoencoder / "config.json").read_text() == before
+
+
+def test_other_data_for_a_run_that_has_begun(
+  autoencoder_run, trained_autoencoder, other_tokens, tmp_path
+):
+  shutil.copytree(trained_autoencoder, tmp_path / "copy")
+  run = changed(autoencoder_run, data={"path": other_tokens})
+  with pytest.raises(errors.CalmError, match="trained on data with"):
+    main.train_run(run, str(tmp_path / "copy"), allow_config_change=True)
+  for name in ("config.json", "origin.json"):
+    assert (tmp_path / "copy" / name).read_text() == (trained_autoencoder / name).read_text()
+
+
+def test_a_workdir_without_a_checkpoint(trained_autoencoder, calm_run, tmp_path):
+  shutil.copytree(trained_autoencoder, tmp_path / "copy")
+  shutil.rmtree(tmp_path / "copy/checkpoints")
+  run = dataclasses.replace(calm_run, autoencoder=str(tmp_path / "copy"))
+  refused(run, tmp_path / "new", "has no checkpoint yet: train it first")
+
+
+def test_a_tokenizer_that_is_not_the_one_trained_with(trained_calm, other_tokens, tmp_path):
+  shutil.copytree(trained_calm, tmp_path / "copy")
+  shutil.copy(f"{other_tokens}/tokenizer.model", tmp_path / "copy")
+  origin = workdir.read_origin(str(tmp_path / "copy"))
+  reason = f"but the model was trained with {origin.tokenizer_hash}"
+  with pytest.raises(errors.CalmError, match=reason):
+    workdir.tokenizer(str(tmp_path / "copy"), origin)
+
+
+def test_a_broken_file_of_a_workdir_is_named(trained_calm, tmp_path):
+  shutil.copytree(trained_calm, tmp_path / "copy")
+  for name, content in (("config.json", "{"), ("origin.json", "{}")):
+    (tmp_path / "copy" / name).write_text(content)
+    with pytest.raises(errors.CalmError, match=name) as caught:
+      workdir.load_calm(str(tmp_path / "copy"))
+    assert "\n" not in str(caught.value)
+    shutil.copy(trained_calm / name, tmp_path / "copy")
+
+
+COMMANDS = {
+  "no flags": ("main", "", "give --config=configs/STAGE.py"),
+  "no config file": ("main", "--config=configs/nothing.py --workdir={new}", "nothing.py"),
+  "unknown size": ("main", "--config=configs/calm.py:xs --workdir={new}", "unknown size 'xs'"),
+  "unknown setting": (
+    "main", "--config=configs/calm.py --config.training.stepz=5 --workdir={new}", "steps",
+  ),
+  "wrong type": (
+    "main", "--config=configs/calm.py --config.training.steps=many --workdir={new}", "many",
+  ),
+  "one sample": (
+    "main", "--config=configs/calm.py --config.loss.samples=1 --workdir={new}",
+    "config.loss.samples (N) must be at least 2 for the repulsion, got 1",
+  ),
+  "alpha": (
+    "main", "--config=configs/calm.py --config.loss.alpha=2.0 --workdir={new}",
+    "config.loss.alpha must lie in (0, 2), got 2.0",
+  ),
+  "indivisible batch": (
+    "main", "--config=configs/calm.py --config.training.accumulation=3 --workdir={new}",
+    "batch must be divisible by accumulation = 3, got 256",
+  ),
+  "stray argument": ("main", "training.steps=5", "unexpected argument 'training.steps=5'"),
+  "no workdir to evaluate": ("evaluate", "--workdir={new}", "no workdir at"),
+  "context to evaluate": ("evaluate", "--workdir={calm} --context=30", "multiple of K = 4"),
+  "temperature": ("generate", "--workdir={calm} --temperature=0.7", "must be 1/n"),
+  "text of an autoencoder": (
+    "generate", "--workdir={autoencoder}", "holds stage 'autoencoder', not a language model",
+  ),
+  "report on nothing": ("report", "--workdir={new}", "no workdir at"),
+  "no such input": (
+    "prepare", "--input={new}/*.txt --output={new} --tokenizer=train:300", "matches nothing",
+  ),
+  "no such flag": ("generate", "--workdri={calm}", "Did you mean: workdir"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("act", "flags", "reason"), COMMANDS.values(), ids=COMMANDS.keys())
+def test_a_bad_command_ends_in_one_line(
+  act: str, flags: str, reason: str, trained_autoencoder, trained_calm, tmp_path: pathlib.Path
+):
+  places = {"new": tmp_path / "new", "calm": trained_calm, "autoencoder": trained_autoencoder}
+  command = [sys.executable, "-m", f"calm_jax.{act}", *flags.format(**places).split()]
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+  assert done.returncode == 2 and done.stdout == ""
+  last = done.stderr.splitlines()[-1]
+  assert last.startswith("error: ") and reason in last
+  assert "Traceback" not in done.stderr and not (tmp_path / "new").exists()

@@ -1,0 +1,156 @@
+"""Claims about checkpoints: whole or not at all, damage found, the last good one kept."""
+
+import pathlib
+import resource
+
+import jax
+import numpy as np
+import pytest
+from jax import numpy as jnp
+
+from calm_jax import errors
+from calm_jax.training import checkpoint
+
+SIZE = 5000
+
+
+def params(step: int):
+  return {"w": jax.random.normal(jax.random.key(step), (SIZE,))}
+
+
+def rest(step: int):
+  return {"step": jnp.int32(step), "mean": {"w": jnp.full((3, 2), step, jnp.bfloat16)}}
+
+
+def saved(directory: pathlib.Path, *steps: int, **options) -> list[str]:
+  """Saves steps one after the other and returns what was reported."""
+  said: list[str] = []
+  options = {"keep_latest": 1} | options
+  checkpoints = checkpoint.Checkpoints(str(directory), report=said.append, **options)
+  for step in steps:
+    checkpoints.save(step, params(step), rest(step), {"data": {"next": 10 * step}})
+    checkpoints.wait()
+  checkpoints.close()
+  return said
+
+
+def restored(directory: pathlib.Path, with_rest: bool = True):
+  """Returns what is restored, and what was reported."""
+  said: list[str] = []
+  checkpoints = checkpoint.Checkpoints(str(directory), report=said.append)
+  try:
+    trees = [checkpoint.abstract(jax.eval_shape(make, 0)) for make in (params, rest)]
+    return checkpoints.restore(*trees[: 1 + with_rest]), said
+  finally:
+    checkpoints.close()
+
+
+def assert_step(found: checkpoint.Restored | None, step: int):
+  assert found is not None and found.step == step
+  np.testing.assert_array_equal(found.params["w"], params(step)["w"])
+
+
+def damage(directory: pathlib.Path, step: int):
+  """Changes one byte in the middle of every data file of the parameters."""
+  files = [p for p in (directory / f"checkpoints/{step}/params/d").iterdir() if p.stat().st_size]
+  assert files
+  for file in files:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_what_is_saved_comes_back(tmp_path: pathlib.Path):
+  assert saved(tmp_path, 7) == []
+  found, said = restored(tmp_path)
+  assert_step(found, 7)
+  assert found.meta["data"] == {"next": 70} and said == []
+  jax.tree.map(np.testing.assert_array_equal, found.rest, rest(7))
+  assert found.rest["mean"]["w"].dtype == jnp.bfloat16
+
+
+def test_parameters_can_be_read_alone(tmp_path: pathlib.Path):
+  saved(tmp_path, 7)
+  found, _ = restored(tmp_path, with_rest=False)
+  assert_step(found, 7)
+  assert found.rest is None
+
+
+def test_without_a_checkpoint_there_is_none(tmp_path: pathlib.Path):
+  assert restored(tmp_path) == (None, [])
+
+
+def test_the_latest_and_every_third_are_kept(tmp_path: pathlib.Path):
+  saved(tmp_path, *range(1, 8), keep_latest=2, keep_every=3)
+  kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
+  assert kept == [3, 6, 7]
+
+
+def test_a_damaged_checkpoint_is_told_and_the_one_before_is_taken(tmp_path: pathlib.Path):
+  saved(tmp_path, 1, 2, 3, keep_latest=3)
+  damage(tmp_path, 3)
+  found, said = restored(tmp_path)
+  assert_step(found, 2)
+  assert len(said) == 1 and "step 3" in said[0] and "falling back" in said[0]
+
+
+def test_a_file_that_is_gone_counts_as_damage(tmp_path: pathlib.Path):
+  saved(tmp_path, 1, 2, keep_latest=2)
+  (tmp_path / "checkpoints/2/rest/manifest.ocdbt").unlink()
+  found, said = restored(tmp_path)
+  assert_step(found, 1)
+  assert "step 2" in said[0]
+
+
+def test_a_fingerprint_finds_what_the_format_does_not(tmp_path: pathlib.Path):
+  """A checkpoint whose parameters are not those that were saved reads back without an error."""
+  saved(tmp_path, 1, 2, keep_latest=2)
+  meta = next((tmp_path / "checkpoints/2/meta").iterdir())
+  print_ = checkpoint.fingerprint(params(2))
+  assert print_ in meta.read_text()
+  meta.write_text(meta.read_text().replace(print_, checkpoint.fingerprint(params(3))))
+  found, said = restored(tmp_path)
+  assert_step(found, 1)
+  assert "damaged" in said[0]
+
+
+def test_if_every_checkpoint_is_damaged_the_steps_are_named(tmp_path: pathlib.Path):
+  saved(tmp_path, 1, 2, keep_latest=2)
+  damage(tmp_path, 1)
+  damage(tmp_path, 2)
+  with pytest.raises(errors.CalmError, match=r"none of the checkpoints .* \(steps \[1, 2\]\)"):
+    restored(tmp_path)
+
+
+def test_a_save_cut_short_is_no_checkpoint(tmp_path: pathlib.Path):
+  saved(tmp_path, 1)
+  (tmp_path / "checkpoints/2.orbax-checkpoint-tmp/params").mkdir(parents=True)
+  assert_step(restored(tmp_path)[0], 1)
+
+
+def test_a_full_disk_is_told_and_leaves_the_checkpoint_before(tmp_path: pathlib.Path):
+  saved(tmp_path, 1)
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE, hard))  # A quarter of the parameters.
+  try:
+    said = saved(tmp_path, 2, keep_latest=2)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+  assert said and "failed" in said[0] and "the last good one is step 1" in said[-1]
+  assert_step(restored(tmp_path)[0], 1)
+
+
+def test_what_is_newer_than_a_step_is_set_aside(tmp_path: pathlib.Path):
+  saved(tmp_path, 1, 2, 3, keep_latest=3)
+  checkpoints = checkpoint.Checkpoints(str(tmp_path), keep_latest=3, report=lambda line: None)
+  checkpoints.set_aside_after(1)
+  assert checkpoints.steps() == [1]
+  checkpoints.close()
+  assert {p.name for p in (tmp_path / "checkpoints_unreadable").iterdir()} == {"2", "3"}
+
+
+def test_a_fingerprint_depends_on_every_bit_and_on_the_leaf():
+  a, b = jnp.arange(4.0), jnp.ones((4,))
+  assert checkpoint.fingerprint((a, b)) == checkpoint.fingerprint((a + 0, b + 0))
+  assert checkpoint.fingerprint((a, b)) != checkpoint.fingerprint((b, a))
+  assert checkpoint.fingerprint((a, b)) != checkpoint.fingerprint((jnp.nextafter(a, 9.0), b))

@@ -1,0 +1,35 @@
+"""Claims about evaluation: every held-out block counts once."""
+
+import numpy as np
+from jax import numpy as jnp
+
+from calm_jax.data import store as store_lib
+from calm_jax.training import evaluation, stages
+
+
+def stage():
+  """Scores a block by its index and its first token."""
+
+  def evaluate(params, frozen, batch, key):
+    return {"index": batch["index"] + params, "first": batch["tokens"][:, 0]}
+
+  return stages.Stage(
+    init=lambda key: key,
+    loss=lambda *_: (jnp.float32(0), {}),
+    evaluate=evaluate,
+    summarize=lambda scores: {name: value.tolist() for name, value in scores.items()},
+    frozen={},
+  )
+
+
+def test_every_block_counts_once_and_the_counts_are_stated(tokens: str):
+  store = store_lib.TokenStore.open(tokens)
+  count = store.num_tokens("heldout") // 32
+  for batch, limit, expected in ((4, 0, count), (4, 5, 5), (7, 7, 7), (100, 3, 3)):
+    found = evaluation.Evaluator(stage(), store, 32, batch, limit, seed=3)(jnp.int32(10))
+    np.testing.assert_array_equal(found["index"], 10 + np.arange(expected))
+    np.testing.assert_array_equal(found["first"], store.read("heldout", 0, 32 * expected)[::32])
+    counts = {name: found[name] for name in ("context_tokens", "blocks", "tokens", "seed")}
+    assert counts == {
+      "context_tokens": 32, "blocks": expected, "tokens": 32 * expected, "seed": 3,
+    }  # fmt: skip

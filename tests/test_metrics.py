@@ -1,0 +1,98 @@
+"""Claims about the record of a run: what is written, what is shown, what a resume forgets."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from jax import numpy as jnp
+
+from calm_jax import config, errors
+from calm_jax.training import metrics, reporter
+
+
+@pytest.fixture
+def path(tmp_path: pathlib.Path) -> pathlib.Path:
+  return tmp_path / "metrics.jsonl"
+
+
+def records(path: pathlib.Path) -> list[dict]:
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def writer(path: pathlib.Path, first_step: int = 0) -> metrics.Writer:
+  return metrics.Writer(epath.Path(path), 10, first_step)
+
+
+def test_off_a_terminal_each_report_is_a_plain_line(path, capsys: pytest.CaptureFixture[str]):
+  writer(path).write("train", 5, {"loss": 1.25, "hidden": 3.0}, ("loss",))
+  assert capsys.readouterr().err.startswith("train 5/10  loss 1.25  0m")
+  assert records(path)[0] | {"time": 0} == {
+    "kind": "train", "step": 5, "time": 0, "loss": 1.25, "hidden": 3.0,
+  }  # fmt: skip
+
+
+def test_a_resumed_run_forgets_what_came_after_its_checkpoint(path):
+  first = writer(path)
+  for step in range(1, 6):
+    first.write("train", step, {"loss": float(step)})
+  with path.open("a") as file:
+    file.write('{"kind": "train", "st')  # Cut by a kill.
+  writer(path, first_step=3).write("train", 4, {"loss": 40.0})
+  assert [(r["step"], r["loss"]) for r in records(path)] == [(1, 1), (2, 2), (3, 3), (4, 40)]
+
+
+def test_a_record_that_cannot_be_written_is_told_in_one_line(path):
+  out = writer(path)
+  path.mkdir()
+  with pytest.raises(errors.CalmError, match=r"can't write .*metrics\.jsonl"):
+    out.write("train", 1, {"loss": 1.0})
+
+
+def figures(step: int, loss: float = 1.0, in_a_row: int = 0) -> dict[str, jax.Array]:
+  values = {"loss": loss, "gradient_norm": 2.0, "patches_per_token": 0.25, "step": step}
+  values |= {"finite": np.isfinite(loss), "skipped_in_a_row": in_a_row}
+  return {name: jnp.asarray(value) for name, value in values.items()}
+
+
+def report_on(path: pathlib.Path, **training) -> reporter.Reporter:
+  run = config.CalmRun(
+    data=config.Data("", 8), training=config.Training(batch=4, steps=10, **training)
+  )
+  return reporter.Reporter(run, writer(path), flops_per_token=100.0, first_step=0)
+
+
+def test_a_step_is_read_when_the_next_one_has_been_dispatched(path):
+  report = report_on(path, log_every=1)
+  report.push(1, figures(1), np.arange(4))
+  assert not path.exists()
+  report.push(2, figures(2), np.arange(4))
+  assert [r["step"] for r in records(path)] == [1]
+  report.flush()
+  assert [r["step"] for r in records(path)] == [1, 2]
+
+
+def test_speeds_follow_from_tokens_and_seconds(path):
+  report = report_on(path, log_every=2)
+  for step in range(1, 4):
+    report.wait_for_data(1e-4)
+    report.push(step, figures(step), np.arange(4))
+  (record,) = records(path)
+  tokens = 2 * 4 * 8
+  assert record["tokens_per_second"] == pytest.approx(tokens / record["seconds"])
+  assert record["patches_per_second"] == pytest.approx(tokens / 4 / record["seconds"])
+  assert record["data_wait_share"] > 0 and record["flops"] == 100 * tokens
+
+
+def test_skipped_steps_are_told_with_their_examples_and_too_many_end_the_run(
+  path, capsys: pytest.CaptureFixture[str]
+):
+  report = report_on(path, max_skipped=2)
+  report.push(1, figures(1, np.nan, in_a_row=1), np.array([7, 3, 4, 5]))
+  report.push(2, figures(2, np.inf, in_a_row=2), np.array([9, 1, 0, 12]))
+  said = capsys.readouterr().err
+  assert "step 1 was skipped: loss nan" in said and "examples 3-5, 7" in said
+  with pytest.raises(errors.CalmError, match=r"2 non-finite steps in a row.*examples 0-1, 9, 12"):
+    report.flush()

@@ -1,0 +1,75 @@
+"""Claims about batches: every block once an epoch, and a position that is one integer."""
+
+import numpy as np
+import pytest
+
+from calm_jax import errors
+from calm_jax.data import pipeline
+from calm_jax.data import store as store_lib
+
+
+@pytest.fixture(scope="module")
+def store(tokens: str) -> store_lib.TokenStore:
+  return store_lib.TokenStore.open(tokens)
+
+
+def take(batches: pipeline.TrainingBatches, count: int) -> list[pipeline.Batch]:
+  return [next(batches) for _ in range(count)]
+
+
+def rows(batches: list[pipeline.Batch], name: str = "tokens") -> list[tuple[int, ...]]:
+  return [tuple(np.atleast_1d(row).tolist()) for batch in batches for row in batch[name]]
+
+
+def test_an_epoch_holds_every_block_once_and_the_next_in_another_order(store):
+  context = 64
+  count = store.num_tokens("train") // context
+  batches = pipeline.TrainingBatches(store, context, count, seed=0)
+  first, second = take(batches, 2)
+  expected = store.read("train", 0, count * context).reshape(count, context)
+  for batch in (first, second):
+    assert sorted(rows([batch])) == sorted(map(tuple, expected.tolist()))
+  assert rows([first]) != rows([second])
+  np.testing.assert_array_equal(np.sort(first["index"]), np.arange(count))
+  np.testing.assert_array_equal(np.sort(second["index"]), np.arange(count, 2 * count))
+
+
+def test_the_position_is_one_integer_and_leads_back_to_the_same_batches(store):
+  batches = pipeline.TrainingBatches(store, 64, 4, seed=0)
+  take(batches, 3)
+  state = batches.get_state()
+  assert list(state.values()) == [12]
+  expected = take(batches, 3)
+  again = pipeline.TrainingBatches(store, 64, 4, seed=0)
+  again.set_state(state)
+  found = take(again, 3)
+  for name in ("tokens", "index"):
+    assert rows(found, name) == rows(expected, name)
+
+
+def test_the_position_holds_for_another_batch_size(store):
+  batches = pipeline.TrainingBatches(store, 64, 4, seed=0)
+  take(batches, 3)
+  state, expected = batches.get_state(), take(batches, 2)
+  again = pipeline.TrainingBatches(store, 64, 8, seed=0)
+  again.set_state(state)
+  assert sorted(rows(take(again, 1))) == sorted(rows(expected))
+
+
+def test_the_seed_sets_the_order(store):
+  a, b = (take(pipeline.TrainingBatches(store, 64, 8, seed), 1) for seed in (0, 1))
+  assert rows(a) != rows(b)
+
+
+def test_heldout_blocks_come_in_order_and_the_filling_does_not_count(store):
+  parts = list(pipeline.heldout_batches(store, 32, batch=4, limit=6))
+  assert [count for _, count in parts] == [4, 2]
+  assert all(batch["tokens"].shape == (4, 32) for batch, _ in parts)
+  kept = np.concatenate([batch["tokens"][:count] for batch, count in parts])
+  np.testing.assert_array_equal(kept.ravel(), store.read("heldout", 0, 6 * 32))
+
+
+def test_a_split_shorter_than_a_block_is_refused(store):
+  size = store.num_tokens("heldout")
+  with pytest.raises(errors.CalmError, match=f"the heldout split of .* holds only {size}"):
+    next(pipeline.heldout_batches(store, size + 1, 4, 0))

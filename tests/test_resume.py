@@ -1,0 +1,124 @@
+"""Claims about a run that was cut: the rest of it equals the uninterrupted run, bit for bit."""
+
+import json
+import pathlib
+import resource
+import signal
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+import pytest
+
+from calm_jax import config, errors, main, workdir
+from calm_jax.training import reporter, train
+
+STAGES = ("autoencoder", "calm")
+
+
+@pytest.fixture(params=STAGES)
+def run_and_whole(request: pytest.FixtureRequest) -> tuple[config.Run, pathlib.Path]:
+  """A run, and the workdir in which it ran uninterrupted."""
+  stage = request.param
+  return request.getfixturevalue(f"{stage}_run"), request.getfixturevalue(f"trained_{stage}")
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], None]) -> None:
+  """Calls `action` when the loop has dispatched a step."""
+  push = reporter.Reporter.push
+
+  def pushed(self, done, *others):
+    push(self, done, *others)
+    if done == step:
+      action()
+
+  monkeypatch.setattr(reporter.Reporter, "push", pushed)
+
+
+def weights(directory: pathlib.Path) -> dict[str, np.ndarray]:
+  loader = {"autoencoder": workdir.load_autoencoder, "calm": workdir.load_calm}
+  trained = loader[workdir.read_run(str(directory)).stage](str(directory))
+  return {"step": np.int32(trained.step)} | {
+    "/".join(str(key) for key in path): np.asarray(leaf)
+    for path, leaf in jax.tree.leaves_with_path(trained.params)
+  }
+
+
+def losses(directory: pathlib.Path) -> list[tuple[int, float, float]]:
+  records = map(json.loads, (directory / workdir.METRICS).read_text().splitlines())
+  return [(r["step"], r["loss"], r["gradient_norm"]) for r in records if r["kind"] == "train"]
+
+
+def assert_same(a: pathlib.Path, b: pathlib.Path) -> None:
+  found, expected = weights(a), weights(b)
+  assert found.keys() == expected.keys()
+  for name, value in expected.items():
+    np.testing.assert_array_equal(found[name], value, err_msg=name)
+  assert losses(a) == losses(b)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_saves_and_goes_on_to_the_same_end(
+  run_and_whole, number: signal.Signals, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+  run, whole = run_and_whole
+  with monkeypatch.context() as patch:
+    at_step(patch, 3, lambda: signal.raise_signal(number))
+    with pytest.raises(train.Interrupted):
+      main.train_run(run, str(tmp_path))
+  assert weights(tmp_path)["step"] == 3
+  main.train_run(run, str(tmp_path))
+  assert_same(tmp_path, whole)
+
+
+def test_a_damaged_checkpoint_costs_steps_not_the_run(
+  run_and_whole, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch,
+  capsys: pytest.CaptureFixture[str],
+):  # fmt: skip
+  run, whole = run_and_whole
+  with monkeypatch.context() as patch:
+    at_step(patch, 5, lambda: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(train.Interrupted):
+      main.train_run(run, str(tmp_path))
+  for file in (tmp_path / "checkpoints/5/params/d").iterdir():
+    file.write_bytes(b"")
+  main.train_run(run, str(tmp_path))
+  said = capsys.readouterr().err
+  assert "checkpoint of step 5" in said and "going on after step 4" in said
+  assert_same(tmp_path, whole)
+
+
+def test_a_full_disk_stops_the_run_and_spares_the_last_good_checkpoint(
+  run_and_whole, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch,
+  capsys: pytest.CaptureFixture[str],
+):  # fmt: skip
+  run, whole = run_and_whole
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+  def fill_the_disk() -> None:
+    while not (tmp_path / "checkpoints/2").exists():  # It is saved in the background.
+      time.sleep(0.01)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (15_000, hard))  # Enough for figures only.
+
+  try:
+    with monkeypatch.context() as patch:
+      at_step(patch, 3, fill_the_disk)
+      with pytest.raises(errors.CalmError, match=r"step 6 could not be saved .* is step 2"):
+        main.train_run(run, str(tmp_path))
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+  assert "the last good one is step 2" in capsys.readouterr().err
+  assert weights(tmp_path)["step"] == 2
+  main.train_run(run, str(tmp_path))
+  assert_same(tmp_path, whole)
+
+
+def test_a_finished_run_does_nothing_when_run_again(
+  calm_run: config.CalmRun, trained_calm: pathlib.Path
+):
+  before = {p: p.stat().st_mtime_ns for p in trained_calm.rglob("checkpoints/6/**/*")}
+  figures = (trained_calm / workdir.METRICS).read_text()
+  main.train_run(calm_run, str(trained_calm))
+  assert before == {p: p.stat().st_mtime_ns for p in trained_calm.rglob("checkpoints/6/**/*")}
+  assert (trained_calm / workdir.METRICS).read_text() == figures

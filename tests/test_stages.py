@@ -1,0 +1,137 @@
+"""Claims about the stages: noise belongs to an example, and every switch does what it says."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from jax import numpy as jnp
+
+from calm_jax import config, workdir
+from calm_jax.models import calm, layers
+from calm_jax.objectives import brier, energy_score
+from calm_jax.training import stages, step
+
+KEY = jax.random.key(0)
+
+
+@pytest.fixture(params=["autoencoder", "calm"])
+def stage_and_params(request: pytest.FixtureRequest):
+  directory = str(request.getfixturevalue(f"trained_{request.param}"))
+  if request.param == "autoencoder":
+    trained = workdir.load_autoencoder(directory)
+    return stages.autoencoder_stage(trained.run, trained.origin.vocab_size), trained.params
+  trained = workdir.load_calm(directory)
+  stage = stages.calm_stage(trained.run, trained.model.autoencoder, trained.autoencoder.params)
+  return stage, trained.params
+
+
+@pytest.fixture(scope="module")
+def batch():
+  return {
+    "tokens": jax.random.randint(jax.random.key(1), (4, 32), 2, 300),
+    "index": jnp.array([5, 9, 2, 70]),
+  }
+
+
+def rows(batch, chosen):
+  return jax.tree.map(lambda x: x[jnp.array(chosen)], batch)
+
+
+def test_an_example_has_the_same_noise_in_every_batch(stage_and_params, batch):
+  stage, params = stage_and_params
+  loss = jax.jit(stage.loss)
+  whole, _ = loss(params, stage.frozen, batch, KEY)
+  for parts in (([0], [1], [2], [3]), ([3, 1], [2, 0])):
+    values = [loss(params, stage.frozen, rows(batch, part), KEY)[0] for part in parts]
+    np.testing.assert_allclose(np.mean(values), whole, rtol=1e-5)
+  other = {**batch, "index": batch["index"] + 1}
+  assert abs(float(loss(params, stage.frozen, other, KEY)[0] - whole)) > 1e-4
+
+
+def test_accumulation_gives_the_gradients_of_the_whole_batch(stage_and_params, batch):
+  stage, params = stage_and_params
+  (whole, _), (parts, _) = (
+    step.accumulated_gradients(stage.loss, params, stage.frozen, batch, KEY, count)
+    for count in (1, 4)
+  )
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6), whole, parts)
+
+
+def test_scores_have_one_row_an_example(stage_and_params, batch):
+  stage, params = stage_and_params
+  whole = stage.evaluate(params, stage.frozen, batch, KEY)
+  part = stage.evaluate(params, stage.frozen, rows(batch, [2, 0]), KEY)
+  for name, values in whole.items():
+    np.testing.assert_allclose(values[jnp.array([2, 0])], part[name], rtol=1e-4, atol=1e-6)
+
+
+def autoencoder_loss(run: config.AutoencoderRun, params, batch, **changes):
+  run = dataclasses.replace(run, loss=dataclasses.replace(run.loss, **changes))
+  return stages.autoencoder_stage(run, 300).loss(params, {}, batch, KEY)
+
+
+def test_the_autoencoders_loss_is_k_times_cross_entropy_plus_weighted_kl(
+  trained_autoencoder, batch
+):
+  trained = workdir.load_autoencoder(str(trained_autoencoder))
+  value, metrics = autoencoder_loss(trained.run, trained.params, batch, kl_weight=0.25)
+  expected = 4 * metrics["cross_entropy"] + 0.25 * metrics["kl"]
+  np.testing.assert_allclose(value, expected, rtol=1e-6)
+  assert metrics["kl"] >= 8 * trained.run.loss.kl_floor - 1e-4
+
+
+def test_dropped_tokens_are_replaced_in_the_input_and_stay_in_the_target(
+  trained_autoencoder, batch
+):
+  """Where all input is dropped, each replacement id gives one posterior for every patch."""
+  trained = workdir.load_autoencoder(str(trained_autoencoder))
+  kls = {}
+  for id_ in (0, 7):
+    _, metrics = autoencoder_loss(
+      trained.run, trained.params, batch, drop_token=1 - 1e-7, drop_token_id=id_, kl_floor=0.0
+    )
+    posterior = layers.apply(
+      trained.module("float32"), trained.params, jnp.full((4,), id_), method="encode"
+    )
+    kls[id_] = stages.autoencoding.floored_kl(*posterior, 0.0)
+    np.testing.assert_allclose(metrics["kl"], kls[id_], rtol=1e-4)
+    assert metrics["token_accuracy"] < 0.5
+  assert abs(float(kls[0] - kls[7])) > 1e-4
+
+
+def test_scores_of_the_language_model_by_hand(trained_calm, batch):
+  """Samples and targets are drawn again from the stated keys; scores follow from them."""
+  trained = workdir.load_calm(str(trained_calm))
+  model, frozen = trained.model, trained.autoencoder.params
+  stage = stages.calm_stage(trained.run, model.autoencoder, frozen)
+  found = stage.evaluate(trained.params, frozen, batch, KEY)
+  token_PK = batch["tokens"][1].reshape(-1, 4)
+  hidden_1PD, _ = model.hidden(trained.params, token_PK[None, :-1])
+  noise_key, target_key = jax.random.split(jax.random.fold_in(KEY, batch["index"][1]))
+  noise_NPR = model.head.draw_noise(noise_key, (4, 7))
+  sample_NPZ = model.samples(trained.params, hidden_1PD[0], noise_NPR)
+  mean_PZ, log_std_PZ = layers.apply(model.autoencoder, frozen, token_PK[1:], method="encode")
+  eps_MPZ = jax.random.normal(target_key, (3, 7, 8))
+  target_MPZ = mean_PZ[None] + jnp.exp(log_std_PZ)[None] * eps_MPZ
+
+  energy = np.mean(energy_score.energy_loss(sample_NPZ[:, None], target_MPZ[:, None]))
+  np.testing.assert_allclose(found["energy"][1], energy, rtol=1e-4)
+  tokens_NPK = calm.decode_tokens(model.autoencoder, frozen, sample_NPZ)
+  accuracy_Pn, collision_Pn = brier.accuracy_and_collision(tokens_NPK, token_PK[1:])
+  np.testing.assert_allclose(found["accuracy"][1], accuracy_Pn.mean(axis=0), rtol=1e-5)
+  np.testing.assert_allclose(found["collision"][1], collision_Pn.mean(axis=0), rtol=1e-5)
+
+  def distance(sample_NPZ, target_MPZ):
+    return np.mean(np.linalg.norm(sample_NPZ[:, None] - target_MPZ[None], axis=-1))
+
+  gap = 2 * distance(sample_NPZ[:, :-1], target_MPZ[:, 1:])
+  gap -= 2 * distance(sample_NPZ[:, :-1], target_MPZ[:, :-1])
+  np.testing.assert_allclose(found["conditioning_gap"][1], gap, atol=1e-4)
+
+
+def test_the_frozen_autoencoder_gets_no_gradient(trained_calm, batch):
+  """It is an argument of the loss and no leaf of what is trained."""
+  trained = workdir.load_calm(str(trained_calm))
+  assert set(trained.params) == {"backbone", "head"}
+  assert not any("encoder" in str(path) for path, _ in jax.tree.leaves_with_path(trained.params))
