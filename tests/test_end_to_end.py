@@ -51,7 +51,8 @@ def test_a_workdir_holds_config_metrics_and_checkpoints(folder: pathlib.Path):
   for stage in ("autoencoder", "calm"):
     config = json.loads((folder / stage / "config.json").read_text())
     assert (config["stage"], config["training"]["steps"]) == (stage, 6)
-    kinds = [json.loads(line)["kind"] for line in (folder / stage / "metrics.jsonl").open()]
+    records = (folder / stage / "metrics.jsonl").read_text().splitlines()
+    kinds = [json.loads(line)["kind"] for line in records]
     assert kinds.count("evaluation") == 2 and "train" in kinds
     assert {p.name for p in (folder / stage / "checkpoints").iterdir()} == {"3", "6"}
 

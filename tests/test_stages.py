@@ -51,17 +51,18 @@ def test_an_example_has_the_same_noise_in_every_batch(stage_and_params, batch):
 
 def test_accumulation_gives_the_gradients_of_the_whole_batch(stage_and_params, batch):
   stage, params = stage_and_params
+  gradients = jax.jit(step.accumulated_gradients, static_argnums=(0, 5))
   (whole, _), (parts, _) = (
-    step.accumulated_gradients(stage.loss, params, stage.frozen, batch, KEY, count)
-    for count in (1, 4)
+    gradients(stage.loss, params, stage.frozen, batch, KEY, count) for count in (1, 4)
   )
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6), whole, parts)
 
 
 def test_scores_have_one_row_an_example(stage_and_params, batch):
   stage, params = stage_and_params
-  whole = stage.evaluate(params, stage.frozen, batch, KEY)
-  part = stage.evaluate(params, stage.frozen, rows(batch, [2, 0]), KEY)
+  evaluate = jax.jit(stage.evaluate)
+  whole = evaluate(params, stage.frozen, batch, KEY)
+  part = evaluate(params, stage.frozen, rows(batch, [2, 0]), KEY)
   for name, values in whole.items():
     np.testing.assert_allclose(values[jnp.array([2, 0])], part[name], rtol=1e-4, atol=1e-6)
 
@@ -105,7 +106,7 @@ def test_scores_of_the_language_model_by_hand(trained_calm, batch):
   trained = workdir.load_calm(str(trained_calm))
   model, frozen = trained.model, trained.autoencoder.params
   stage = stages.calm_stage(trained.run, model.autoencoder, frozen)
-  found = stage.evaluate(trained.params, frozen, batch, KEY)
+  found = jax.jit(stage.evaluate)(trained.params, frozen, batch, KEY)
   token_PK = batch["tokens"][1].reshape(-1, 4)
   hidden_1PD, _ = model.hidden(trained.params, token_PK[None, :-1])
   noise_key, target_key = jax.random.split(jax.random.fold_in(KEY, batch["index"][1]))
@@ -135,3 +136,26 @@ def test_the_frozen_autoencoder_gets_no_gradient(trained_calm, batch):
   trained = workdir.load_calm(str(trained_calm))
   assert set(trained.params) == {"backbone", "head"}
   assert not any("encoder" in str(path) for path, _ in jax.tree.leaves_with_path(trained.params))
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "calm"])
+def test_bfloat16_gives_nearly_the_loss_of_float32_and_float32_gradients(
+  name: str, request: pytest.FixtureRequest, batch
+):
+  directory = str(request.getfixturevalue(f"trained_{name}"))
+  values = []
+  for dtype in ("float32", "bfloat16"):
+    run = workdir.read_run(directory)
+    run = dataclasses.replace(run, training=dataclasses.replace(run.training, compute_dtype=dtype))
+    if isinstance(run, config.AutoencoderRun):
+      stage, params = stages.autoencoder_stage(run, 300), workdir.load_autoencoder(directory).params
+    else:
+      trained = workdir.load_calm(directory)
+      stage = stages.calm_stage(run, trained.autoencoder.module(dtype), trained.autoencoder.params)
+      params = trained.params
+    (value, _), grads = jax.jit(jax.value_and_grad(stage.loss, has_aux=True))(
+      params, stage.frozen, batch, KEY
+    )
+    assert {x.dtype for x in jax.tree.leaves((params, value, grads))} == {jnp.dtype("float32")}
+    values.append(float(value))
+  assert values[0] != values[1] == pytest.approx(values[0], rel=0.02)

@@ -7,6 +7,7 @@ position, config, hashes, fingerprints). Parameters can be read alone.
 import dataclasses
 import functools
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -47,12 +48,13 @@ def fingerprint(tree: Tree) -> str:
 def _ignore_stragglers() -> None:
   """Silences the reads and writes that are still under way when Orbax gives up on others.
 
-  Each of them would print that the event loop it reports to is closed.
+  Each would print that its event loop is closed, or that it was never awaited.
   """
   previous = sys.unraisablehook
+  warnings.filterwarnings("ignore", message="coroutine .* was never awaited")
 
   def hook(unraisable):
-    if str(unraisable.exc_value) != "Event loop is closed":
+    if not str(unraisable.exc_value).endswith(("loop is closed", "was never awaited")):
       previous(unraisable)
 
   sys.unraisablehook = hook
