@@ -41,6 +41,6 @@ setuptools.setup(
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda13]"],
     "tensorboard": ["tensorboardX>=2.6.4"],
-    "dev": ["pytest>=8.4", "pytest-xdist>=3.8", "ruff>=0.14", "pyright>=1.1.406"],
+    "dev": ["pytest>=8.4", "ruff>=0.14", "pyright>=1.1.406"],
   },
 )

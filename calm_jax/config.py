@@ -7,14 +7,13 @@ range is refused with the range.
 
 import dataclasses
 import difflib
-import json
 import math
 import typing
 from typing import Any, Literal
 
 import ml_collections
 
-from calm_jax import errors
+from calm_jax import errors, files
 
 
 def require(condition: bool, message: str) -> None:
@@ -360,7 +359,7 @@ def to_config_dict(run: Run) -> ml_collections.ConfigDict:
 
 def to_json(run: Run) -> str:
   """Returns `run` as indented JSON, the form it is stored in."""
-  return json.dumps(dataclasses.asdict(run), indent=2) + "\n"
+  return files.to_json(dataclasses.asdict(run))
 
 
 def differences(a: Run, b: Run) -> list[str]:

@@ -5,7 +5,6 @@ evaluation.json. They depend on the context length and on N: both are in it.
 """
 
 import dataclasses
-import json
 from typing import Any
 
 from absl import flags
@@ -92,7 +91,7 @@ def evaluate(directory: str) -> dict[str, Any]:
 def main() -> None:
   if not _WORKDIR.value:
     raise errors.CalmError("give --workdir=DIR, the folder of a training run")
-  text = json.dumps(evaluate(_WORKDIR.value), indent=2) + "\n"
+  text = files.to_json(files.finite(evaluate(_WORKDIR.value)))
   files.write(epath.Path(_WORKDIR.value) / workdir.EVALUATION, text)
   print(text, end="")
 

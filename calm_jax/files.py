@@ -1,4 +1,9 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and JSON that every reader takes."""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
 
 from etils import epath
 
@@ -18,3 +23,20 @@ def write(path: epath.PathLike, content: str | bytes) -> None:
     temporary.replace(target)
   except OSError as error:
     raise errors.CalmError(f"can't write {target}: {error}") from error
+
+
+def finite(figures: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the figures with None for NaN and infinities, which JSON does not know."""
+  return {
+    name: None if isinstance(value, float) and not math.isfinite(value) else value
+    for name, value in figures.items()
+  }
+
+
+def to_json(values: Mapping[str, Any]) -> str:
+  """Returns indented JSON that ends in a newline.
+
+  Raises:
+    ValueError: for NaN and infinities; see `finite`.
+  """
+  return json.dumps(values, indent=2, allow_nan=False) + "\n"

@@ -99,7 +99,7 @@ def prepare(settings: Settings) -> store.TokenStore:
     )
     counts = _make_parts(job, parts, settings.workers or os.cpu_count() or 1)
     _require_both_splits(counts, settings)
-    files.write(epath.Path(settings.output) / PLAN, json.dumps(plan, indent=2) + "\n")
+    files.write(epath.Path(settings.output) / PLAN, files.to_json(plan))
     written = _write(settings, job, tokenizer, counts, names)
     _remove_work(settings.output)
   except OSError as error:

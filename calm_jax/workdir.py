@@ -84,7 +84,7 @@ def create(workdir: str, run: config.Run, origin: Origin, tokenizer: epath.Path)
     tokenizer.copy(path / origin.tokenizer_file, overwrite=True)
   except OSError as error:
     raise errors.CalmError(f"can't write workdir {workdir}: {error}") from error
-  files.write(path / "origin.json", json.dumps(dataclasses.asdict(origin), indent=2) + "\n")
+  files.write(path / "origin.json", files.to_json(dataclasses.asdict(origin)))
   files.write(path / "config.json", config.to_json(run))
 
 

@@ -44,6 +44,12 @@ def test_a_resumed_run_forgets_what_came_after_its_checkpoint(path):
   assert [(r["step"], r["loss"]) for r in records(path)] == [(1, 1), (2, 2), (3, 3), (4, 40)]
 
 
+def test_a_figure_that_is_not_finite_is_null(path):
+  writer(path).write("train", 1, {"loss": float("nan"), "gradient_norm": float("inf")})
+  (record,) = records(path)
+  assert record["loss"] is record["gradient_norm"] is None
+
+
 def test_a_record_that_cannot_be_written_is_told_in_one_line(path):
   out = writer(path)
   path.mkdir()

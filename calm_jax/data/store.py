@@ -236,7 +236,7 @@ def write(
       sources=tuple(sources),
       splits={name: _write_split(path, name, contents[name], dtype) for name in SPLITS},
     )
-    files.write(root / MANIFEST, json.dumps(dataclasses.asdict(manifest), indent=2) + "\n")
+    files.write(root / MANIFEST, files.to_json(dataclasses.asdict(manifest)))
   except errors.CalmError:
     raise
   except (OSError, ValueError) as error:  # TensorStore tells a full disk by ValueError.

@@ -1,7 +1,5 @@
 """Accounts of both stages -> one mapping of their final figures."""
 
-import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,21 +38,17 @@ def summarize(
         f"{account.evaluate_command}"
       )
   autoencoder, calm = (accounts[stage].evaluation or {} for stage in STAGES)
-  speeds = {stage: _finite(records.tokens_per_second(accounts[stage])) for stage in STAGES}
+  speeds = {stage: records.tokens_per_second(accounts[stage]) for stage in STAGES}
+  scores = {f"ae_{name}": autoencoder.get(name) for name in _AUTOENCODER_FIGURES}
+  scores |= {name: calm.get(name) for name in _CALM_FIGURES}
   return {
-    **{f"ae_{name}": _finite(autoencoder.get(name)) for name in _AUTOENCODER_FIGURES},
-    **{name: _finite(calm.get(name)) for name in _CALM_FIGURES},
-    "train_tokens_per_second": speeds,
+    **files.finite(scores),
+    "train_tokens_per_second": files.finite(speeds),
     "seconds_total": seconds_total,
     "text_samples": [sample["prompt"] + sample["text"] for sample in accounts["calm"].samples],
     "versions": provenance.versions(),
     "commit": provenance.commit(),
   }
-
-
-def _finite(value: Any) -> Any:
-  """JSON knows no NaN: a standard error over one block is one."""
-  return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def table(summary: Mapping[str, Any]) -> str:
@@ -92,4 +86,4 @@ def write(summary: Mapping[str, Any], output: str) -> None:
   Raises:
     CalmError: if it can't be written.
   """
-  files.write(epath.Path(output) / FILE, json.dumps(summary, indent=2) + "\n")
+  files.write(epath.Path(output) / FILE, files.to_json(summary))

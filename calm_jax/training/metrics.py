@@ -67,7 +67,7 @@ class Writer:
     record = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
     try:
       with self._path.open("a") as file:
-        file.write(json.dumps(record) + "\n")
+        file.write(json.dumps(files.finite(record)) + "\n")
     except OSError as error:
       raise errors.CalmError(f"can't write {self._path}: {error}") from error
     if self._board:

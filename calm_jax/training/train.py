@@ -90,6 +90,7 @@ class Trainer:
       with _Stop() as stop:
         self._loop(state, start, writer, stop)
     except errors.CalmError as error:
+      self._checkpoints.wait()
       good = self._checkpoints.steps()
       where = f"step {good[-1]}" if good else "none"
       raise errors.CalmError(f"{error}; the last good checkpoint is {where}") from error
