@@ -23,14 +23,12 @@ PAPER = config.AutoencoderRun(
 QUICKSTART = config.AutoencoderRun(
   data=config.Data(context=128),
   model=config.Autoencoder(width=192, ffn=512, latent=64, init="fan_in"),
-  optimizer=config.Optimizer(
-    learning_rate=3e-3, warmup_steps=40, schedule="cosine", final_share=0.0
-  ),
+  optimizer=config.Optimizer(learning_rate=3e-3, warmup_steps=40, schedule="cosine"),
   training=config.Training(
-    steps=350,
+    steps=300,
     batch=32,
     compute_dtype="float32",
-    eval_every=70,
+    eval_every=100,
     checkpoint_every=100,
   ),
 )

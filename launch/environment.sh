@@ -1,6 +1,7 @@
-# Sourced by the other scripts: makes .venv beside this folder, installs calm_jax there and
-# puts it first on PATH. EXTRAS names setup.py's extras; PYTHON the interpreter to start from.
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck shell=bash
+# Sourced by the other scripts with one argument, an extra of setup.py or "": makes .venv beside
+# this folder, installs calm_jax there and puts it first on PATH. PYTHON is the interpreter.
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
 PYTHON=${PYTHON:-python3}
 if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
@@ -9,12 +10,16 @@ if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
   exit 2
 fi
 
-# Installed once for each setup.py, interpreter and set of extras.
-stamp=.venv/installed-$(cat setup.py <("$PYTHON" --version) <(echo "${EXTRAS:-}") | cksum | cut -d' ' -f1)
+version=$("$PYTHON" --version)
+if [ "$(.venv/bin/python --version 2>/dev/null)" != "$version" ]; then
+  echo "+ $PYTHON -m venv --clear .venv"
+  "$PYTHON" -m venv --clear .venv
+fi
+# Installed once for each setup.py and extra.
+stamp=.venv/installed-$(cat setup.py <(echo "$1") | cksum | cut -d' ' -f1)
 if [ ! -e "$stamp" ]; then
-  echo "+ $PYTHON -m venv .venv && .venv/bin/pip install -e .${EXTRAS:+[$EXTRAS]}"
-  "$PYTHON" -m venv .venv
-  .venv/bin/pip install --quiet --disable-pip-version-check -e ".${EXTRAS:+[$EXTRAS]}"
+  echo "+ .venv/bin/pip install -e .${1:+[$1]}"
+  .venv/bin/pip install --quiet --disable-pip-version-check -e ".${1:+[$1]}"
   touch "$stamp"
 fi
 export PATH="$PWD/.venv/bin:$PATH"

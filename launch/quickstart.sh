@@ -3,22 +3,22 @@
 # autoencoder -> language model -> evaluation -> text -> report. At most 12 minutes on 2 cores
 # and 6 GB. Run again, it goes on where it stopped. QUICKSTART_DIR moves its output.
 set -euo pipefail
-EXTRAS=""
 began=$(date +%s)
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+# shellcheck source=launch/environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" ""
 
 DIR=${QUICKSTART_DIR:-runs/quickstart}
 mkdir -p "$DIR"
-TIMES=$DIR/seconds.tsv # One line an attempt: step, seconds, done or stopped.
+TIMES=$DIR/seconds.tsv # One line an attempt: step, seconds, finished or stopped.
 touch "$TIMES"
-printf 'install\t%s\tdone\n' $(($(date +%s) - began)) >>"$TIMES"
+printf 'install\t%s\tfinished\n' $(($(date +%s) - began)) >>"$TIMES"
 
 # Prints and runs one step's command, unless an earlier run of this script finished it.
 step() {
   local name=$1 start status=0
   shift
-  if grep -qP "^$name\t.*\tdone$" "$TIMES"; then
-    echo "= $name: done before"
+  if grep -q "^$name"$'\t.*\tfinished$' "$TIMES"; then
+    echo "= $name: finished before"
     return
   fi
   printf '\n+'
@@ -27,7 +27,7 @@ step() {
   start=$(date +%s)
   "$@" || status=$?
   printf '%s\t%s\t%s\n' "$name" $(($(date +%s) - start)) \
-    "$([ "$status" = 0 ] && echo done || echo stopped)" >>"$TIMES"
+    "$([ "$status" = 0 ] && echo finished || echo stopped)" >>"$TIMES"
   return "$status"
 }
 

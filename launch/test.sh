@@ -2,6 +2,6 @@
 # Makes .venv, installs and runs every test: under 15 minutes on 2 cores, no network, no
 # accelerator. Arguments go to pytest: launch/test.sh tests/test_brier.py -k collapsed
 set -euo pipefail
-EXTRAS=dev
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+# shellcheck source=launch/environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" dev
 JAX_PLATFORMS=cpu exec python -m pytest "$@"

@@ -1,0 +1,69 @@
+"""Claims about the documents: their tree is the tree, and their commands' flags exist."""
+
+import pathlib
+import re
+
+ROOT = pathlib.Path(__file__).parent.parent
+DOCUMENTS = ("README.md", "launch/quickstart.sh", "configs/autoencoder.py", "configs/calm.py")
+
+
+def files() -> set[str]:
+  """Every file that a reader of the tree looks for: all but tests and empty packages."""
+  found = {path for path in ROOT.iterdir() if path.suffix in (".md", ".py", ".toml")}
+  found |= {ROOT / "LICENSE", ROOT / ".ci/run"}
+  for folder in ("calm_jax", "configs", "launch"):
+    found |= {path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".sh")}
+  return {str(path.relative_to(ROOT)) for path in found if path.name != "__init__.py"}
+
+
+def tree() -> set[str]:
+  """The paths that the README's tree names, each below the folder it is indented under."""
+  block = (ROOT / "README.md").read_text().split("## Tree\n")[1].split("```")[1]
+  found, folders = set(), [""]
+  for line in block.strip("\n").splitlines():
+    depth = (len(line) - len(line.lstrip())) // 2
+    names = re.split(r"\s{2,}", line.strip())[0].split(", ")
+    del folders[depth + 1 :]
+    if names[0].endswith("/"):
+      folders.append(f"{folders[-1]}{names[0]}")
+    else:
+      found |= {f"{folders[-1]}{name}" for name in names}
+  return found
+
+
+def test_the_readmes_tree_is_the_tree():
+  assert tree() == files()
+
+
+def commands() -> list[tuple[str, str]]:
+  text = "\n".join((ROOT / name).read_text() for name in DOCUMENTS)
+  joined = re.sub(r"\\\n\s*", " ", text)
+  return sorted(set(re.findall(r"python -m calm_jax\.(\w+)([^\n`]*)", joined)))
+
+
+def test_every_documented_flag_exists():
+  assert len({act for act, _ in commands()}) == 5
+  for act, rest in commands():
+    code = (ROOT / f"calm_jax/{act}.py").read_text()
+    known = {*re.findall(r"DEFINE_\w+\(\s*\"(\w+)\"", code), "help", "verbosity"}
+    for name in re.findall(r"--(\w+)", rest):
+      assert name in known or name.removeprefix("no") in known, (act, name)
+
+
+def test_every_documented_setting_exists():
+  from configs import autoencoder, calm
+
+  settings = {*_names(autoencoder.get_config().to_dict()), *_names(calm.get_config().to_dict())}
+  text = "\n".join((ROOT / name).read_text() for name in DOCUMENTS)
+  found = set(re.findall(r"--config\.([\w.]+\w)", text))
+  assert found and found <= settings
+
+
+def _names(values: dict, prefix: str = "") -> list[str]:
+  return [
+    name
+    for key, value in values.items()
+    for name in (
+      _names(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}"]
+    )
+  ]
