@@ -1,0 +1,80 @@
+"""Claims about the launch scripts, run with stand-ins for Python and pip."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+# Notes each module it is told to run; fails once where a file of that name says so.
+PYTHON = """#!/usr/bin/env bash
+case "$1" in
+  --version) echo "Python $(cat "$(dirname "$0")/../version")" ;;
+  -c) exit 0 ;;
+  -m)
+    echo "$2" >>"$FAKE/ran"
+    if [ "$2" = venv ]; then
+      rm -rf .venv && mkdir -p .venv/bin && cp "$0" .venv/bin/python && cp "$FAKE/pip" .venv/bin/pip && cp "$FAKE/../version" .venv
+    elif [ -e "$FAKE/fail_$2" ]; then
+      rm "$FAKE/fail_$2"
+      exit 3
+    fi ;;
+esac
+"""
+PIP = '#!/usr/bin/env bash\necho "pip ${*: -1}" >>"$FAKE/ran"\n'
+ACTS = ("prepare", "main", "evaluate", "main", "evaluate", "generate", "generate", "report")
+
+
+@pytest.fixture
+def checkout(tmp_path: pathlib.Path) -> pathlib.Path:
+  """A checkout with the scripts alone, and a folder of stand-ins beside it."""
+  for name, text in (("python", PYTHON), ("pip", PIP)):
+    file = tmp_path / "fake" / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(text)
+    file.chmod(0o755)
+  (tmp_path / "version").write_text("3.11.7")
+  shutil.copytree(ROOT / "launch", tmp_path / "repo/launch")
+  shutil.copy(ROOT / "setup.py", tmp_path / "repo")
+  return tmp_path / "repo"
+
+
+def launch(checkout: pathlib.Path, script: str) -> tuple[int, list[str]]:
+  """Runs a script; returns its exit code and what it had run."""
+  fake = checkout.parent / "fake"
+  (fake / "ran").write_text("")
+  environment = os.environ | {
+    "FAKE": str(fake), "PYTHON": f"{fake}/python", "QUICKSTART_DIR": f"{checkout}/out",
+  }  # fmt: skip
+  done = subprocess.run(
+    [f"{checkout}/launch/{script}"], env=environment, capture_output=True, text=True, timeout=60
+  )
+  return done.returncode, (fake / "ran").read_text().split("\n")[:-1]
+
+
+def acts(*names: str) -> list[str]:
+  return [f"calm_jax.{name}" for name in names]
+
+
+def test_the_quickstart_installs_once_and_runs_every_act(checkout: pathlib.Path):
+  assert launch(checkout, "quickstart.sh") == (0, ["venv", "pip .", *acts(*ACTS)])
+  assert launch(checkout, "quickstart.sh") == (0, acts("report"))
+
+
+def test_a_step_that_fails_ends_the_quickstart_which_goes_on_from_it(checkout: pathlib.Path):
+  (checkout.parent / "fake/fail_calm_jax.generate").touch()
+  code, ran = launch(checkout, "quickstart.sh")
+  assert code == 3 and ran[-1] == "calm_jax.generate"
+  assert launch(checkout, "quickstart.sh") == (0, acts("generate", "generate", "report"))
+
+
+def test_the_tests_get_their_own_extra_and_another_python_a_new_environment(
+  checkout: pathlib.Path,
+):
+  launch(checkout, "quickstart.sh")
+  assert launch(checkout, "test.sh") == (0, ["pip .[dev]", "pytest"])
+  (checkout.parent / "version").write_text("3.12.1")
+  assert launch(checkout, "test.sh") == (0, ["venv", "pip .[dev]", "pytest"])
