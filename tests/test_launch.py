@@ -17,7 +17,9 @@ case "$1" in
   -m)
     echo "$2" >>"$FAKE/ran"
     if [ "$2" = venv ]; then
-      rm -rf .venv && mkdir -p .venv/bin && cp "$0" .venv/bin/python && cp "$FAKE/pip" .venv/bin/pip && cp "$FAKE/../version" .venv
+      rm -rf .venv && mkdir -p .venv/bin
+      cp "$0" "$FAKE/pip" .venv/bin
+      cp "$FAKE/../version" .venv
     elif [ -e "$FAKE/fail_$2" ]; then
       rm "$FAKE/fail_$2"
       exit 3
