@@ -29,7 +29,6 @@ setuptools.setup(
     "tensorstore>=0.1.80",
     "sentencepiece>=0.2.1",
     "tokenizers>=0.22",
-    "zstandard>=0.24",
     "pyarrow>=21",
     "ml-collections>=1.1",
     "absl-py>=2.3",

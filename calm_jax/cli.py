@@ -1,5 +1,6 @@
 """The door of every act: absl's app.run, with bad input told in one line."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -24,6 +25,8 @@ def run(main: Callable[[], None]) -> None:
     except errors.CalmError as error:
       print(f"error: {error}", file=sys.stderr)
       return EXIT_BAD_INPUT
+    except BrokenPipeError:  # Whoever read the output has enough, as `head` does.
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
       print("interrupted", file=sys.stderr)
       return EXIT_INTERRUPTED

@@ -246,6 +246,7 @@ class Training:
     for name in ("eval_every", "keep_every"):
       value = getattr(self, name)
       require(value >= 0, f"{name} must not be negative, got {value}")
+    require(0 <= self.seed < 2**32, f"seed must lie in [0, 2**32), got {self.seed}")
     require(
       self.batch % self.accumulation == 0,
       f"batch must be divisible by accumulation = {self.accumulation}, got {self.batch}",
@@ -328,6 +329,8 @@ def _build(cls: type, values: typing.Mapping[str, Any], where: str) -> Any:
     if name not in fields:
       raise errors.CalmError(f"unknown setting {where}.{name}: {nearest(name, fields)}")
     if dataclasses.is_dataclass(hints[name]):
+      known = f"{where}.{name} must hold settings, got {value!r}"
+      require(isinstance(value, typing.Mapping), known)
       arguments[name] = _build(typing.cast(type, hints[name]), value, f"{where}.{name}")
     else:
       arguments[name] = _checked(hints[name], value, f"{where}.{name}")
@@ -362,15 +365,19 @@ def to_json(run: Run) -> str:
   return files.to_json(dataclasses.asdict(run))
 
 
-def differences(a: Run, b: Run) -> list[str]:
-  """Returns the settings in which two runs differ, each as `name: value a, value b`."""
+# What a run that has begun can't change: its parameters would no longer fit.
+FIXED = ("stage", "model", "head", "autoencoder")
+
+
+def differences(a: Run, b: Run) -> dict[str, tuple[Any, Any]]:
+  """Returns the settings in which two runs differ, with both values."""
   flat_a, flat_b = _flat(dataclasses.asdict(a)), _flat(dataclasses.asdict(b))
   names = [*flat_a, *(name for name in flat_b if name not in flat_a)]
-  return [
-    f"{name}: {flat_a.get(name)!r}, {flat_b.get(name)!r}"
+  return {
+    name: (flat_a.get(name), flat_b.get(name))
     for name in names
     if flat_a.get(name) != flat_b.get(name)
-  ]
+  }
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -17,11 +17,11 @@ from calm_jax.training import evaluation, stages
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run of either stage.")
 _DATA = flags.DEFINE_string("data", "", "Token store; by default the one trained on.")
-_CONTEXT = flags.DEFINE_integer("context", 0, "Tokens a block; by default as in training.")
-_BLOCKS = flags.DEFINE_integer("blocks", 0, "Held-out blocks to use; 0 for all.")
-_SAMPLES = flags.DEFINE_integer("samples", 0, "N, samples a patch; by default as in training.")
-_BATCH = flags.DEFINE_integer("batch", 16, "Blocks worked on at once.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of all noise.")
+_CONTEXT = flags.DEFINE_integer("context", 0, "Tokens a block; by default as in training.", 0)
+_BLOCKS = flags.DEFINE_integer("blocks", 0, "Held-out blocks to use; 0 for all.", 0)
+_SAMPLES = flags.DEFINE_integer("samples", 0, "N, samples a patch; by default as in training.", 0)
+_BATCH = flags.DEFINE_integer("batch", 16, "Blocks worked on at once.", 1)
+_SEED = flags.DEFINE_integer("seed", 0, "Of all noise.", 0, 2**32 - 1)
 
 # The unconditional law is read off at most this many training tokens.
 MARGINAL_TOKENS = 50_000_000
@@ -92,8 +92,8 @@ def main() -> None:
   if not _WORKDIR.value:
     raise errors.CalmError("give --workdir=DIR, the folder of a training run")
   text = files.to_json(files.finite(evaluate(_WORKDIR.value)))
+  print(text, end="", flush=True)
   files.write(epath.Path(_WORKDIR.value) / workdir.EVALUATION, text)
-  print(text, end="")
 
 
 if __name__ == "__main__":

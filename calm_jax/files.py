@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and JSON that every reader takes."""
+"""Files that are there whole or not at all, logs, and JSON that every reader takes."""
 
 import json
 import math
@@ -23,6 +23,19 @@ def write(path: epath.PathLike, content: str | bytes) -> None:
     temporary.replace(target)
   except OSError as error:
     raise errors.CalmError(f"can't write {target}: {error}") from error
+
+
+def append(path: epath.PathLike, content: str) -> None:
+  """Appends to a file, which may not be there yet.
+
+  Raises:
+    CalmError: if it can't be written.
+  """
+  try:
+    with epath.Path(path).open("a") as file:
+      file.write(content)
+  except OSError as error:
+    raise errors.CalmError(f"can't write {path}: {error}") from error
 
 
 def finite(figures: Mapping[str, Any]) -> dict[str, Any]:

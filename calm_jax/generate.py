@@ -12,7 +12,7 @@ import jax
 from absl import flags
 from etils import epath
 
-from calm_jax import cli, errors, workdir
+from calm_jax import cli, errors, files, workdir
 from calm_jax.generation import decode
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a stage-two training run.")
@@ -24,12 +24,22 @@ _NUM_CANDIDATES = flags.DEFINE_integer(
   "num_candidates", 200, "Draws a patch below temperature 1; more is nearer to the exact law."
 )
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 256, "New tokens after which a text ends.")
-_SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same text.")
+_SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same text.", 0, 2**32 - 1)
 _NUM_TEXTS = flags.DEFINE_integer("num_texts", 1, "Texts to write, one after the other.", 1)
 
 
 def _note(line: str) -> None:
   print(line, file=sys.stderr, flush=True)
+
+
+def _read_prompt() -> str:
+  """Returns the prompt; CalmError if it is no UTF-8."""
+  try:
+    if _PROMPT.value == "-":
+      return sys.stdin.buffer.read().decode()
+    return _PROMPT.value.encode().decode()
+  except UnicodeError as error:
+    raise errors.CalmError(f"the prompt is not UTF-8: {error}") from error
 
 
 def main() -> None:
@@ -38,7 +48,7 @@ def main() -> None:
   settings = decode.Settings(_TEMPERATURE.value, _NUM_CANDIDATES.value, _MAX_TOKENS.value)
   trained = workdir.load_calm(_WORKDIR.value)
   tokenizer = workdir.tokenizer(_WORKDIR.value, trained.origin)
-  prompt = sys.stdin.read() if _PROMPT.value == "-" else _PROMPT.value
+  prompt = _read_prompt()
   prompt_tokens = tokenizer.encode(prompt)
   decoder = decode.Decoder(trained, settings, _note)
   for number in range(_NUM_TEXTS.value):
@@ -64,8 +74,7 @@ def main() -> None:
       "num_candidates": settings.num_candidates, "seed": _SEED.value, "number": number,
       "step": trained.step,
     }  # fmt: skip
-    with (epath.Path(_WORKDIR.value) / workdir.SAMPLES).open("a") as file:
-      file.write(json.dumps(record) + "\n")
+    files.append(epath.Path(_WORKDIR.value) / workdir.SAMPLES, json.dumps(record) + "\n")
 
 
 if __name__ == "__main__":

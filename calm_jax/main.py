@@ -26,75 +26,106 @@ _ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
   "allow_config_change", False, "Go on in a workdir whose stored config differs."
 )
 
-# Builds (stage, origin, autoencoder sizes) of a run over its data.
-Built = tuple[stages.Stage, workdir.Origin, config.Autoencoder]
-Builder = Callable[..., Built]
+
+@dataclasses.dataclass(frozen=True)
+class Built:
+  """A run made ready over its data, nothing written yet.
+
+  Attributes:
+    codec: the sizes of the autoencoder.
+    copy: writes what a new workdir holds besides its own config and checkpoints.
+  """
+
+  stage: stages.Stage
+  origin: workdir.Origin
+  codec: config.Autoencoder
+  copy: Callable[[], None]
 
 
 def _autoencoder(run: config.AutoencoderRun, store: store_lib.TokenStore, directory: str) -> Built:
-  stage = stages.autoencoder_stage(run, store.manifest.tokenizer.vocab_size)
-  return stage, workdir.Origin.of(store, run.model.patch_size), run.model
+  vocab_size, replacement = store.manifest.tokenizer.vocab_size, run.loss.drop_token_id
+  config.require(
+    0 <= replacement < vocab_size,
+    f"config.loss.drop_token_id must lie in [0, {vocab_size}), the vocabulary, got {replacement}",
+  )
+  origin = workdir.Origin.of(store, run.model.patch_size)
+  return Built(stages.autoencoder_stage(run, vocab_size), origin, run.model, lambda: None)
 
 
 def _calm(run: config.CalmRun, store: store_lib.TokenStore, directory: str) -> Built:
   own = str(epath.Path(directory) / workdir.AUTOENCODER)
-  if not workdir.exists(own):
-    if not run.autoencoder:
-      raise errors.CalmError(
-        "config.autoencoder is empty: give --config.autoencoder=W, the workdir of stage one"
-      )
-    trained = workdir.load_autoencoder(run.autoencoder)
-    workdir.require_same_tokenizer(trained.origin, store, run.autoencoder)
-    workdir.copy_autoencoder(trained, run.autoencoder, directory)
-  trained = workdir.load_autoencoder(own)
-  workdir.require_same_tokenizer(trained.origin, store, own)
-  codec = trained.module(run.training.compute_dtype)
+  source = own if workdir.exists(directory) else run.autoencoder
+  config.require(
+    bool(source),
+    "config.autoencoder is empty: give --config.autoencoder=W, the workdir of stage one",
+  )
+  trained = workdir.load_autoencoder(source)
+  workdir.require_same_tokenizer(trained.origin, store, source)
   origin = workdir.Origin.of(
     store, trained.run.model.patch_size, checkpoint.fingerprint(trained.params)
   )
-  return stages.calm_stage(run, codec, trained.params), origin, trained.run.model
+  return Built(
+    stages.calm_stage(run, trained.module(run.training.compute_dtype), trained.params),
+    origin,
+    trained.run.model,
+    lambda: workdir.copy_autoencoder(trained, source, own),
+  )
 
 
-BUILDERS: dict[str, Builder] = {"autoencoder": _autoencoder, "calm": _calm}
+BUILDERS: dict[str, Callable[..., Built]] = {"autoencoder": _autoencoder, "calm": _calm}
 
 
 def _require_fitting(run: config.Run, patch_size: int) -> None:
   context = run.data.context
-  if context % patch_size or context < 2 * patch_size:
-    raise errors.CalmError(
-      f"config.data.context must be a multiple of K = {patch_size} tokens and at least two "
-      f"patches, got {context}"
-    )
+  config.require(
+    context % patch_size == 0 and context >= 2 * patch_size,
+    f"config.data.context must be a multiple of K = {patch_size} tokens and at least two "
+    f"patches, got {context}",
+  )
   optimizer.schedule(run.optimizer, run.training.steps)
+
+
+def _require_same_config(run: config.Run, directory: str, allow_change: bool) -> None:
+  """Raises CalmError where `run` may not go on in a workdir that has begun."""
+  differing = config.differences(workdir.read_run(directory), run)
+  fixed = [name for name in differing if name.partition(".")[0] in config.FIXED]
+  if not differing or (allow_change and not fixed):
+    return
+  told = "; ".join(f"{name}: {before!r}, {now!r}" for name, (before, now) in differing.items())
+  ways = "a new --workdir or the stored settings"
+  raise errors.CalmError(
+    f"{directory} was started with another config (stored, given): {told}. Give {ways}"
+    + ("" if fixed else ", or --allow_config_change")
+  )
 
 
 def train_run(run: config.Run, directory: str, allow_config_change: bool = False) -> None:
   """Trains `run` in a workdir, new or to be continued.
 
   Raises:
-    CalmError: for settings, data or a workdir that don't fit each other.
+    CalmError: for settings, data or a workdir that don't fit each other; nothing
+      is written then.
     Interrupted: after Ctrl-C or SIGTERM, once the state is saved.
   """
-  if workdir.exists(directory):
-    differing = config.differences(workdir.read_run(directory), run)
-    if differing and not allow_config_change:
-      raise errors.CalmError(
-        f"{directory} was started with another config (stored, given): {'; '.join(differing)}. "
-        "Give a new --workdir, the stored settings, or --allow_config_change"
-      )
-  if not run.data.path:
-    raise errors.CalmError(
-      "config.data.path is empty: give --config.data.path=DIR, written by calm_jax.prepare"
-    )
+  begun = workdir.exists(directory)
+  if begun:
+    _require_same_config(run, directory, allow_config_change)
+  config.require(
+    bool(run.data.path),
+    "config.data.path is empty: give --config.data.path=DIR, written by calm_jax.prepare",
+  )
   store = store_lib.TokenStore.open(run.data.path)
-  stage, origin, codec = BUILDERS[run.stage](run, store, directory)
-  _require_fitting(run, codec.patch_size)
-  if workdir.exists(directory):
-    workdir.require_same_data(directory, origin)
-  per_token = flops.train_per_token(run, codec, origin.vocab_size)
-  record = {"config": dataclasses.asdict(run), "origin": dataclasses.asdict(origin)}
-  trainer = train.Trainer(run, stage, store, directory, per_token, record)
-  workdir.create(directory, run, origin, epath.Path(run.data.path) / store.manifest.tokenizer.file)
+  built = BUILDERS[run.stage](run, store, directory)
+  _require_fitting(run, built.codec.patch_size)
+  if begun:
+    workdir.require_same_data(directory, built.origin)
+  per_token = flops.train_per_token(run, built.codec, built.origin.vocab_size)
+  record = {"config": dataclasses.asdict(run), "origin": dataclasses.asdict(built.origin)}
+  trainer = train.Trainer(run, built.stage, store, directory, per_token, record)
+  if not begun:
+    built.copy()
+  tokenizer = epath.Path(run.data.path) / store.manifest.tokenizer.file
+  workdir.create(directory, run, built.origin, tokenizer)
   trainer.train()
 
 

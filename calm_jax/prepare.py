@@ -128,7 +128,7 @@ def _plan(
   settings: Settings, names: Sequence[str], spans: Sequence[sources.Span]
 ) -> dict[str, str]:
   """Returns what the bytes of the store follow from, in words that can be compared."""
-  files = hashlib.sha256(repr([dataclasses.astuple(span) for span in spans]).encode())
+  stamps = hashlib.sha256(repr([dataclasses.astuple(span) for span in spans]).encode())
   tokenizer = settings.tokenizer
   if not tokenizer.startswith(TRAIN):
     tokenizer = tokenizer_lib.load(tokenizer, settings.eos_token).hash
@@ -136,7 +136,7 @@ def _plan(
     "format_version": str(store.FORMAT_VERSION),
     "input": ",".join(names),
     "files": f"{len(spans)} files, {sum(span.size for span in spans)} bytes, "
-    f"names and times {files.hexdigest()[:16]}",
+    f"names and times {stamps.hexdigest()[:16]}",
     "tokenizer": tokenizer,
     "eos_token": settings.eos_token,
     "text_field": settings.text_field,

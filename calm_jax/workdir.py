@@ -38,9 +38,9 @@ class Origin:
     tokenizer_file: name of the copy in the workdir. tokenizer_hash, store_hash:
       identify tokenizer and token store.
     vocab_size, eos_id: of the tokenizer. appends_eos: whether documents end with EOS.
-    start_patch: the K tokens that end the first training document. Generation
-      puts them in front, so that a prompt stands at the start of a document and
-      even the first patch has one before it.
+    start_patch: the K tokens up to the end of the first training document that has
+      so many before its end. Generation puts them in front, so that a prompt stands
+      at the start of a document and even the first patch has one before it.
     autoencoder_fingerprint: of stage two's frozen parameters, else empty.
   """
 
@@ -57,8 +57,15 @@ class Origin:
   def of(
     cls, store: store_lib.TokenStore, patch_size: int, autoencoder_fingerprint: str = ""
   ) -> "Origin":
-    """Returns the origin of a run on `store`."""
-    end = max(int(store.offsets("train")[1]), patch_size)
+    """Returns the origin of a run on `store`.
+
+    Raises:
+      CalmError: if the training split is shorter than a patch.
+    """
+    ends = [int(end) for end in store.offsets("train")[1:] if end >= patch_size]
+    if not ends:
+      raise errors.CalmError(f"{store.path} holds less than a patch of {patch_size} tokens")
+    end = ends[0]
     tokenizer = store.manifest.tokenizer
     return cls(
       tokenizer_file=tokenizer.file,
@@ -134,7 +141,7 @@ def tokenizer(workdir: str, origin: Origin) -> tokenizer_lib.Tokenizer:
     CalmError: if it is missing or not the one trained with.
   """
   path = epath.Path(workdir) / origin.tokenizer_file
-  loaded = tokenizer_lib.load(str(path))
+  loaded = tokenizer_lib.load(str(path), eos=origin.eos_id)
   if loaded.hash != origin.tokenizer_hash:
     raise errors.CalmError(
       f"{path} has hash {loaded.hash}, but the model was trained with {origin.tokenizer_hash}"
@@ -156,12 +163,12 @@ def require_same_tokenizer(origin: Origin, store: store_lib.TokenStore, workdir:
 def require_same_data(workdir: str, origin: Origin) -> None:
   """Raises CalmError, naming the hashes, unless the workdir's run began on the same data."""
   begun = read_origin(workdir)
-  for name in ("tokenizer_hash", "store_hash"):
+  for name in ("tokenizer_hash", "store_hash", "autoencoder_fingerprint"):
     before, now = getattr(begun, name), getattr(origin, name)
     if before != now:
       raise errors.CalmError(
-        f"{workdir} was trained on data with {name} {before}, config.data.path has {now}: give "
-        "the same data or a new --workdir"
+        f"{workdir} was trained with {name} {before}, now it is {now}: give the same data or a "
+        "new --workdir"
       )
 
 
@@ -231,14 +238,17 @@ def load_calm(workdir: str) -> TrainedCalm:
   return TrainedCalm(run, origin, restored.params, restored.step, codec, model)
 
 
-def copy_autoencoder(trained: TrainedAutoencoder, source: str, workdir: str) -> None:
-  """Writes a frozen autoencoder into stage two's workdir, config.json last."""
-  target = str(epath.Path(workdir) / AUTOENCODER)
-  epath.Path(target).mkdir(parents=True, exist_ok=True)
+def copy_autoencoder(trained: TrainedAutoencoder, source: str, target: str) -> None:
+  """Writes a frozen autoencoder as a workdir of its own, in place of what lies there.
+
+  Raises:
+    CalmError: if it can't be written.
+  """
+  if epath.Path(target).exists():  # Left by a start that was cut short.
+    epath.Path(target).rmtree()
   checkpoints = checkpoint.Checkpoints(target, keep_latest=1)
-  if not checkpoints.steps():
-    saved = checkpoints.save(trained.step, trained.params, None, {}) and checkpoints.wait()
-    if not saved:
-      raise errors.CalmError(f"can't copy the autoencoder of {source} to {target}")
+  saved = checkpoints.save(trained.step, trained.params, None, {}) and checkpoints.wait()
   checkpoints.close()
+  if not saved:
+    raise errors.CalmError(f"can't copy the autoencoder of {source} to {target}")
   create(target, trained.run, trained.origin, epath.Path(source) / trained.origin.tokenizer_file)

@@ -4,6 +4,10 @@
 # and 6 GB. Run again, it goes on where it stopped. QUICKSTART_DIR moves its output.
 set -euo pipefail
 began=$(date +%s)
+case ${QUICKSTART_DIR:=} in
+  "" | /*) ;;
+  *) QUICKSTART_DIR=$PWD/$QUICKSTART_DIR ;;
+esac
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" ""
 
@@ -40,9 +44,8 @@ step calm python -m calm_jax.main --config=configs/calm.py:quickstart \
   --config.data.path="$DIR/tokens" --config.autoencoder="$DIR/autoencoder" --workdir="$DIR/calm"
 step evaluate_calm python -m calm_jax.evaluate --workdir="$DIR/calm"
 step generate_1 python -m calm_jax.generate --workdir="$DIR/calm" \
-  --prompt=$'    def __init__(self, ' --temperature=0.3333 --max_tokens=256
-step generate_2 python -m calm_jax.generate --workdir="$DIR/calm" --temperature=0.5 \
-  --max_tokens=256
+  --prompt=$'class Reader:\n    def __init__(self' --max_tokens=256
+step generate_2 python -m calm_jax.generate --workdir="$DIR/calm" --max_tokens=256 --seed=1
 
 seconds=$(awk -F'\t' '{total += $2} END {print total}' "$TIMES")
 report=(python -m calm_jax.report --workdir="$DIR/autoencoder,$DIR/calm" --output="$DIR"

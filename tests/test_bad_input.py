@@ -8,9 +8,11 @@ import subprocess
 import sys
 
 import pytest
+import tokenizers
 
 from calm_jax import config, errors, main, prepare, workdir
 from calm_jax.data import store as store_lib
+from calm_jax.data import tokenizer as tokenizer_lib
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -88,12 +90,63 @@ def test_a_workdir_whose_config_differs(autoencoder_run, trained_autoencoder):
   assert (trained_autoencoder / "config.json").read_text() == before
 
 
+def test_another_model_is_refused_even_where_changes_are_allowed(
+  autoencoder_run, trained_autoencoder, calm_run
+):
+  before = (trained_autoencoder / "config.json").read_text()
+  for run, name in (
+    (changed(autoencoder_run, model={"width": 32}), "model.width"),
+    (calm_run, "stage"),
+  ):
+    with pytest.raises(
+      errors.CalmError, match=rf"{name}: .*Give a new --workdir or the stored settings$"
+    ):
+      main.train_run(run, str(trained_autoencoder), allow_config_change=True)
+  assert (trained_autoencoder / "config.json").read_text() == before
+
+
+def test_a_refused_run_leaves_no_autoencoder_behind_for_the_next(calm_run, tmp_path):
+  refused(changed(calm_run, head={"kind": "enrgy"}), tmp_path / "new", "did you mean 'energy'")
+  refused(changed(calm_run, data={"context": 30}), tmp_path / "new", "multiple of K = 4")
+  assert not (tmp_path / "new").exists()
+
+
+def test_what_a_start_cut_short_left_is_replaced(calm_run, trained_calm, tmp_path):
+  """A copy of another autoencoder lies there, but no config.json."""
+  own = tmp_path / "new/autoencoder"
+  shutil.copytree(trained_calm / "autoencoder", own)
+  (own / "config.json").write_text("{}")
+  short = changed(calm_run, training={"steps": 2})
+  main.train_run(short, str(tmp_path / "new"))
+  for name in ("config.json", "origin.json"):
+    assert (own / name).read_text() == (trained_calm / "autoencoder" / name).read_text()
+
+
+def test_a_replacement_for_dropped_tokens_must_be_in_the_vocabulary(autoencoder_run, tmp_path):
+  for id_ in (-1, 300):
+    run = changed(autoencoder_run, loss={"drop_token_id": id_})
+    refused(run, tmp_path / "new", rf"must lie in \[0, 300\), the vocabulary, got {id_}")
+
+
+def test_a_tokenizer_whose_eos_was_named_is_read_by_its_id(trained_calm, tmp_path):
+  """The workdir knows the EOS that no usual name tells."""
+  model = tokenizers.Tokenizer(tokenizers.models.BPE())
+  model.add_special_tokens(["<pad>", "<fin>"])
+  model.save(str(tmp_path / "tokenizer.json"))
+  loaded = tokenizer_lib.load(str(tmp_path / "tokenizer.json"), eos="<fin>")
+  origin = dataclasses.replace(
+    workdir.read_origin(str(trained_calm)),
+    tokenizer_file="tokenizer.json", tokenizer_hash=loaded.hash, eos_id=1,
+  )  # fmt: skip
+  assert workdir.tokenizer(str(tmp_path), origin).eos_id == 1
+
+
 def test_other_data_for_a_run_that_has_begun(
   autoencoder_run, trained_autoencoder, other_tokens, tmp_path
 ):
   shutil.copytree(trained_autoencoder, tmp_path / "copy")
   run = changed(autoencoder_run, data={"path": other_tokens})
-  with pytest.raises(errors.CalmError, match="trained on data with"):
+  with pytest.raises(errors.CalmError, match="was trained with tokenizer_hash"):
     main.train_run(run, str(tmp_path / "copy"), allow_config_change=True)
   for name in ("config.json", "origin.json"):
     assert (tmp_path / "copy" / name).read_text() == (trained_autoencoder / name).read_text()
@@ -158,6 +211,8 @@ COMMANDS = {
   "no such input": (
     "prepare", "--input={new}/*.txt --output={new} --tokenizer=train:300", "matches nothing",
   ),
+  "no blocks at once": ("evaluate", "--workdir={calm} --batch=0", "--batch=0"),
+  "negative seed": ("generate", "--workdir={calm} --seed=-1", "--seed=-1"),
   "no such flag": ("generate", "--workdri={calm}", "Did you mean: workdir"),
 }  # fmt: skip
 
@@ -173,3 +228,28 @@ def test_a_bad_command_ends_in_one_line(
   last = done.stderr.splitlines()[-1]
   assert last.startswith("error: ") and reason in last
   assert "Traceback" not in done.stderr and not (tmp_path / "new").exists()
+
+
+def test_a_prompt_that_is_not_utf8(trained_calm):
+  command = [sys.executable, "-m", "calm_jax.generate", f"--workdir={trained_calm}", "--prompt=-"]
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, input=b"caf\xe9", timeout=120)
+  assert done.returncode == 2 and b"error: the prompt is not UTF-8" in done.stderr
+
+
+def test_a_reader_that_has_enough_ends_the_text_quietly(trained_calm):
+  command = f"{sys.executable} -m calm_jax.generate --workdir={trained_calm} | true"
+  done = subprocess.run(
+    ["bash", "-o", "pipefail", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120
+  )
+  assert done.returncode == 0 and "Traceback" not in done.stderr and "Error" not in done.stderr
+
+
+def test_a_damaged_checkpoint_ends_in_one_line(trained_calm, tmp_path):
+  shutil.copytree(trained_calm, tmp_path / "copy")
+  for file in (tmp_path / "copy/checkpoints").rglob("params/d/*"):
+    file.write_bytes(b"")
+  command = [sys.executable, "-m", "calm_jax.generate", f"--workdir={tmp_path}/copy"]
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+  *told, last = done.stderr.splitlines()
+  assert done.returncode == 2 and last.startswith("error: none of the checkpoints")
+  assert len(told) == 3 and all("can't be read" in line for line in told)

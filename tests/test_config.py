@@ -42,6 +42,8 @@ def test_a_run_survives_the_way_through_a_config_dict(run):
     ("los", {}, "unknown setting config.los: did you mean 'loss'"),
     ("model.init", "fanin", "did you mean 'fan_in'"),
     ("stage", "clam", "did you mean 'calm'"),
+    ("data", 5, "config.data must hold settings, got 5"),
+    ("training.seed", -1, r"seed must lie in \[0, 2\*\*32\), got -1"),
     ("data.context", 0, "config.data.context must be above 0, got 0"),
   ],
 )
@@ -71,8 +73,8 @@ def test_an_unknown_schedule_and_a_decay_longer_than_the_run_are_refused():
 
 def test_differences_name_both_values():
   other = dataclasses.replace(config.CalmRun(), loss=config.EnergyLoss(samples=4))
-  assert config.differences(config.CalmRun(), other) == ["loss.samples: 8, 4"]
-  assert config.differences(other, other) == []
+  assert config.differences(config.CalmRun(), other) == {"loss.samples": (8, 4)}
+  assert config.differences(other, other) == {}
 
 
 def settings_fields():

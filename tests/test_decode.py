@@ -132,7 +132,7 @@ def test_eos_ends_the_text_and_is_not_part_of_it(monkeypatch: pytest.MonkeyPatch
 
 def test_a_prompt_longer_than_an_example_keeps_its_end():
   said: list[str] = []
-  decoder, model = writer(said, context=3 * K, max_tokens=1)
+  decoder, model = writer(said, context=4 * K, max_tokens=1)
   write(decoder, list(range(1, 10)))
   jax.effects_barrier()
   np.testing.assert_array_equal(model.seen[0], [[[1, 2, 3], [4, 5, 6], [7, 8, 9]]])

@@ -55,7 +55,8 @@ def with_bad_line(settings: prepare.Settings) -> prepare.Settings:
 
 
 def texts(store: store_lib.TokenStore, split: str) -> list[str]:
-  tokenizer, offsets = store.tokenizer(), store.offsets(split)
+  tokenizer = tokenizer_lib.load(f"{store.path}/{store.manifest.tokenizer.file}")
+  offsets = store.offsets(split)
   pairs = itertools.pairwise(map(int, offsets))
   return [tokenizer.decode(store.read(split, start, stop)) for start, stop in pairs]
 
@@ -89,7 +90,7 @@ def test_copies_of_a_document_share_a_split(settings: prepare.Settings, tmp_path
   inputs = (*settings.input, f"{tmp_path}/c.jsonl")
   store = prepare.prepare(dataclasses.replace(settings, input=inputs))
   assert not set(texts(store, "train")) & set(texts(store, "heldout"))
-  assert sum(store.num_documents(split) for split in store_lib.SPLITS) == 350
+  assert sum(store.manifest.splits[split].documents for split in store_lib.SPLITS) == 350
 
 
 @pytest.mark.parametrize("append_eos", [True, False])
@@ -231,7 +232,7 @@ def test_a_bad_line_stops_the_run_and_can_be_skipped(settings: prepare.Settings,
     store_lib.TokenStore.open(settings.output)
   store = prepare.prepare(dataclasses.replace(settings, skip_bad_lines=True))
   assert store.manifest.skipped_lines == 1
-  assert sum(store.num_documents(split) for split in store_lib.SPLITS) == 200
+  assert sum(store.manifest.splits[split].documents for split in store_lib.SPLITS) == 200
 
 
 @pytest.mark.parametrize(
@@ -285,7 +286,7 @@ def test_the_command_prepares_and_says_what_it_made(settings: prepare.Settings):
   done = run(*as_flags(dataclasses.replace(settings, workers=2)))
   assert (done.returncode, done.stdout) == (0, ""), done.stderr
   assert "200 documents" in done.stderr and "bytes a token" in done.stderr
-  assert store_lib.TokenStore.open(settings.output).num_documents("train") > 100
+  assert store_lib.TokenStore.open(settings.output).manifest.splits["train"].documents > 100
 
 
 def test_the_command_ends_with_one_line_and_2_at_bad_input(settings: prepare.Settings):

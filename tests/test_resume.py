@@ -3,6 +3,7 @@
 import json
 import pathlib
 import resource
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from calm_jax import config, errors, main, workdir
-from calm_jax.training import reporter, train
+from calm_jax.training import evaluation, reporter, train
 
 STAGES = ("autoencoder", "calm")
 
@@ -45,9 +46,15 @@ def weights(directory: pathlib.Path) -> dict[str, np.ndarray]:
   }
 
 
-def losses(directory: pathlib.Path) -> list[tuple[int, float, float]]:
+def figures(directory: pathlib.Path, kind: str) -> list[dict]:
+  """The reports of a kind, without what depends on the clock."""
+  timed = {"time", "seconds", "data_wait_share", "tokens_per_second", "patches_per_second"}
   records = map(json.loads, (directory / workdir.METRICS).read_text().splitlines())
-  return [(r["step"], r["loss"], r["gradient_norm"]) for r in records if r["kind"] == "train"]
+  return [
+    {name: value for name, value in record.items() if name not in timed}
+    for record in records
+    if record["kind"] == kind
+  ]
 
 
 def assert_same(a: pathlib.Path, b: pathlib.Path) -> None:
@@ -55,7 +62,8 @@ def assert_same(a: pathlib.Path, b: pathlib.Path) -> None:
   assert found.keys() == expected.keys()
   for name, value in expected.items():
     np.testing.assert_array_equal(found[name], value, err_msg=name)
-  assert losses(a) == losses(b)
+  for kind in ("train", "evaluation"):
+    assert figures(a, kind) == figures(b, kind)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -112,6 +120,38 @@ def test_a_full_disk_stops_the_run_and_spares_the_last_good_checkpoint(
   assert weights(tmp_path)["step"] == 2
   main.train_run(run, str(tmp_path))
   assert_same(tmp_path, whole)
+
+
+def test_a_signal_during_an_evaluation_is_heeded_after_the_next_step(
+  calm_run, trained_calm, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+  """Nothing is said to be saved that is not: step 3 is evaluated, step 4 saved."""
+  evaluate = evaluation.Evaluator.__call__
+
+  def interrupted(self, params):
+    signal.raise_signal(signal.SIGINT)
+    return evaluate(self, params)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(evaluation.Evaluator, "__call__", interrupted)
+    with pytest.raises(train.Interrupted):
+      main.train_run(calm_run, str(tmp_path))
+  assert weights(tmp_path)["step"] == 4
+  assert [record["step"] for record in figures(tmp_path, "evaluation")] == [3]
+  main.train_run(calm_run, str(tmp_path))
+  assert_same(tmp_path, trained_calm)
+
+
+def test_an_evaluation_that_a_kill_cost_is_made_up(
+  calm_run, trained_calm: pathlib.Path, tmp_path: pathlib.Path
+):
+  shutil.copytree(trained_calm, tmp_path / "copy")
+  metrics = tmp_path / "copy" / workdir.METRICS
+  lines = metrics.read_text().splitlines(keepends=True)
+  assert '"evaluation", "step": 6' in lines[-1]
+  metrics.write_text("".join(lines[:-1]))
+  main.train_run(calm_run, str(tmp_path / "copy"))
+  assert_same(tmp_path / "copy", trained_calm)
 
 
 def test_a_finished_run_does_nothing_when_run_again(

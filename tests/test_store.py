@@ -67,7 +67,7 @@ def test_offsets_are_the_starts_of_documents_and_the_end(store: store_lib.TokenS
   found = store.offsets("train")
   assert found.dtype == np.int64
   np.testing.assert_array_equal(found, [0, 5, 6, 10])
-  assert (store.num_documents("train"), store.num_tokens("train")) == (3, 10)
+  assert (store.manifest.splits["train"].documents, store.num_tokens("train")) == (3, 10)
 
 
 def test_blocks_and_shards_do_not_show(
@@ -168,12 +168,9 @@ def test_a_lost_or_damaged_file_is_never_read_as_tokens(store: store_lib.TokenSt
     store_lib.TokenStore.open(store.path).read("train", 0, 4)
 
 
-def test_the_store_keeps_its_own_tokenizer(
+def test_the_store_keeps_a_copy_of_its_tokenizer(
   store: store_lib.TokenStore, tokenizer: tokenizer_lib.Tokenizer
 ):
-  copy = store.tokenizer()
-  assert (copy.hash, copy.eos_id) == (tokenizer.hash, tokenizer.eos_id)
-  assert copy.path == f"{store.path}/tokenizer.model"
-  tokenizer_lib.train(["another text altogether"] * 3, 280, copy.path)
-  with pytest.raises(errors.CalmError, match=f"but the store was written with {tokenizer.hash}"):
-    store.tokenizer()
+  info = store.manifest.tokenizer
+  copy = tokenizer_lib.load(f"{store.path}/{info.file}")
+  assert (copy.hash, copy.eos_id) == (info.hash, info.eos_id) == (tokenizer.hash, tokenizer.eos_id)

@@ -147,10 +147,6 @@ class TokenStore:
     """Returns the number of tokens in a split."""
     return self.manifest.splits[split].tokens
 
-  def num_documents(self, split: str) -> int:
-    """Returns the number of documents in a split."""
-    return self.manifest.splits[split].documents
-
   def read(self, split: str, start: int, stop: int) -> np.ndarray:
     """Returns tokens [start, stop) of a split, int32.
 
@@ -170,20 +166,6 @@ class TokenStore:
       return array.read().result()
     except ValueError as error:
       raise errors.CalmError(f"can't read the token store {self.path}: {error}") from error
-
-  def tokenizer(self) -> tokenizer_lib.Tokenizer:
-    """Returns the store's own copy of its tokenizer.
-
-    Raises:
-      CalmError: if it is missing or not the one the tokens were made with.
-    """
-    info = self.manifest.tokenizer
-    loaded = tokenizer_lib.load(str(epath.Path(self.path) / info.file), eos=info.eos_id)
-    if loaded.hash != info.hash:
-      raise errors.CalmError(
-        f"{loaded.path} has hash {loaded.hash}, but the store was written with {info.hash}"
-      )
-    return loaded
 
 
 def read_manifest(path: str) -> Manifest | None:

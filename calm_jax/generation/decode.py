@@ -52,8 +52,9 @@ class _Position:
 class Decoder:
   """Writes texts with one trained model.
 
-  The last `window` patches, as many as an example had in training, are kept
-  in a ring; older ones are forgotten, so texts have no longest length.
+  The last `window` patches, as many as an example showed the backbone in
+  training, are kept in a ring; older ones are forgotten, so texts have no
+  longest length.
   """
 
   def __init__(
@@ -61,7 +62,7 @@ class Decoder:
   ):
     self._trained, self._settings, self._report = trained, settings, report
     self._patch_size = trained.model.autoencoder.sizes.patch_size
-    self._window = trained.run.data.context // self._patch_size
+    self._window = trained.run.data.context // self._patch_size - 1
     self._n = temperature_lib.reciprocal(settings.temperature)
     self._draws = settings.num_candidates if self._n > 1 else 1
     self._prefill = jax.jit(self._advance)

@@ -48,13 +48,16 @@ def fingerprint(tree: Tree) -> str:
 def _ignore_stragglers() -> None:
   """Silences the reads and writes that are still under way when Orbax gives up on others.
 
-  Each would print that its event loop is closed, or that it was never awaited.
+  Each would print that its event loop is closed, that it was never awaited, or the
+  error that has been told already.
   """
   previous = sys.unraisablehook
   warnings.filterwarnings("ignore", message="coroutine .* was never awaited")
 
   def hook(unraisable):
-    if not str(unraisable.exc_value).endswith(("loop is closed", "was never awaited")):
+    message = str(unraisable.exc_value)
+    late = message.endswith(("loop is closed", "was never awaited"))
+    if not late and not message.startswith("Encountered error while reading array index"):
       previous(unraisable)
 
   sys.unraisablehook = hook

@@ -11,7 +11,7 @@ from typing import Any
 from etils import epath
 from tqdm import tqdm
 
-from calm_jax import errors, files
+from calm_jax import files
 
 
 def show(line: str) -> None:
@@ -31,7 +31,7 @@ class Writer:
     self._path = path
     self._steps, self._first_step = steps, first_step
     self._started = time.monotonic()
-    self._drop_after(first_step)
+    self._kept = self._drop_after(first_step)
     self._bar = tqdm(
       total=steps, initial=first_step, unit="step", disable=not sys.stderr.isatty(), leave=True
     )
@@ -40,18 +40,25 @@ class Writer:
       board = importlib.import_module("tensorboardX")
       self._board = board.SummaryWriter(str(path.parent / "tensorboard"))
 
-  def _drop_after(self, step: int) -> None:
-    """A resumed run writes the steps after its checkpoint again: forget the first account."""
+  def _drop_after(self, step: int) -> set[tuple[str, int]]:
+    """Forgets reports after `step`, which a resumed run writes again; returns what is kept."""
     if not self._path.exists():
-      return
-    kept = []
+      return set()
+    lines, kept = [], set()
     for line in self._path.read_text().splitlines():
       try:
-        if json.loads(line)["step"] <= step:
-          kept.append(line + "\n")
+        record = json.loads(line)
       except ValueError:
         continue  # The last line of a killed run may be cut.
-    files.write(self._path, "".join(kept))
+      if record["step"] <= step:
+        lines.append(line + "\n")
+        kept.add((record["kind"], record["step"]))
+    files.write(self._path, "".join(lines))
+    return kept
+
+  def has(self, kind: str, step: int) -> bool:
+    """Tells whether the run wrote this report before it was resumed."""
+    return (kind, step) in self._kept
 
   def write(
     self, kind: str, step: int, values: Mapping[str, Any], shown: Sequence[str] = ()
@@ -65,11 +72,7 @@ class Writer:
       CalmError: if it can't be written.
     """
     record = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
-    try:
-      with self._path.open("a") as file:
-        file.write(json.dumps(files.finite(record)) + "\n")
-    except OSError as error:
-      raise errors.CalmError(f"can't write {self._path}: {error}") from error
+    files.append(self._path, json.dumps(files.finite(record)) + "\n")
     if self._board:
       for name, value in values.items():
         if isinstance(value, (int, float)):

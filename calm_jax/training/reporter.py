@@ -42,10 +42,6 @@ class Reporter:
     """Books seconds that were not training: compiling, evaluating, saving."""
     self._paused += seconds
 
-  def flops(self, done: int) -> float:
-    """Returns the training FLOPs of `done` steps."""
-    return self._flops_per_step * done
-
   def push(self, done: int, figures: Mapping[str, jax.Array], indices: np.ndarray) -> None:
     """Takes step number `done` (from 1) and finishes the one before.
 
@@ -82,7 +78,7 @@ class Reporter:
       "data_wait_share": self._waited_for_data / seconds,
       "tokens_per_second": tokens_per_second,
       "patches_per_second": tokens_per_second * values.pop("patches_per_token"),
-      "flops": self.flops(done),
+      "flops": self._flops_per_step * done,
     }
     self._lap_start, self._lap_step = now, done
     self._waited_for_data = self._paused = 0.0

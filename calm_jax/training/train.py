@@ -87,6 +87,8 @@ class Trainer:
     start, steps = int(state.step), self._run.training.steps
     writer = metrics.Writer(self._directory / workdir.METRICS, steps, start)
     try:
+      if start and self._evaluation_is_due(start) and not writer.has("evaluation", start):
+        self._write_evaluation(start, state, writer)  # The run was cut before it came to that.
       with _Stop() as stop:
         self._loop(state, start, writer, stop)
     except errors.CalmError as error:
@@ -125,20 +127,30 @@ class Trainer:
           take = traced.lower(state, self._stage.frozen, batch).compile()
       state, figures = take(state, self._stage.frozen, batch)
       report.push(done, figures, batch["index"])
-      last = done == settings.steps or bool(stop.signal)
-      evaluate = settings.eval_every and (last or done % settings.eval_every == 0)
+      stopping = stop.signal  # A signal that comes later is heeded after the next step.
+      last = done == settings.steps or bool(stopping)
+      evaluate = self._evaluation_is_due(done) and not stopping
       save = last or done % settings.checkpoint_every == 0
       if evaluate or save:
         report.flush()  # What is scored or saved is known to be good.
         with _timed(report.pause):
           if save:
             self._save(done, state, wait=last)
-          if evaluate and not stop.signal:
-            figures = self._evaluate(state.params) | {"flops": report.flops(done)}
-            writer.write("evaluation", done, figures, SHOWN)
-      if stop.signal:
-        metrics.show(f"{stop.signal}: saved step {done}; the same command goes on from it")
+          if evaluate:
+            self._write_evaluation(done, state, writer)
+      if stopping:
+        metrics.show(f"{stopping}: saved step {done}; the same command goes on from it")
         raise Interrupted()
+
+  def _evaluation_is_due(self, done: int) -> bool:
+    settings = self._run.training
+    return bool(settings.eval_every) and (done == settings.steps or done % settings.eval_every == 0)
+
+  def _write_evaluation(self, done: int, state: step.TrainState, writer: metrics.Writer) -> None:
+    run = self._run
+    tokens = done * run.data.context * run.training.batch
+    figures = self._evaluate(state.params) | {"flops": tokens * self._flops_per_token}
+    writer.write("evaluation", done, figures, SHOWN)
 
   def _save(self, done: int, state: step.TrainState, wait: bool) -> None:
     params, rest = step.parts(state)
