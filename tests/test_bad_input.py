@@ -7,8 +7,11 @@ import shutil
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
 import tokenizers
+from jax import numpy as jnp
 
 from calm_jax import config, errors, main, prepare, workdir
 from calm_jax.data import store as store_lib
@@ -112,14 +115,15 @@ def test_a_refused_run_leaves_no_autoencoder_behind_for_the_next(calm_run, tmp_p
 
 
 def test_what_a_start_cut_short_left_is_replaced(calm_run, trained_calm, tmp_path):
-  """A copy of another autoencoder lies there, but no config.json."""
-  own = tmp_path / "new/autoencoder"
-  shutil.copytree(trained_calm / "autoencoder", own)
-  (own / "config.json").write_text("{}")
-  short = changed(calm_run, training={"steps": 2})
-  main.train_run(short, str(tmp_path / "new"))
-  for name in ("config.json", "origin.json"):
-    assert (own / name).read_text() == (trained_calm / "autoencoder" / name).read_text()
+  """The weights of another autoencoder lie there, but no config.json."""
+  own, expected = (str(place / "autoencoder") for place in (tmp_path / "new", trained_calm))
+  other = workdir.load_autoencoder(expected)
+  zeros = jax.tree.map(jnp.zeros_like, other.params)
+  workdir.copy_autoencoder(dataclasses.replace(other, params=zeros), expected, own)
+  main.train_run(changed(calm_run, training={"steps": 2}), str(tmp_path / "new"))
+  found = workdir.load_autoencoder(own)
+  jax.tree.map(np.testing.assert_array_equal, found.params, other.params)
+  assert (found.run, found.origin) == (other.run, other.origin)
 
 
 def test_a_replacement_for_dropped_tokens_must_be_in_the_vocabulary(autoencoder_run, tmp_path):

@@ -25,13 +25,14 @@ def test_an_epoch_holds_every_block_once_and_the_next_in_another_order(store):
   context = 64
   count = store.num_tokens("train") // context
   batches = pipeline.TrainingBatches(store, context, count, seed=0)
-  first, second = take(batches, 2)
+  first, second, third = take(batches, 3)
   expected = store.read("train", 0, count * context).reshape(count, context)
-  for batch in (first, second):
+  for batch in (first, second, third):
     assert sorted(rows([batch])) == sorted(map(tuple, expected.tolist()))
   assert rows([first]) != rows([second])
   np.testing.assert_array_equal(np.sort(first["index"]), np.arange(count))
   np.testing.assert_array_equal(np.sort(second["index"]), np.arange(count, 2 * count))
+  np.testing.assert_array_equal(np.sort(third["index"]), np.arange(2 * count, 3 * count))
 
 
 def test_the_position_is_one_integer_and_leads_back_to_the_same_batches(store):
