@@ -34,7 +34,7 @@ setuptools.setup(
     "absl-py>=2.3",
     "numpy>=2.1",
     "tqdm>=4.67",
-    "matplotlib>=3.10",
+    "matplotlib>=3.10.7",
   ],
   extras_require={
     "tpu": ["jax[tpu]"],
