@@ -11,6 +11,7 @@ from absl import flags
 from etils import epath
 
 from calm_jax import cli, config, errors, files, workdir
+from calm_jax.data import pipeline
 from calm_jax.data import store as store_lib
 from calm_jax.objectives import brier
 from calm_jax.training import evaluation, stages
@@ -59,8 +60,8 @@ def _marginal(store: store_lib.TokenStore, figures: dict[str, Any], size: int) -
   if size < brier.ORDERS:
     return {}
   train = min(store.num_tokens("train"), MARGINAL_TOKENS) // size * size
-  heldout = store.read("heldout", 0, figures["tokens"])
-  heldout = heldout.reshape(figures["blocks"], -1, size)[:, 1:].reshape(-1, size)
+  blocks = pipeline.heldout_tokens(store, figures["context_tokens"], figures["blocks"])
+  heldout = blocks.reshape(len(blocks), -1, size)[:, 1:].reshape(-1, size)
   return brier.marginal(store.read("train", 0, train).reshape(-1, size), heldout)
 
 

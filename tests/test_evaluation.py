@@ -3,6 +3,7 @@
 import numpy as np
 from jax import numpy as jnp
 
+from calm_jax.data import pipeline
 from calm_jax.data import store as store_lib
 from calm_jax.training import evaluation, stages
 
@@ -28,7 +29,8 @@ def test_every_block_counts_once_and_the_counts_are_stated(tokens: str):
   for batch, limit, expected in ((4, 0, count), (4, 5, 5), (7, 7, 7), (100, 3, 3)):
     found = evaluation.Evaluator(stage(), store, 32, batch, limit, seed=3)(jnp.int32(10))
     np.testing.assert_array_equal(found["index"], 10 + np.arange(expected))
-    np.testing.assert_array_equal(found["first"], store.read("heldout", 0, 32 * expected)[::32])
+    blocks = pipeline.heldout_tokens(store, 32, limit)
+    np.testing.assert_array_equal(found["first"], blocks[:, 0])
     counts = {name: found[name] for name in ("context_tokens", "blocks", "tokens", "seed")}
     assert counts == {
       "context_tokens": 32, "blocks": expected, "tokens": 32 * expected, "seed": 3,

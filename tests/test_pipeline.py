@@ -63,11 +63,20 @@ def test_the_seed_sets_the_order(store):
 
 
 def test_heldout_blocks_come_in_order_and_the_filling_does_not_count(store):
-  parts = list(pipeline.heldout_batches(store, 32, batch=4, limit=6))
-  assert [count for _, count in parts] == [4, 2]
+  total = store.num_tokens("heldout") // 32
+  whole = store.read("heldout", 0, 32 * total).reshape(total, 32)
+  parts = list(pipeline.heldout_batches(store, 32, batch=4, limit=0))
+  assert sum(count for _, count in parts) == total and total % 4
   assert all(batch["tokens"].shape == (4, 32) for batch, _ in parts)
   kept = np.concatenate([batch["tokens"][:count] for batch, count in parts])
-  np.testing.assert_array_equal(kept.ravel(), store.read("heldout", 0, 6 * 32))
+  np.testing.assert_array_equal(kept, whole)
+
+
+def test_a_few_heldout_blocks_come_from_all_over_the_split(store):
+  total = store.num_tokens("heldout") // 32
+  whole = store.read("heldout", 0, 32 * total).reshape(total, 32)
+  found = pipeline.heldout_tokens(store, 32, 3)
+  np.testing.assert_array_equal(found, whole[[0, total // 3, 2 * total // 3]])
 
 
 def test_a_split_shorter_than_a_block_is_refused(store):

@@ -72,14 +72,21 @@ class TrainingBatches:
 def heldout_batches(
   store: store_lib.TokenStore, context: int, batch: int, limit: int
 ) -> Iterator[tuple[Batch, int]]:
-  """Yields (batch, rows that count) over the first `limit` held-out blocks, 0 for all.
+  """Yields (batch, rows that count) over `limit` held-out blocks, 0 for all.
 
-  The last batch is filled up with its first block, so that all have one shape.
+  They come from all over the split; `index` numbers them. The last batch is filled
+  up with its first block, so that all have one shape.
   """
   blocks = Blocks(store, "heldout", context)
   count = min(len(blocks), limit) if limit else len(blocks)
   for start in range(0, count, batch):
     rows = np.arange(start, start + batch)
-    read = np.where(rows < count, rows, start)
+    read = np.where(rows < count, rows, start) * len(blocks) // count
     tokens = np.stack([blocks[i]["tokens"] for i in read])
     yield {"tokens": tokens, "index": rows.astype(np.int32)}, min(batch, count - start)
+
+
+def heldout_tokens(store: store_lib.TokenStore, context: int, limit: int) -> np.ndarray:
+  """Returns the blocks that `heldout_batches` yields, int32 [blocks, S]."""
+  parts = heldout_batches(store, context, 64, limit)
+  return np.concatenate([batch["tokens"][:rows] for batch, rows in parts])

@@ -11,8 +11,8 @@ _PART_COLORS = (drawing.SKY, drawing.GREEN, drawing.ORANGE, drawing.PURPLE)
 _MARGINAL = "brier_lm_marginal"
 
 
-def _brier(axes: Axes, account: records.Account, x: np.ndarray) -> None:
-  reports = account.evaluations
+def _brier(figure: Figure, account: records.Account, x: np.ndarray) -> Axes:
+  axes, reports = figure.subplots(), account.evaluations
   for n, color in enumerate(_PART_COLORS, start=1):
     drawing.evaluated(axes, x, reports, f"brier_{n}", f"Brier-{n}", color, width=1.0)
   drawing.evaluated(
@@ -24,19 +24,19 @@ def _brier(axes: Axes, account: records.Account, x: np.ndarray) -> None:
       marginal, color=drawing.VERMILLION, linestyle="--", label=f"marginal, {marginal:.3g}"
     )
   axes.set_ylabel("score (%)")
-  axes.legend(ncols=2)
+  axes.set_ylim(bottom=0)
+  figure.legend(loc="outside upper center", ncols=3)
+  return axes
 
 
 def _brier_over_steps(figure: Figure, account: records.Account) -> None:
-  axes = figure.subplots()
-  _brier(axes, account, records.column(account.evaluations, "step"))
+  axes = _brier(figure, account, records.column(account.evaluations, "step"))
   drawing.step_axis(axes)
 
 
 def _brier_over_flops(figure: Figure, account: records.Account) -> None:
-  axes = figure.subplots()
   flops = records.column(account.evaluations, "flops")
-  _brier(axes, account, flops)
+  axes = _brier(figure, account, flops)
   if np.nanmax(flops) >= 10 * np.nanmin(flops) > 0:
     axes.set_xscale("log")
   axes.set_xlabel("training FLOPs")

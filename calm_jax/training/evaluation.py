@@ -11,7 +11,7 @@ from calm_jax.training import stages
 
 
 class Evaluator:
-  """Evaluates a stage on the first `limit` held-out blocks (0 for all) of a store."""
+  """Evaluates a stage on `limit` held-out blocks of a store, from all over it; 0 for all."""
 
   def __init__(
     self,
