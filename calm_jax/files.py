@@ -2,12 +2,18 @@
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
 
 from calm_jax import errors
+
+
+def absolute(path: epath.PathLike) -> str:
+  """Returns a local path from the root on, and a bucket's URL as it is."""
+  return os.fspath(path) if "://" in os.fspath(path) else os.path.abspath(path)
 
 
 def write(path: epath.PathLike, content: str | bytes) -> None:

@@ -13,7 +13,6 @@ A block of 512 or of 8192 tokens takes one request, whatever its start.
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -284,10 +283,10 @@ def _open(path: str, name: str) -> Any:
 
 
 def _address(path: str, name: str) -> dict[str, Any]:
-  url = f"{path.rstrip('/')}/{name}/"
+  url = f"{files.absolute(path).rstrip('/')}/{name}/"
   return {
     "driver": "zarr3",
-    "kvstore": url if "://" in path else {"driver": "file", "path": os.path.abspath(url) + "/"},
+    "kvstore": url if "://" in path else {"driver": "file", "path": url},
     # A lost file is an error, not a run of zeros.
     "fill_missing_data_reads": False,
     "store_data_equal_to_fill_value": True,

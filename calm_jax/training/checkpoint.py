@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax import numpy as jnp
 
-from calm_jax import errors
+from calm_jax import errors, files
 from calm_jax.training import metrics
 
 DIRECTORY = "checkpoints"
@@ -114,7 +114,7 @@ class Checkpoints:
     }
     try:
       self._manager = ocp.CheckpointManager(
-        (self._workdir / DIRECTORY).absolute(), options=options, item_handlers=handlers
+        files.absolute(self._workdir / DIRECTORY), options=options, item_handlers=handlers
       )
     except OSError as error:
       raise errors.CalmError(f"can't open the checkpoints of {workdir}: {error}") from error
