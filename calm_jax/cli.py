@@ -9,11 +9,12 @@ from absl import app, flags, logging
 from calm_jax import errors
 
 EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 130  # What a shell reports for a process ended by Ctrl-C.
+# What a shell reports for a process ended by Ctrl-C, and by a reader that left.
+EXIT_INTERRUPTED, EXIT_UNREAD = 130, 141
 
 
 def run(main: Callable[[], None]) -> None:
-  """Parses flags, runs `main` and exits: 0, 2 for bad input, 130 after Ctrl-C."""
+  """Parses flags, runs `main` and exits: 0, 2 for bad input, 130 after Ctrl-C, 141 unread."""
 
   def guarded(argv: Sequence[str]) -> int:
     try:
@@ -26,7 +27,9 @@ def run(main: Callable[[], None]) -> None:
       print(f"error: {error}", file=sys.stderr)
       return EXIT_BAD_INPUT
     except BrokenPipeError:  # Whoever read the output has enough, as `head` does.
-      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+      for stream in (sys.stdout, sys.stderr):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+      return EXIT_UNREAD
     except KeyboardInterrupt:
       print("interrupted", file=sys.stderr)
       return EXIT_INTERRUPTED

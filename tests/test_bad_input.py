@@ -245,7 +245,7 @@ def test_a_reader_that_has_enough_ends_the_text_quietly(trained_calm):
   done = subprocess.run(
     ["bash", "-o", "pipefail", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120
   )
-  assert done.returncode == 0 and "Traceback" not in done.stderr and "Error" not in done.stderr
+  assert done.returncode == 141 and "Traceback" not in done.stderr and "Error" not in done.stderr
 
 
 def test_a_damaged_checkpoint_ends_in_one_line(trained_calm, tmp_path):
