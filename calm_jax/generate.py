@@ -62,9 +62,9 @@ def main() -> None:
         patches.append(patch)
         yield patch
 
-    print(prompt, end="", flush=True)
     for piece in decode.pieces(tokenizer.decode, prompt_tokens, new_tokens()):
-      print(piece, end="", flush=True)
+      # The prompt waits for the first piece, so that a note on it comes before both.
+      print(piece if written else prompt + piece, end="", flush=True)
       written.append(piece)
     print(flush=True)
     count, seconds = sum(map(len, patches)), time.perf_counter() - start

@@ -45,7 +45,9 @@ step calm python -m calm_jax.main --config=configs/calm.py:quickstart \
 step evaluate_calm python -m calm_jax.evaluate --workdir="$DIR/calm"
 step generate_1 python -m calm_jax.generate --workdir="$DIR/calm" \
   --prompt=$'class Reader:\n    def __init__(self' --max_tokens=256
-step generate_2 python -m calm_jax.generate --workdir="$DIR/calm" --max_tokens=256 --seed=1
+step generate_2 python -m calm_jax.generate --workdir="$DIR/calm" --temperature=0.5 \
+  --num_candidates=20 --max_tokens=72 \
+  --prompt=$'    \'\\xc0\'     #  0xC0 -> LATIN CAPITAL LETTER A WITH GRAVE\n'
 
 seconds=$(awk -F'\t' '{total += $2} END {print total}' "$TIMES")
 report=(python -m calm_jax.report --workdir="$DIR/autoencoder,$DIR/calm" --output="$DIR"

@@ -88,7 +88,7 @@ def test_a_tail_opens_the_next_patch(tail: list[int]):
   np.testing.assert_array_equal(model.seen[0], [[[5, 6, 7], [1, 1, 1]]])  # Nothing padded.
   first = K - len(tail)
   np.testing.assert_array_equal(model.seen[1], [[[*tail, *new[:first]]]])
-  assert len(said) == 1 and f"last {len(tail)} tokens open a patch" in said[0]
+  assert len(said) == 1 and f"begin with its last {len(tail)} of {K} tokens" in said[0]
   share = int(said[0].split(": ")[1].split(" of ")[0]) / decode.TAIL_CANDIDATES
   assert abs(share - SYMBOLS ** -len(tail)) < 0.1
 

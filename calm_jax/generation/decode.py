@@ -122,14 +122,14 @@ class Decoder:
         best, best_length = np.array(chosen_K), int(longest)
       if int(agreeing):
         self._report(
-          f"the prompt's last {len(tail)} tokens open a patch: {int(agreeing)} of the last {count} "
-          f"of {drawn} candidates agree with them"
+          f"the prompt ends inside a patch: {int(agreeing)} of the last {count} of {drawn} "
+          f"candidates begin with its last {len(tail)} of {size} tokens"
         )
         return best
     best[: len(tail)] = tail
     self._report(
-      f"none of {drawn} candidates agrees with the prompt's last {len(tail)} tokens: took one that "
-      f"shares the first {best_length} and put the prompt's tokens in its place"
+      f"the prompt ends inside a patch: none of {drawn} candidates begins with its last {len(tail)} "
+      f"of {size} tokens; took one that shares the first {best_length} and put the prompt's in place"
     )
     return best
 
