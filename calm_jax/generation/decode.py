@@ -128,8 +128,9 @@ class Decoder:
         return best
     best[: len(tail)] = tail
     self._report(
-      f"the prompt ends inside a patch: none of {drawn} candidates begins with its last {len(tail)} "
-      f"of {size} tokens; took one that shares the first {best_length} and put the prompt's in place"
+      f"the prompt ends inside a patch: none of {drawn} candidates begins with its last "
+      f"{len(tail)} of {size} tokens; took one that shares the first {best_length} and put the "
+      "prompt's in their place"
     )
     return best
 
