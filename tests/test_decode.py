@@ -64,7 +64,7 @@ def writer(said: list[str] | None = None, appends_eos: bool = False, context=24,
     model=model, run=run, origin=origin, params={}, autoencoder=SimpleNamespace(params={})
   )
   report = [].append if said is None else said.append
-  return decode.Decoder(trained, decode.Settings(**settings), report), model  # pyright: ignore
+  return decode.Decoder(trained, decode.Settings(**settings), report), model
 
 
 def write(decoder: decode.Decoder, prompt: list[int], seed: int = 0) -> list[int]:
@@ -168,7 +168,11 @@ def test_bad_settings_are_told(settings: dict, reason: str):
 
 def test_pieces_give_the_text_and_never_half_a_character():
   content = "a€b🙂c".encode()
-  text = lambda ids: bytes(ids).decode("utf-8", "replace")  # noqa: E731 -- a tokenizer of bytes.
+
+  def text(ids: list[int]) -> str:
+    """Decodes as a tokenizer of bytes would."""
+    return bytes(ids).decode("utf-8", "replace")
+
   new = iter([list(content[i : i + 1]) for i in range(2, len(content))])
   pieces = list(decode.pieces(text, list(content[:2]), new))
   assert "".join(pieces) == "€b🙂c"

@@ -40,8 +40,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tokenizer_lib.Tokenizer
 def hugging_face(path: pathlib.Path, specials: list[str], template: bool = False) -> str:
   """Writes a byte-level BPE, by default without a template that adds special tokens."""
   model = tokenizers.Tokenizer(models.BPE())
-  model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
-  model.decoder = decoders.ByteLevel()  # pyright: ignore
+  model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  model.decoder = decoders.ByteLevel()
   trainer = trainers.BpeTrainer(
     vocab_size=300, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
   )
