@@ -140,6 +140,22 @@ def test_a_full_disk_is_told_and_leaves_the_checkpoint_before(tmp_path: pathlib.
   assert_step(restored(tmp_path)[0], 1)
 
 
+def test_a_save_after_a_failed_one_counts_by_itself(tmp_path: pathlib.Path):
+  said: list[str] = []
+  checkpoints = checkpoint.Checkpoints(str(tmp_path), keep_latest=2, report=said.append)
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE, hard))
+  try:
+    checkpoints.save(1, params(1), rest(1), {})
+    assert not checkpoints.wait()
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+  assert "failed" in said[0]
+  assert checkpoints.save(2, params(2), rest(2), {}) and checkpoints.wait()
+  checkpoints.close()
+  assert_step(restored(tmp_path)[0], 2)
+
+
 def test_what_is_newer_than_a_step_is_set_aside(tmp_path: pathlib.Path):
   saved(tmp_path, 1, 2, 3, keep_latest=3)
   checkpoints = checkpoint.Checkpoints(str(tmp_path), keep_latest=3, report=lambda line: None)

@@ -126,10 +126,8 @@ class Checkpoints:
   def save(self, step: int, params: Tree, rest: Tree | None, meta: dict[str, Any]) -> bool:
     """Starts saving and returns at once. Returns False, and says why, if saving fails.
 
-    `rest` is None for parameters that are never trained on.
-
-    A failure of the save before this one shows here, too. Older checkpoints stay
-    as they were.
+    A failure of the save before this one is told here. Older checkpoints stay as
+    they were. `rest` is None for parameters that are never trained on.
     """
     trees = {"params": params} if rest is None else {"params": params, "rest": rest}
     prints = {f"{name}_fingerprint": fingerprint(tree) for name, tree in trees.items()}
@@ -137,10 +135,8 @@ class Checkpoints:
       meta=ocp.args.JsonSave(meta | prints),
       **{name: ocp.args.StandardSave(tree) for name, tree in trees.items()},
     )
-    saved_before = self.wait()
-    return self._attempt(f"step {step}", lambda: self._manager.save(step, args=args)) and (
-      saved_before
-    )
+    self.wait()
+    return self._attempt(f"step {step}", lambda: self._manager.save(step, args=args))
 
   def wait(self) -> bool:
     """Waits for the save under way; returns False, and says why, if it failed."""
