@@ -55,9 +55,9 @@ def _ignore_stragglers() -> None:
   warnings.filterwarnings("ignore", message="coroutine .* was never awaited")
 
   def hook(unraisable):
-    message = str(unraisable.exc_value)
-    late = message.endswith(("loop is closed", "was never awaited"))
-    if not late and not message.startswith("Encountered error while reading array index"):
+    code = getattr(unraisable.object, "cr_code", None)  # Where the coroutine was written.
+    late = code is not None and "orbax" in code.co_filename
+    if not late and str(unraisable.exc_value) != "Event loop is closed":
       previous(unraisable)
 
   sys.unraisablehook = hook
