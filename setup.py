@@ -18,6 +18,7 @@ setuptools.setup(
   long_description_content_type="text/markdown",
   license="Apache-2.0",
   packages=setuptools.find_packages(include=["calm_jax", "calm_jax.*"]),
+  package_data={"calm_jax.interchange": ["torch_module/*.py"]},
   python_requires=">=3.11",
   install_requires=[
     "jax>=0.10,<0.12",
@@ -30,6 +31,8 @@ setuptools.setup(
     "sentencepiece>=0.2.2",
     "tokenizers>=0.22",
     "pyarrow>=21",
+    "safetensors>=0.6",
+    "flatbuffers>=25.9",
     "ml-collections>=1.1",
     "absl-py>=2.3",
     "numpy>=2.1",
@@ -40,6 +43,7 @@ setuptools.setup(
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda13]"],
     "tensorboard": ["tensorboardX>=2.6.4"],
+    "torch": ["torch>=2.6", "transformers>=4.57"],
     "dev": ["pytest>=8.4", "ruff>=0.14", "pyright>=1.1.406"],
   },
 )

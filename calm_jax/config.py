@@ -106,14 +106,14 @@ class AutoencodingLoss:
 
 
 @dataclasses.dataclass(frozen=True)
-class Backbone:
-  """Sizes of stage two's Transformer.
+class Transformer:
+  """Sizes of a Llama Transformer: the baseline itself, or over patches.
 
   Attributes:
     layers, width (D), ffn (F), heads (H), kv_heads (G): Llama's.
-    rope_theta: base of the rotary positions, which count patches.
-    init: as in `Autoencoder`, of the token table, the input projection and the head;
-      the Transformer's own layers keep std 0.02, which did as well on small models.
+    rope_theta: base of the rotary positions, which count tokens or patches.
+    init: as in `Autoencoder`, of all but the Transformer's own layers; these keep std
+      0.02, which did as well on small models.
   """
 
   layers: int = 16
@@ -137,38 +137,70 @@ class Backbone:
 
 
 @dataclasses.dataclass(frozen=True)
+class Backbone(Transformer):
+  """Sizes of stage two's Transformer over patches.
+
+  Attributes:
+    input: what a patch is to it: its tokens (`discrete`, as published), its latent
+      (`continuous`), or the sum of `both`.
+  """
+
+  input: Literal["both", "continuous", "discrete"] = "discrete"
+
+  @property
+  def reads_tokens(self) -> bool:
+    return self.input != "continuous"
+
+  @property
+  def reads_latents(self) -> bool:
+    return self.input != "discrete"
+
+
+@dataclasses.dataclass(frozen=True)
 class Head:
   """The generative head.
 
   Attributes:
-    kind: a row of `models.heads.HEADS`.
+    kind: a row of `models.heads.HEADS`: energy, flow or diffusion.
     blocks: residual blocks; the paper has a quarter as many as backbone layers.
-    noise: R, dimensions of the uniform noise.
+    noise: R, dimensions of the energy head's uniform noise.
+    steps: sampling steps of the flow head (midpoint: two calls of the network each)
+      and the diffusion head; 0 for the published 10 and 100.
   """
 
   kind: str = "energy"
   blocks: int = 4
   noise: int = 64
+  steps: int = 0
 
   def __post_init__(self):
     require_positive(self, "blocks", "noise")
+    fewest = 2 if self.kind == "diffusion" else 1
+    require(
+      self.steps == 0 or fewest <= self.steps <= 1000,
+      f"steps must be 0 or lie in [{fewest}, 1000], got {self.steps}",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
-class EnergyLoss:
-  """Stage two's objective.
+class CalmLoss:
+  """Stage two's objective: what is drawn, and the distance of the energy score.
 
   Attributes:
-    alpha: exponent of the distance, in (0, 2); 2 is not a proper score.
-    samples: N, model samples a patch. posterior_draws: M, targets a patch.
+    samples: N, a patch: samples of the energy head, repetitions with fresh noise and
+      target of the others in training; samples of any head in evaluation.
+    posterior_draws: M, targets a patch of the energy score. The other heads need it
+      in evaluation only.
+    alpha: exponent of the energy score's distance, in (0, 2]. At 2 the score is not
+      proper: it asks for the right mean alone (the paper's row of BrierLM 0).
   """
 
-  alpha: float = 1.0
   samples: int = 8
   posterior_draws: int = 100
+  alpha: float = 1.0
 
   def __post_init__(self):
-    require(0 < self.alpha < 2, f"alpha must lie in (0, 2), got {self.alpha}")
+    require(0 < self.alpha <= 2, f"alpha must lie in (0, 2], got {self.alpha}")
     require(
       self.samples >= 2, f"samples (N) must be at least 2 for the repulsion, got {self.samples}"
     )
@@ -255,10 +287,16 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderRun:
-  """Stage one: patches -> latents -> patches."""
+  """Stage one: patches -> latents -> patches.
+
+  Attributes:
+    start_from: a workdir of the same stage whose weights the run starts from, in place
+      of initial values; empty for none.
+  """
 
   stage: Literal["autoencoder"] = "autoencoder"
   data: Data = dataclasses.field(default_factory=Data)
+  start_from: str = ""
   model: Autoencoder = dataclasses.field(default_factory=Autoencoder)
   loss: AutoencodingLoss = dataclasses.field(default_factory=AutoencodingLoss)
   optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
@@ -271,22 +309,45 @@ class CalmRun:
 
   Attributes:
     autoencoder: stage one's workdir. Its weights are copied into this run's own
-      workdir at the start, which is complete without the other from then on.
+      workdir at the start, which is complete without the other from then on. Empty
+      with `start_from`, whose autoencoder is taken.
+    start_from: as in `AutoencoderRun`.
   """
 
   stage: Literal["calm"] = "calm"
   data: Data = dataclasses.field(default_factory=Data)
   autoencoder: str = ""
+  start_from: str = ""
   model: Backbone = dataclasses.field(default_factory=Backbone)
   head: Head = dataclasses.field(default_factory=Head)
-  loss: EnergyLoss = dataclasses.field(default_factory=EnergyLoss)
+  loss: CalmLoss = dataclasses.field(default_factory=CalmLoss)
   optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
   training: Training = dataclasses.field(default_factory=Training)
 
 
-Run = AutoencoderRun | CalmRun
+@dataclasses.dataclass(frozen=True)
+class TransformerRun:
+  """The baseline: a Llama that predicts the next token by cross-entropy.
 
-RUNS: dict[str, type[Run]] = {"autoencoder": AutoencoderRun, "calm": CalmRun}
+  Attributes:
+    start_from: as in `AutoencoderRun`.
+  """
+
+  stage: Literal["transformer"] = "transformer"
+  data: Data = dataclasses.field(default_factory=lambda: Data(context=2048))
+  start_from: str = ""
+  model: Transformer = dataclasses.field(default_factory=Transformer)
+  optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+  training: Training = dataclasses.field(default_factory=lambda: Training(batch=1024))
+
+
+Run = AutoencoderRun | CalmRun | TransformerRun
+
+RUNS: dict[str, type[Run]] = {
+  "autoencoder": AutoencoderRun,
+  "calm": CalmRun,
+  "transformer": TransformerRun,
+}
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:
@@ -366,7 +427,16 @@ def to_json(run: Run) -> str:
 
 
 # What a run that has begun can't change: its parameters would no longer fit.
-FIXED = ("stage", "model", "head", "autoencoder")
+FIXED = ("stage", "model", "head", "autoencoder", "start_from")
+
+
+# Of a model's settings, those that its parameters do not depend on.
+_FREE = ("model.init", "head.steps")
+
+
+def shapes_model(name: str) -> bool:
+  """Tells whether parameters trained under one value of a setting are wrong under another."""
+  return name.partition(".")[0] in ("model", "head") and name not in _FREE
 
 
 def differences(a: Run, b: Run) -> dict[str, tuple[Any, Any]]:

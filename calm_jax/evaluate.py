@@ -4,7 +4,6 @@ Prints the figures of held-out text as JSON and writes them into the workdir's
 evaluation.json. They depend on the context length and on N: both are in it.
 """
 
-import dataclasses
 from typing import Any
 
 from absl import flags
@@ -14,9 +13,9 @@ from calm_jax import cli, config, errors, files, workdir
 from calm_jax.data import pipeline
 from calm_jax.data import store as store_lib
 from calm_jax.objectives import brier
-from calm_jax.training import evaluation, stages
+from calm_jax.training import evaluation
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run of either stage.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run of any stage.")
 _DATA = flags.DEFINE_string("data", "", "Token store; by default the one trained on.")
 _CONTEXT = flags.DEFINE_integer("context", 0, "Tokens a block; by default as in training.", 0)
 _BLOCKS = flags.DEFINE_integer("blocks", 0, "Held-out blocks to use; 0 for all.", 0)
@@ -28,41 +27,12 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of all noise.", 0, 2**32 - 1)
 MARGINAL_TOKENS = 50_000_000
 
 
-def _evaluate_autoencoder(directory: str, evaluator) -> dict[str, Any]:
-  trained = workdir.load_autoencoder(directory)
-  stage = stages.autoencoder_stage(trained.run, trained.origin.vocab_size)
-  figures = evaluator(stage, trained, trained.run.model.patch_size)(trained.params)
-  return {"stage": "autoencoder", "step": trained.step, **figures}
-
-
-def _evaluate_calm(directory: str, evaluator) -> dict[str, Any]:
-  trained = workdir.load_calm(directory)
-  loss = trained.run.loss
-  if _SAMPLES.value:
-    loss = dataclasses.replace(loss, samples=_SAMPLES.value)
-  run = dataclasses.replace(trained.run, loss=loss)
-  stage = stages.calm_stage(run, trained.model.autoencoder, trained.autoencoder.params)
-  figures = evaluator(stage, trained, trained.autoencoder.run.model.patch_size)(trained.params)
-  return {
-    "stage": "calm",
-    "step": trained.step,
-    **figures,
-    "samples": loss.samples,
-    "posterior_draws": loss.posterior_draws,
-  }
-
-
-EVALUATIONS = {"autoencoder": _evaluate_autoencoder, "calm": _evaluate_calm}
-
-
 def _marginal(store: store_lib.TokenStore, figures: dict[str, Any], size: int) -> dict[str, float]:
   """BrierLM of the law that ignores the context, on the patches that were scored."""
-  if size < brier.ORDERS:
-    return {}
-  train = min(store.num_tokens("train"), MARGINAL_TOKENS) // size * size
+  train = store.read("train", 0, min(store.num_tokens("train"), MARGINAL_TOKENS))
   blocks = pipeline.heldout_tokens(store, figures["context_tokens"], figures["blocks"])
-  heldout = blocks.reshape(len(blocks), -1, size)[:, 1:].reshape(-1, size)
-  return brier.marginal(store.read("train", 0, train).reshape(-1, size), heldout)
+  heldout = brier.grams(blocks, size)[:, 1:]
+  return brier.marginal(brier.grams(train, size), heldout.reshape(-1, brier.ORDERS))
 
 
 def evaluate(directory: str) -> dict[str, Any]:
@@ -72,20 +42,21 @@ def evaluate(directory: str) -> dict[str, Any]:
     CalmError: for a workdir, store or context that do not fit each other.
   """
   run, origin = workdir.read_run(directory), workdir.read_origin(directory)
+  config.require(
+    bool(_DATA.value or run.data.path),
+    f"{directory} was trained on no token store of ours: give --data=DIR, written by "
+    "calm_jax.prepare",
+  )
   store = store_lib.TokenStore.open(_DATA.value or run.data.path)
   workdir.require_same_tokenizer(origin, store, directory)
   context = _CONTEXT.value or run.data.context
-
-  def evaluator(stage, trained, size):
-    config.require(
-      context % size == 0 and context >= 3 * size,
-      f"--context must be a multiple of K = {size} and at least three patches, got {context}",
-    )
-    return evaluation.Evaluator(stage, store, context, _BATCH.value, _BLOCKS.value, _SEED.value)
-
-  figures = EVALUATIONS[run.stage](directory, evaluator)
-  if run.stage == "calm":
-    figures |= _marginal(store, figures, len(origin.start_patch))
+  trained = workdir.load(directory)
+  stage, size, conditions = evaluation.stage_of(trained, _SAMPLES.value)
+  evaluation.require_context(context, size, "--context")
+  evaluator = evaluation.Evaluator(stage, store, context, _BATCH.value, _BLOCKS.value, _SEED.value)
+  figures = {"stage": run.stage, "step": trained.step, **evaluator(trained.params), **conditions}
+  if "brier_lm" in figures:
+    figures |= _marginal(store, figures, size)
   return {**figures, "data": _DATA.value or run.data.path, "store_hash": store.hash}
 
 

@@ -15,7 +15,7 @@ from etils import epath
 from calm_jax import cli, errors, files, workdir
 from calm_jax.generation import decode
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a stage-two training run.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a language model's training run.")
 _PROMPT = flags.DEFINE_string(
   "prompt", "", "Text to go on from; - reads it from standard input; empty begins a document."
 )
@@ -44,9 +44,11 @@ def _read_prompt() -> str:
 
 def main() -> None:
   if not _WORKDIR.value:
-    raise errors.CalmError("give --workdir=DIR, the folder of a stage-two training run")
+    raise errors.CalmError("give --workdir=DIR, the folder of a language model's training run")
   settings = decode.Settings(_TEMPERATURE.value, _NUM_CANDIDATES.value, _MAX_TOKENS.value)
-  trained = workdir.load_calm(_WORKDIR.value)
+  trained = workdir.load(_WORKDIR.value)
+  if isinstance(trained, workdir.TrainedAutoencoder):
+    raise errors.CalmError(f"{_WORKDIR.value} holds an autoencoder, which writes no text by itself")
   tokenizer = workdir.tokenizer(_WORKDIR.value, trained.origin)
   prompt = _read_prompt()
   prompt_tokens = tokenizer.encode(prompt)

@@ -5,6 +5,7 @@ Run again with the same flags, it goes on from the newest good checkpoint.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 from absl import flags
 from etils import epath
@@ -13,7 +14,16 @@ from ml_collections import config_flags
 from calm_jax import cli, config, errors, workdir
 from calm_jax.data import store as store_lib
 from calm_jax.models import flops
-from calm_jax.training import checkpoint, optimizer, stages, train
+from calm_jax.training import (
+  autoencoder_stage,
+  calm_stage,
+  checkpoint,
+  evaluation,
+  optimizer,
+  stages,
+  train,
+  transformer_stage,
+)
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Settings: configs/STAGE.py, with :SIZE where the file has sizes.",
@@ -32,56 +42,117 @@ class Built:
   """A run made ready over its data, nothing written yet.
 
   Attributes:
-    codec: the sizes of the autoencoder.
+    codec: the sizes of the autoencoder, if there is one.
+    initial: parameters to start from in place of the stage's own initial values.
     copy: writes what a new workdir holds besides its own config and checkpoints.
   """
 
   stage: stages.Stage
   origin: workdir.Origin
-  codec: config.Autoencoder
-  copy: Callable[[], None]
+  codec: config.Autoencoder | None
+  initial: Any = None
+  copy: Callable[[], None] = lambda: None
 
 
-def _autoencoder(run: config.AutoencoderRun, store: store_lib.TokenStore, directory: str) -> Built:
-  vocab_size, replacement = store.manifest.tokenizer.vocab_size, run.loss.drop_token_id
+@dataclasses.dataclass(frozen=True)
+class Given:
+  """What a run is built from besides its settings.
+
+  Attributes:
+    source: what `start_from` holds, where a new run starts from it.
+    begun: the workdir's own origin, where the run goes on.
+  """
+
+  store: store_lib.TokenStore
+  directory: str
+  source: workdir.Trained | None
+  begun: workdir.Origin | None
+
+  @classmethod
+  def of(cls, run: config.Run, store: store_lib.TokenStore, directory: str) -> "Given":
+    """Raises CalmError for a `start_from` that `run` can't start from."""
+    if workdir.exists(directory):
+      return cls(store, directory, None, workdir.read_origin(directory))
+    if not run.start_from:
+      return cls(store, directory, None, None)
+    source = workdir.load(run.start_from, run.stage)
+    workdir.require_same_tokenizer(source.origin, store, run.start_from)
+    differing = config.differences(source.run, run)
+    for name, (there, here) in differing.items():
+      config.require(
+        not config.shapes_model(name),
+        f"config.{name} is {here!r}, but the weights in {run.start_from} have {there!r}: give "
+        f"--config.{name}={there}",
+      )
+    return cls(store, directory, source, None)
+
+  @property
+  def initial(self) -> Any:
+    """The weights to start from, or None."""
+    return self.source.params if self.source else None
+
+  def vocab_size(self, otherwise: int) -> int:
+    """Of the model: that of the weights it goes on from, which may have been padded."""
+    before = self.begun or (self.source and self.source.origin)
+    return before.vocab_size if before else otherwise
+
+
+def _autoencoder(run: config.AutoencoderRun, given: Given) -> Built:
+  vocab_size = given.vocab_size(given.store.manifest.tokenizer.vocab_size)
+  replacement = run.loss.drop_token_id
   config.require(
     0 <= replacement < vocab_size,
     f"config.loss.drop_token_id must lie in [0, {vocab_size}), the vocabulary, got {replacement}",
   )
-  origin = workdir.Origin.of(store, run.model.patch_size)
-  return Built(stages.autoencoder_stage(run, vocab_size), origin, run.model, lambda: None)
+  origin = workdir.Origin.of(given.store, run.model.patch_size, vocab_size)
+  return Built(autoencoder_stage.build(run, vocab_size), origin, run.model, given.initial)
 
 
-def _calm(run: config.CalmRun, store: store_lib.TokenStore, directory: str) -> Built:
-  own = str(epath.Path(directory) / workdir.AUTOENCODER)
-  source = own if workdir.exists(directory) else run.autoencoder
+def _calm(run: config.CalmRun, given: Given) -> Built:
+  own = str(epath.Path(given.directory) / workdir.AUTOENCODER)
+  config.require(
+    not (run.start_from and run.autoencoder),
+    f"config.autoencoder is {run.autoencoder!r} beside config.start_from, whose own autoencoder "
+    "is taken: leave it out",
+  )
+  source = own if given.begun else run.autoencoder
+  if given.source:
+    source = str(epath.Path(run.start_from) / workdir.AUTOENCODER)
   config.require(
     bool(source),
     "config.autoencoder is empty: give --config.autoencoder=W, the workdir of stage one",
   )
-  trained = workdir.load_autoencoder(source)
-  workdir.require_same_tokenizer(trained.origin, store, source)
+  codec = workdir.load_autoencoder(source)
+  workdir.require_same_tokenizer(codec.origin, given.store, source)
+  vocab_size = given.vocab_size(codec.origin.vocab_size)
   origin = workdir.Origin.of(
-    store, trained.run.model.patch_size, checkpoint.fingerprint(trained.params)
+    given.store, codec.run.model.patch_size, vocab_size, checkpoint.fingerprint(codec.params)
   )
+  module = codec.module(run.training.compute_dtype)
   return Built(
-    stages.calm_stage(run, trained.module(run.training.compute_dtype), trained.params),
+    calm_stage.build(run, module, codec.params, vocab_size),
     origin,
-    trained.run.model,
-    lambda: workdir.copy_autoencoder(trained, source, own),
+    codec.run.model,
+    given.initial,
+    lambda: workdir.copy_autoencoder(codec, source, own),
   )
 
 
-BUILDERS: dict[str, Callable[..., Built]] = {"autoencoder": _autoencoder, "calm": _calm}
+def _transformer(run: config.TransformerRun, given: Given) -> Built:
+  vocab_size = given.vocab_size(given.store.manifest.tokenizer.vocab_size)
+  origin = workdir.Origin.of(given.store, 1, vocab_size)
+  return Built(transformer_stage.build(run, vocab_size), origin, None, given.initial)
+
+
+BUILDERS: dict[str, Callable[..., Built]] = {
+  "autoencoder": _autoencoder,
+  "calm": _calm,
+  "transformer": _transformer,
+}
 
 
 def _require_fitting(run: config.Run, patch_size: int) -> None:
-  context = run.data.context
-  config.require(
-    context % patch_size == 0 and context >= 2 * patch_size,
-    f"config.data.context must be a multiple of K = {patch_size} tokens and at least two "
-    f"patches, got {context}",
-  )
+  evaluation.require_context(run.data.context, patch_size, "config.data.context")
   optimizer.schedule(run.optimizer, run.training.steps)
 
 
@@ -109,19 +180,20 @@ def train_run(run: config.Run, directory: str, allow_config_change: bool = False
   """
   begun = workdir.exists(directory)
   if begun:
+    workdir.require_trainable(directory)
     _require_same_config(run, directory, allow_config_change)
   config.require(
     bool(run.data.path),
     "config.data.path is empty: give --config.data.path=DIR, written by calm_jax.prepare",
   )
   store = store_lib.TokenStore.open(run.data.path)
-  built = BUILDERS[run.stage](run, store, directory)
-  _require_fitting(run, built.codec.patch_size)
+  built = BUILDERS[run.stage](run, Given.of(run, store, directory))
+  _require_fitting(run, built.codec.patch_size if built.codec else 1)
   if begun:
     workdir.require_same_data(directory, built.origin)
   per_token = flops.train_per_token(run, built.codec, built.origin.vocab_size)
   record = {"config": dataclasses.asdict(run), "origin": dataclasses.asdict(built.origin)}
-  trainer = train.Trainer(run, built.stage, store, directory, per_token, record)
+  trainer = train.Trainer(run, built.stage, store, directory, per_token, record, built.initial)
   if not begun:
     built.copy()
   tokenizer = epath.Path(run.data.path) / store.manifest.tokenizer.file

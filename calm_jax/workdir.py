@@ -10,6 +10,8 @@ metrics.jsonl evaluation.json samples.jsonl   figures and texts
 
 import dataclasses
 import json
+import typing
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,7 +21,7 @@ from jax import numpy as jnp
 from calm_jax import config, errors, files
 from calm_jax.data import store as store_lib
 from calm_jax.data import tokenizer as tokenizer_lib
-from calm_jax.models import autoencoder, calm
+from calm_jax.models import autoencoder, calm, transformer
 from calm_jax.training import checkpoint
 
 Params = Any
@@ -36,11 +38,13 @@ class Origin:
 
   Attributes:
     tokenizer_file: name of the copy in the workdir. tokenizer_hash, store_hash:
-      identify tokenizer and token store.
-    vocab_size, eos_id: of the tokenizer. appends_eos: whether documents end with EOS.
+      identify tokenizer and token store. Imported weights have no store: it is empty.
+    vocab_size: of the model; above the tokenizer's where imported tables are padded.
+    eos_id: of the tokenizer. appends_eos: whether documents end with EOS.
     start_patch: the K tokens up to the end of the first training document that has
       so many before its end. Generation puts them in front, so that a prompt stands
-      at the start of a document and even the first patch has one before it.
+      at the start of a document and even the first patch has one before it. Imported
+      weights have none: a prompt must then hold the first patch itself.
     autoencoder_fingerprint: of stage two's frozen parameters, else empty.
   """
 
@@ -55,7 +59,11 @@ class Origin:
 
   @classmethod
   def of(
-    cls, store: store_lib.TokenStore, patch_size: int, autoencoder_fingerprint: str = ""
+    cls,
+    store: store_lib.TokenStore,
+    patch_size: int,
+    vocab_size: int,
+    autoencoder_fingerprint: str = "",
   ) -> "Origin":
     """Returns the origin of a run on `store`.
 
@@ -71,7 +79,7 @@ class Origin:
       tokenizer_file=tokenizer.file,
       tokenizer_hash=tokenizer.hash,
       store_hash=store.hash,
-      vocab_size=tokenizer.vocab_size,
+      vocab_size=vocab_size,
       eos_id=tokenizer.eos_id,
       appends_eos=store.manifest.appends_eos,
       start_patch=tuple(int(token) for token in store.read("train", end - patch_size, end)),
@@ -160,6 +168,15 @@ def require_same_tokenizer(origin: Origin, store: store_lib.TokenStore, workdir:
     )
 
 
+def require_trainable(workdir: str) -> None:
+  """Raises CalmError where a workdir holds weights only, as those that convert writes do."""
+  if not read_origin(workdir).store_hash:
+    raise errors.CalmError(
+      f"{workdir} holds imported weights, and nothing to go on training from: train on from them "
+      f"in a new --workdir with --config.start_from={workdir}"
+    )
+
+
 def require_same_data(workdir: str, origin: Origin) -> None:
   """Raises CalmError, naming the hashes, unless the workdir's run began on the same data."""
   begun = read_origin(workdir)
@@ -198,6 +215,20 @@ class TrainedCalm:
   model: calm.Calm
 
 
+@dataclasses.dataclass(frozen=True)
+class TrainedTransformer:
+  """The baseline, ready to use."""
+
+  run: config.TransformerRun
+  origin: Origin
+  params: Params
+  step: int
+  model: transformer.Transformer
+
+
+Trained = TrainedAutoencoder | TrainedCalm | TrainedTransformer
+
+
 def _restore(workdir: str, params: Params) -> checkpoint.Restored:
   checkpoints = checkpoint.Checkpoints(workdir)
   restored = checkpoints.restore(checkpoint.abstract(params))
@@ -207,35 +238,78 @@ def _restore(workdir: str, params: Params) -> checkpoint.Restored:
   return restored
 
 
-def load_autoencoder(workdir: str) -> TrainedAutoencoder:
-  """Returns the newest readable autoencoder of a stage-one workdir.
-
-  Raises:
-    CalmError: if there is none there.
-  """
-  run, origin = read_run(workdir), read_origin(workdir)
-  if not isinstance(run, config.AutoencoderRun):
-    raise errors.CalmError(f"{workdir} holds stage {run.stage!r}, not an autoencoder")
-  module = autoencoder.Autoencoder(run.model, origin.vocab_size)
-  token_K = jnp.zeros((1, run.model.patch_size), jnp.int32)
-  shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), token_K)["params"])
-  restored = _restore(workdir, shapes)
+def _load_autoencoder(
+  workdir: str, run: config.AutoencoderRun, origin: Origin
+) -> TrainedAutoencoder:
+  model = autoencoder.Autoencoder(run.model, origin.vocab_size)
+  restored = _restore(workdir, jax.eval_shape(model.initial, jax.random.key(0)))
   return TrainedAutoencoder(run, origin, restored.params, restored.step)
 
 
-def load_calm(workdir: str) -> TrainedCalm:
-  """Returns the newest readable language model of a stage-two workdir.
-
-  Raises:
-    CalmError: if there is none there.
-  """
-  run, origin = read_run(workdir), read_origin(workdir)
-  if not isinstance(run, config.CalmRun):
-    raise errors.CalmError(f"{workdir} holds stage {run.stage!r}, not a language model")
+def _load_calm(workdir: str, run: config.CalmRun, origin: Origin) -> TrainedCalm:
   codec = load_autoencoder(str(epath.Path(workdir) / AUTOENCODER))
-  model = calm.Calm.build(run, codec.module(run.training.compute_dtype))
+  model = calm.Calm.build(run, codec.module(run.training.compute_dtype), origin.vocab_size)
   restored = _restore(workdir, jax.eval_shape(model.init, jax.random.key(0)))
   return TrainedCalm(run, origin, restored.params, restored.step, codec, model)
+
+
+def _load_transformer(
+  workdir: str, run: config.TransformerRun, origin: Origin
+) -> TrainedTransformer:
+  dtype = jnp.dtype(run.training.compute_dtype)
+  model = transformer.Transformer(run.model, origin.vocab_size, dtype)
+  restored = _restore(workdir, jax.eval_shape(model.initial, jax.random.key(0)))
+  return TrainedTransformer(run, origin, restored.params, restored.step, model)
+
+
+_LOADERS: dict[str, Callable[..., Trained]] = {
+  "autoencoder": _load_autoencoder,
+  "calm": _load_calm,
+  "transformer": _load_transformer,
+}
+_NAMES = {
+  "autoencoder": "an autoencoder",
+  "calm": "a CALM language model",
+  "transformer": "a Transformer baseline",
+}
+
+
+def load(workdir: str, stage: str = "") -> Trained:
+  """Returns the newest readable weights of a workdir, ready to use.
+
+  Raises:
+    CalmError: if there are none there, or they are not of the stage that is asked for.
+  """
+  run, origin = read_run(workdir), read_origin(workdir)
+  if stage and run.stage != stage:
+    raise errors.CalmError(f"{workdir} holds {_NAMES[run.stage]}, not {_NAMES[stage]}")
+  return _LOADERS[run.stage](workdir, run, origin)
+
+
+def load_autoencoder(workdir: str) -> TrainedAutoencoder:
+  """`load` for stage one."""
+  return typing.cast(TrainedAutoencoder, load(workdir, "autoencoder"))
+
+
+def load_calm(workdir: str) -> TrainedCalm:
+  """`load` for stage two."""
+  return typing.cast(TrainedCalm, load(workdir, "calm"))
+
+
+def write_weights(
+  target: str, run: config.Run, origin: Origin, params: Params, step: int, tokenizer: epath.Path
+) -> None:
+  """Writes weights that are not trained on there as a workdir.
+
+  Raises:
+    CalmError: if it can't be written.
+  """
+  checkpoints = checkpoint.Checkpoints(target, keep_latest=1)
+  saved = checkpoints.save(step, params, None, {}) and checkpoints.wait()
+  checkpoints.close()
+  if not saved:
+    raise errors.CalmError(f"can't write the weights to {target}")
+  create(target, run, origin, tokenizer)
 
 
 def copy_autoencoder(trained: TrainedAutoencoder, source: str, target: str) -> None:
@@ -246,9 +320,5 @@ def copy_autoencoder(trained: TrainedAutoencoder, source: str, target: str) -> N
   """
   if epath.Path(target).exists():  # Left by a start that was cut short.
     epath.Path(target).rmtree()
-  checkpoints = checkpoint.Checkpoints(target, keep_latest=1)
-  saved = checkpoints.save(trained.step, trained.params, None, {}) and checkpoints.wait()
-  checkpoints.close()
-  if not saved:
-    raise errors.CalmError(f"can't copy the autoencoder of {source} to {target}")
-  create(target, trained.run, trained.origin, epath.Path(source) / trained.origin.tokenizer_file)
+  tokenizer = epath.Path(source) / trained.origin.tokenizer_file
+  write_weights(target, trained.run, trained.origin, trained.params, trained.step, tokenizer)

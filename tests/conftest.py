@@ -1,6 +1,6 @@
 """Eight CPU devices, no accelerator; a shape mismatch that broadcasting would hide is an error.
 
-The fixtures tell a whole story at toy size once a session: store, both stages trained.
+The fixtures tell a whole story at toy size once a session: store, every stage trained.
 Tests that change a folder take a copy.
 """
 
@@ -11,9 +11,11 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 import json
 import pathlib
+from collections.abc import Callable
 
 import jax
 import pytest
+import tokenizers as tokenizers_lib
 
 from calm_jax import config, main, prepare
 
@@ -73,7 +75,7 @@ def calm_run(tokens: str, trained_autoencoder: pathlib.Path) -> config.CalmRun:
     autoencoder=str(trained_autoencoder),
     model=config.Backbone(layers=2, width=16, ffn=32, heads=2, kv_heads=1, init="fan_in"),
     head=config.Head(blocks=1, noise=4),
-    loss=config.EnergyLoss(samples=4, posterior_draws=3),
+    loss=config.CalmLoss(samples=4, posterior_draws=3),
     optimizer=OPTIMIZER,
     training=TRAINING,
   )
@@ -87,3 +89,39 @@ def trained_calm(
   workdir = tmp_path_factory.mktemp("calm") / "run"
   main.train_run(calm_run, str(workdir))
   return workdir
+
+
+@pytest.fixture(scope="session")
+def transformer_run(tokens: str) -> config.TransformerRun:
+  return config.TransformerRun(
+    data=config.Data(tokens, 32),
+    model=config.Transformer(layers=2, width=16, ffn=32, heads=2, kv_heads=1, init="fan_in"),
+    optimizer=OPTIMIZER,
+    training=TRAINING,
+  )
+
+
+@pytest.fixture(scope="session")
+def trained_transformer(
+  transformer_run: config.TransformerRun, tmp_path_factory: pytest.TempPathFactory
+) -> pathlib.Path:
+  """The workdir of a finished run of the baseline."""
+  workdir = tmp_path_factory.mktemp("transformer") / "run"
+  main.train_run(transformer_run, str(workdir))
+  return workdir
+
+
+@pytest.fixture(scope="session")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], str]:
+  """Writes a tokenizer.json of so many words, the second of which is EOS."""
+
+  def write(size: int) -> str:
+    vocab = {"<unk>": 0, "</s>": 1, **{f"w{i}": i for i in range(2, size)}}
+    made = tokenizers_lib.Tokenizer(tokenizers_lib.models.WordLevel(vocab, unk_token="<unk>"))
+    made.pre_tokenizer = tokenizers_lib.pre_tokenizers.Whitespace()
+    made.add_special_tokens(["</s>"])
+    path = tmp_path_factory.mktemp("words") / "tokenizer.json"
+    made.save(str(path))
+    return str(path)
+
+  return write

@@ -6,7 +6,7 @@ import pytest
 from jax import numpy as jnp
 
 from calm_jax import config
-from calm_jax.models import backbone, layers
+from calm_jax.models import backbone, layers, llama, memory
 
 SIZES = config.Backbone(layers=2, width=16, ffn=24, heads=4, kv_heads=2, init="fan_in")
 VOCAB, PATCH, PATCHES = 50, 2, 7
@@ -48,11 +48,11 @@ def test_no_gradient_flows_from_a_hidden_state_to_later_patches(params):
 @pytest.mark.parametrize("prefill", [1, 3, PATCHES])
 def test_patch_by_patch_with_a_cache_equals_all_at_once(model, params, token_BPK, prefill):
   expected_BPD, _ = layers.apply(model, params, token_BPK)
-  cache = backbone.empty_cache(SIZES, 3, PATCHES + 2, jnp.float32)
-  found_BPD, cache = layers.apply(model, params, token_BPK[:, :prefill], cache)
+  cache = memory.Cache.empty(SIZES, 3, PATCHES + 2, jnp.float32)
+  found_BPD, cache = layers.apply(model, params, token_BPK[:, :prefill], None, cache)
   parts = [found_BPD]
   for patch in range(prefill, PATCHES):
-    found_BPD, cache = layers.apply(model, params, token_BPK[:, patch : patch + 1], cache)
+    found_BPD, cache = layers.apply(model, params, token_BPK[:, patch : patch + 1], None, cache)
     parts.append(found_BPD)
   np.testing.assert_allclose(jnp.concatenate(parts, axis=1), expected_BPD, atol=2e-5)
   assert int(cache.next_position) == PATCHES
@@ -65,10 +65,12 @@ def test_a_full_ring_forgets_the_oldest_patch(model, params, token_BPK):
   )
 
   def last(token_BPK, window=3):
-    cache = backbone.empty_cache(one_layer.sizes, 3, window, jnp.float32)
+    cache = memory.Cache.empty(one_layer.sizes, 3, window, jnp.float32)
     hidden_BPD = None
     for patch in range(PATCHES):
-      hidden_BPD, cache = layers.apply(one_layer, params, token_BPK[:, patch : patch + 1], cache)
+      hidden_BPD, cache = layers.apply(
+        one_layer, params, token_BPK[:, patch : patch + 1], None, cache
+      )
     return np.asarray(hidden_BPD)
 
   forgotten = token_BPK.at[:, PATCHES - 4].set(0)
@@ -82,7 +84,7 @@ def test_rotation_makes_attention_depend_on_distance_alone():
 
   def score(query_at, key_at):
     x_BPHC = jnp.stack([q_C, k_C])[None, :, None]
-    q, k = backbone.rotate(x_BPHC, jnp.array([query_at, key_at]), 10000.0)[0, :, 0]
+    q, k = llama.rotate(x_BPHC, jnp.array([query_at, key_at]), 10000.0)[0, :, 0]
     return float(q @ k)
 
   assert score(5, 3) == pytest.approx(score(105, 103), rel=1e-4)
@@ -92,5 +94,5 @@ def test_rotation_makes_attention_depend_on_distance_alone():
 def test_rotation_by_hand():
   """Position 2, two channels of frequency 1: a plain turn by 2 radians."""
   x_BPHC = jnp.array([1.0, 0.0]).reshape(1, 1, 1, 2)
-  found = backbone.rotate(x_BPHC, jnp.array([2]), 10000.0)[0, 0, 0]
+  found = llama.rotate(x_BPHC, jnp.array([2]), 10000.0)[0, 0, 0]
   np.testing.assert_allclose(found, [np.cos(2.0), np.sin(2.0)], rtol=1e-6)

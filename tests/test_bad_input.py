@@ -71,7 +71,7 @@ def test_no_autoencoder_one_that_is_not_there_and_one_that_is_none(
   for path, reason in (
     ("", "config.autoencoder is empty"),
     (f"{tmp_path}/gone", "no workdir at"),
-    (str(trained_calm), "holds stage 'calm', not an autoencoder"),
+    (str(trained_calm), "holds a CALM language model, not an autoencoder"),
   ):
     refused(dataclasses.replace(calm_run, autoencoder=path), tmp_path / "new", reason)
 
@@ -197,8 +197,8 @@ COMMANDS = {
     "config.loss.samples (N) must be at least 2 for the repulsion, got 1",
   ),
   "alpha": (
-    "main", "--config=configs/calm.py --config.loss.alpha=2.0 --workdir={new}",
-    "config.loss.alpha must lie in (0, 2), got 2.0",
+    "main", "--config=configs/calm.py --config.loss.alpha=2.5 --workdir={new}",
+    "config.loss.alpha must lie in (0, 2], got 2.5",
   ),
   "indivisible batch": (
     "main", "--config=configs/calm.py --config.training.accumulation=3 --workdir={new}",
@@ -209,7 +209,7 @@ COMMANDS = {
   "context to evaluate": ("evaluate", "--workdir={calm} --context=30", "multiple of K = 4"),
   "temperature": ("generate", "--workdir={calm} --temperature=0.7", "must be 1/n"),
   "text of an autoencoder": (
-    "generate", "--workdir={autoencoder}", "holds stage 'autoencoder', not a language model",
+    "generate", "--workdir={autoencoder}", "holds an autoencoder, which writes no text",
   ),
   "report on nothing": ("report", "--workdir={new}", "no workdir at"),
   "no such input": (

@@ -11,6 +11,10 @@ PATCHES = np.array([tokens for tokens, _ in LAW])
 PROBABILITY = np.array([p for _, p in LAW])
 
 
+def scores(sample_NPK, target_PK):
+  return brier.accuracy(sample_NPK, target_PK), brier.collision(sample_NPK)
+
+
 def exact_collision(n):
   grams, index = np.unique(PATCHES[:, :n], axis=0, return_inverse=True)
   mass = np.bincount(index.ravel(), PROBABILITY, len(grams))
@@ -24,14 +28,14 @@ def draw(rng, *shape):
 def test_terms_by_hand():
   """x1 = abcd, x2 = abce, y = abce."""
   sample_NPK = jnp.array([[[1, 2, 3, 4]], [[1, 2, 3, 5]]])
-  accuracy_Pn, collision_Pn = brier.accuracy_and_collision(sample_NPK, jnp.array([[1, 2, 3, 5]]))
+  accuracy_Pn, collision_Pn = scores(sample_NPK, jnp.array([[1, 2, 3, 5]]))
   np.testing.assert_array_equal(accuracy_Pn, [[1, 1, 1, 0.5]])
   np.testing.assert_array_equal(collision_Pn, [[1, 1, 1, 0]])
 
 
 def test_an_ngram_is_one_outcome_a_late_match_after_a_miss_does_not_count():
   sample_NPK = jnp.array([[[1, 7, 3, 4]], [[1, 6, 3, 4]]])
-  accuracy_Pn, collision_Pn = brier.accuracy_and_collision(sample_NPK, jnp.array([[1, 2, 3, 4]]))
+  accuracy_Pn, collision_Pn = scores(sample_NPK, jnp.array([[1, 2, 3, 4]]))
   np.testing.assert_array_equal(accuracy_Pn, [[1, 0, 0, 0]])
   np.testing.assert_array_equal(collision_Pn, [[1, 0, 0, 0]])
 
@@ -42,9 +46,7 @@ def test_a_calibrated_model_scores_the_exact_value_of_its_law():
   blocks, patches, samples = 40, 50, 8
   accuracy, collision = [], []
   for _ in range(blocks):
-    a_Pn, c_Pn = brier.accuracy_and_collision(
-      jnp.array(draw(rng, samples, patches)), jnp.array(draw(rng, patches))
-    )
+    a_Pn, c_Pn = scores(jnp.array(draw(rng, samples, patches)), jnp.array(draw(rng, patches)))
     accuracy.append(np.mean(a_Pn, axis=0))
     collision.append(np.mean(c_Pn, axis=0))
   found = brier.summary(np.stack(accuracy), np.stack(collision))
@@ -60,9 +62,7 @@ def test_more_samples_give_the_same_expectation_and_less_variance():
   rng = np.random.default_rng(1)
   target_PK = jnp.array(draw(rng, 4000))
   estimates = {
-    count: np.asarray(
-      brier.accuracy_and_collision(jnp.array(draw(rng, count, 4000)), target_PK)[1][:, 3]
-    )
+    count: np.asarray(scores(jnp.array(draw(rng, count, 4000)), target_PK)[1][:, 3])
     for count in (2, 16)
   }
   exact = exact_collision(4)
@@ -75,9 +75,7 @@ def test_a_collapsed_model_shows_collision_above_accuracy():
   rng = np.random.default_rng(2)
   target_PK = draw(rng, 2000)
   sample_NPK = np.broadcast_to(PATCHES[0], (4, 2000, 4))
-  accuracy_Pn, collision_Pn = brier.accuracy_and_collision(
-    jnp.array(sample_NPK), jnp.array(target_PK)
-  )
+  accuracy_Pn, collision_Pn = scores(jnp.array(sample_NPK), jnp.array(target_PK))
   np.testing.assert_array_equal(collision_Pn, np.ones((2000, 4)))
   assert abs(accuracy_Pn[:, 3].mean() - 0.5) < 0.05
 
@@ -86,7 +84,7 @@ def test_a_uniform_model_over_many_tokens_scores_about_zero():
   key_a, key_b = jax.random.split(jax.random.key(0))
   sample_NPK = jax.random.randint(key_a, (8, 500, 4), 0, 10_000)
   target_PK = jax.random.randint(key_b, (500, 4), 0, 10_000)
-  accuracy_Pn, collision_Pn = brier.accuracy_and_collision(sample_NPK, target_PK)
+  accuracy_Pn, collision_Pn = scores(sample_NPK, target_PK)
   found = brier.summary(np.asarray(accuracy_Pn), np.asarray(collision_Pn))
   assert abs(found["brier_1"]) < 0.2
   assert found["brier_lm"] == 0.0
@@ -99,13 +97,7 @@ def test_two_negative_parts_do_not_make_a_positive_score():
 
 def test_one_sample_has_no_pair():
   with pytest.raises(ValueError, match="N >= 2"):
-    brier.accuracy_and_collision(jnp.zeros((1, 2, 4), int), jnp.zeros((2, 4), int))
-
-
-def test_fewer_than_four_tokens_a_patch_give_no_brier_lm():
-  found = brier.summary(np.full((5, 2), 0.5), np.full((5, 2), 0.25))
-  assert found["brier_2"] == 75.0
-  assert "brier_lm" not in found
+    scores(jnp.zeros((1, 2, 4), int), jnp.zeros((2, 4), int))
 
 
 def test_jackknife_of_a_mean_is_its_standard_error():
@@ -128,3 +120,59 @@ def test_marginal_gives_unseen_patches_no_probability():
   parts = [2 * 0.5 - 1] * 3 + [0.75 - 0.625]
   found = brier.marginal(train_PK, heldout_PK)["brier_lm_marginal"]
   assert parts[0] == 0 and found == 0.0
+
+
+CHAIN = np.array([[0.6, 0.4], [0.2, 0.8]])  # P(next token | token), for two tokens.
+
+
+def follow(rng: np.random.Generator, token: np.ndarray) -> np.ndarray:
+  """Tokens drawn after each of the given ones."""
+  return (rng.random(token.shape) < CHAIN[token, 1]).astype(int)
+
+
+def chain_collision(token: int, n: int) -> float:
+  """The probability that two continuations of n tokens are equal."""
+  shares = CHAIN[token] ** 2
+  if n == 1:
+    return shares.sum()
+  return sum(shares[x] * chain_collision(x, n - 1) for x in (0, 1))
+
+
+@pytest.mark.parametrize("patch_size", [1, 2, 3])
+def test_short_patches_are_chained_into_n_grams_of_the_right_expectation(patch_size: int):
+  """A law whose every probability is known: scores of patches against exact sums."""
+  rng, count, samples = np.random.default_rng(5), 60_000, 3
+
+  def patch_after(token):
+    patch = []
+    for _ in range(patch_size):
+      patch.append(token := follow(rng, token))
+    return np.stack(patch, axis=-1)
+
+  start_P = rng.integers(0, 2, count)
+  text, within_a, whole_a, within_c, whole_c = [], [], [], [], []
+  before_P = path_P = start_P
+  for _ in range(brier.patches_spanned(patch_size)):
+    text.append(patch_after(before_P))
+    forced_NPK = patch_after(np.broadcast_to(before_P, (samples, count)))
+    right_PK = brier.accuracy(jnp.array(forced_NPK), jnp.array(text[-1]))
+    sample_NPK = jnp.array(patch_after(np.broadcast_to(path_P, (samples, count))))
+    within_a.append(right_PK)
+    whole_a.append(right_PK[:, -1])
+    within_c.append(brier.collision(sample_NPK))
+    whole_c.append(brier.repeats(sample_NPK))
+    before_P, path_P = text[-1][:, -1], np.asarray(sample_NPK[0, :, -1])
+  accuracy_n = np.asarray(brier.chain(within_a, whole_a[:-1])).mean(axis=0)
+  collision_n = np.asarray(brier.chain(within_c, whole_c[:-1])).mean(axis=0)
+  exact = [np.mean([chain_collision(x, n) for x in (0, 1)]) for n in range(1, 5)]
+  # The text is drawn from the law itself: accuracy and collision have one expectation.
+  np.testing.assert_allclose(accuracy_n, exact, atol=0.006)
+  np.testing.assert_allclose(collision_n, exact, atol=0.006)
+
+
+def test_grams_begin_where_patches_do():
+  token_S = np.arange(9)
+  np.testing.assert_array_equal(brier.grams(token_S, 4), [[0, 1, 2, 3], [4, 5, 6, 7]])
+  expected = [[0, 1, 2, 3], [2, 3, 4, 5], [4, 5, 6, 7]]
+  np.testing.assert_array_equal(brier.grams(token_S, 2), expected)
+  assert brier.grams(np.arange(12).reshape(2, 6), 1).shape == (2, 3, 4)

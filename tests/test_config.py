@@ -30,8 +30,8 @@ def test_a_run_survives_the_way_through_a_config_dict(run):
   ("path", "value", "message"),
   [
     ("loss.samples", 1, "config.loss.samples .N. must be at least 2.*got 1"),
-    ("loss.alpha", 2.0, r"config.loss.alpha must lie in \(0, 2\), got 2.0"),
-    ("loss.alpha", 0.0, r"must lie in \(0, 2\), got 0.0"),
+    ("loss.alpha", 2.5, r"config.loss.alpha must lie in \(0, 2\], got 2.5"),
+    ("loss.alpha", 0.0, r"must lie in \(0, 2\], got 0.0"),
     ("training.batch", 10, None),
     ("model.heads", 3, "config.model.width must be a multiple of 2 \\* heads"),
     ("optimizer.learning_rate", -1.0, "learning_rate must be above 0, got -1.0"),
@@ -72,7 +72,7 @@ def test_an_unknown_schedule_and_a_decay_longer_than_the_run_are_refused():
 
 
 def test_differences_name_both_values():
-  other = dataclasses.replace(config.CalmRun(), loss=config.EnergyLoss(samples=4))
+  other = dataclasses.replace(config.CalmRun(), loss=config.CalmLoss(samples=4))
   assert config.differences(config.CalmRun(), other) == {"loss.samples": (8, 4)}
   assert config.differences(other, other) == {}
 

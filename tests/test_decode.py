@@ -10,6 +10,7 @@ from jax import numpy as jnp
 
 from calm_jax import config, errors, workdir
 from calm_jax.generation import decode
+from calm_jax.models import memory
 
 SYMBOLS = 4  # The known law: each of a patch's tokens is one of 0..3, all equally likely.
 VOCAB = 10
@@ -36,19 +37,15 @@ class Model:
   def __init__(self):
     self.seen: list[np.ndarray] = []
 
-  def hidden(self, params, token_BPK, cache):
+  def hidden(self, params, token_BPK, latent_BPZ, cache):
     jax.debug.callback(lambda tokens: self.seen.append(np.asarray(tokens)), token_BPK)
     return jnp.zeros((1, token_BPK.shape[1], 2)), cache
 
-  def samples(self, params, hidden_BD, noise_NBR):
-    return noise_NBR
+  def sample(self, params, hidden_BD, key, count):
+    return jax.random.uniform(key, (count, 1, K), minval=-0.5, maxval=0.5)
 
-  @property
-  def head(self):
-    return self
-
-  def draw_noise(self, key, shape):
-    return jax.random.uniform(key, (*shape, K), minval=-0.5, maxval=0.5)
+  def empty_cache(self, batch, window):
+    return memory.Cache((), jnp.full((window,), -1), jnp.int32(0))
 
 
 def writer(said: list[str] | None = None, appends_eos: bool = False, context=24, **settings):
@@ -124,9 +121,9 @@ def test_eos_ends_the_text_and_is_not_part_of_it(monkeypatch: pytest.MonkeyPatch
   """Token 3 is declared EOS: what comes before the first 3 remains."""
   decoder, _ = writer(max_tokens=30)
   endless = write(decoder, [])
-  monkeypatch.setattr(decoder._trained.origin, "eos_id", 3)
+  monkeypatch.setattr(decoder._origin, "eos_id", 3)
   assert write(decoder, []) == endless  # No document ended with it in training.
-  monkeypatch.setattr(decoder._trained.origin, "appends_eos", True)
+  monkeypatch.setattr(decoder._origin, "appends_eos", True)
   assert write(decoder, []) == endless[: endless.index(3)]
 
 
@@ -143,11 +140,13 @@ def test_a_low_temperature_prefers_what_comes_often():
   """With a law of one frequent patch in place of the uniform one."""
   decoder, model = writer(max_tokens=K, temperature=0.5, num_candidates=100)
 
-  def skewed(params, hidden_BD, noise_NBR):
-    frequent = noise_NBR[..., :1] < 0  # Half of all draws.
-    return jnp.where(frequent, -0.4, noise_NBR)
+  uniform = model.sample
 
-  model.samples = skewed
+  def skewed(*args):
+    sample_NBZ = uniform(*args)
+    return jnp.where(sample_NBZ[..., :1] < 0, -0.4, sample_NBZ)  # Half of all draws.
+
+  model.sample = skewed
   assert [write(decoder, [], seed) for seed in range(20)].count([0, 0, 0]) >= 19
 
 
@@ -189,8 +188,6 @@ def test_a_trained_model_writes_the_same_with_its_cache_as_without(trained_calm:
   for patch in range(4):
     token_1PK = np.array(known[: 12 + 4 * patch], np.int32).reshape(1, -1, 4)
     hidden_1PD, _ = trained.model.hidden(trained.params, token_1PK)
-    found_K, _, _ = decoder._draw(
-      trained.params, trained.autoencoder.params, hidden_1PD[:, -1],
-      jax.random.fold_in(jax.random.key(0), patch), jnp.zeros(4, int), 0, count=1,
-    )  # fmt: skip
-    assert found_K.tolist() == known[12 + 4 * patch : 16 + 4 * patch]
+    law, key = decoder._law, jax.random.fold_in(jax.random.key(0), patch + 1)
+    choice = law.choose(law.params, hidden_1PD[:, -1], key, jnp.zeros(4, int), 0, 1)
+    assert choice.token_K.tolist() == known[12 + 4 * patch : 16 + 4 * patch]

@@ -9,21 +9,20 @@ from jax import numpy as jnp
 
 from calm_jax import config, workdir
 from calm_jax.models import calm, layers
-from calm_jax.objectives import brier, energy_score
-from calm_jax.training import stages, step
+from calm_jax.objectives import autoencoding, brier, energy_score
+from calm_jax.training import autoencoder_stage, calm_stage, evaluation, stages, step
 
 KEY = jax.random.key(0)
 
 
-@pytest.fixture(params=["autoencoder", "calm"])
+def staged(trained: workdir.Trained) -> stages.Stage:
+  return evaluation.stage_of(trained)[0]
+
+
+@pytest.fixture(params=["autoencoder", "calm", "transformer"])
 def stage_and_params(request: pytest.FixtureRequest):
-  directory = str(request.getfixturevalue(f"trained_{request.param}"))
-  if request.param == "autoencoder":
-    trained = workdir.load_autoencoder(directory)
-    return stages.autoencoder_stage(trained.run, trained.origin.vocab_size), trained.params
-  trained = workdir.load_calm(directory)
-  stage = stages.calm_stage(trained.run, trained.model.autoencoder, trained.autoencoder.params)
-  return stage, trained.params
+  trained = workdir.load(str(request.getfixturevalue(f"trained_{request.param}")))
+  return staged(trained), trained.params
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +45,9 @@ def test_an_example_has_the_same_noise_in_every_batch(stage_and_params, batch):
     values = [loss(params, stage.frozen, rows(batch, part), KEY)[0] for part in parts]
     np.testing.assert_allclose(np.mean(values), whole, rtol=1e-5)
   other = {**batch, "index": batch["index"] + 1}
-  assert abs(float(loss(params, stage.frozen, other, KEY)[0] - whole)) > 1e-4
+  evaluate = jax.jit(stage.evaluate)  # The baseline's loss has no noise, its scores have.
+  before, after = (evaluate(params, stage.frozen, b, KEY) for b in (batch, other))
+  assert max(np.abs(before[name] - after[name]).max() for name in before) > 1e-5
 
 
 def test_accumulation_gives_the_gradients_of_the_whole_batch(stage_and_params, batch):
@@ -69,7 +70,7 @@ def test_scores_have_one_row_an_example(stage_and_params, batch):
 
 def autoencoder_loss(run: config.AutoencoderRun, params, batch, **changes):
   run = dataclasses.replace(run, loss=dataclasses.replace(run.loss, **changes))
-  return stages.autoencoder_stage(run, 300).loss(params, {}, batch, KEY)
+  return autoencoder_stage.build(run, 300).loss(params, {}, batch, KEY)
 
 
 def test_the_autoencoders_loss_is_k_times_cross_entropy_plus_weighted_kl(
@@ -95,7 +96,7 @@ def test_dropped_tokens_are_replaced_in_the_input_and_stay_in_the_target(
     posterior = layers.apply(
       trained.module("float32"), trained.params, jnp.full((4,), id_), method="encode"
     )
-    kls[id_] = stages.autoencoding.floored_kl(*posterior, 0.0)
+    kls[id_] = autoencoding.floored_kl(*posterior, 0.0)
     np.testing.assert_allclose(metrics["kl"], kls[id_], rtol=1e-4)
     assert metrics["token_accuracy"] < 0.5
   assert abs(float(kls[0] - kls[7])) > 1e-4
@@ -105,21 +106,20 @@ def test_scores_of_the_language_model_by_hand(trained_calm, batch):
   """Samples and targets are drawn again from the stated keys; scores follow from them."""
   trained = workdir.load_calm(str(trained_calm))
   model, frozen = trained.model, trained.autoencoder.params
-  stage = stages.calm_stage(trained.run, model.autoencoder, frozen)
+  stage = calm_stage.build(trained.run, model.autoencoder, frozen, 300)
   found = jax.jit(stage.evaluate)(trained.params, frozen, batch, KEY)
   token_PK = batch["tokens"][1].reshape(-1, 4)
   hidden_1PD, _ = model.hidden(trained.params, token_PK[None, :-1])
-  noise_key, target_key = jax.random.split(jax.random.fold_in(KEY, batch["index"][1]))
-  noise_NPR = model.head.draw_noise(noise_key, (4, 7))
-  sample_NPZ = model.samples(trained.params, hidden_1PD[0], noise_NPR)
+  example = jax.random.fold_in(KEY, batch["index"][1])
+  sample_NPZ = model.sample(trained.params, hidden_1PD[0], jax.random.fold_in(example, 2), 4)
   mean_PZ, log_std_PZ = layers.apply(model.autoencoder, frozen, token_PK[1:], method="encode")
-  eps_MPZ = jax.random.normal(target_key, (3, 7, 8))
+  eps_MPZ = jax.random.normal(jax.random.fold_in(example, 1), (3, 7, 8))
   target_MPZ = mean_PZ[None] + jnp.exp(log_std_PZ)[None] * eps_MPZ
 
-  energy = np.mean(energy_score.energy_loss(sample_NPZ[:, None], target_MPZ[:, None]))
+  energy = np.mean(energy_score.energy_loss(sample_NPZ, target_MPZ))
   np.testing.assert_allclose(found["energy"][1], energy, rtol=1e-4)
   tokens_NPK = calm.decode_tokens(model.autoencoder, frozen, sample_NPZ)
-  accuracy_Pn, collision_Pn = brier.accuracy_and_collision(tokens_NPK, token_PK[1:])
+  accuracy_Pn, collision_Pn = brier.accuracy(tokens_NPK, token_PK[1:]), brier.collision(tokens_NPK)
   np.testing.assert_allclose(found["accuracy"][1], accuracy_Pn.mean(axis=0), rtol=1e-5)
   np.testing.assert_allclose(found["collision"][1], collision_Pn.mean(axis=0), rtol=1e-5)
 
@@ -138,7 +138,7 @@ def test_the_frozen_autoencoder_gets_no_gradient(trained_calm, batch):
   assert not any("encoder" in str(path) for path, _ in jax.tree.leaves_with_path(trained.params))
 
 
-@pytest.mark.parametrize("name", ["autoencoder", "calm"])
+@pytest.mark.parametrize("name", ["autoencoder", "calm", "transformer"])
 def test_bfloat16_gives_nearly_the_loss_of_float32_and_float32_gradients(
   name: str, request: pytest.FixtureRequest, batch
 ):
@@ -147,12 +147,8 @@ def test_bfloat16_gives_nearly_the_loss_of_float32_and_float32_gradients(
   for dtype in ("float32", "bfloat16"):
     run = workdir.read_run(directory)
     run = dataclasses.replace(run, training=dataclasses.replace(run.training, compute_dtype=dtype))
-    if isinstance(run, config.AutoencoderRun):
-      stage, params = stages.autoencoder_stage(run, 300), workdir.load_autoencoder(directory).params
-    else:
-      trained = workdir.load_calm(directory)
-      stage = stages.calm_stage(run, trained.autoencoder.module(dtype), trained.autoencoder.params)
-      params = trained.params
+    trained = workdir.load(directory)
+    stage, params = staged(dataclasses.replace(trained, run=run)), trained.params
     (value, _), grads = jax.jit(jax.value_and_grad(stage.loss, has_aux=True))(
       params, stage.frozen, batch, KEY
     )

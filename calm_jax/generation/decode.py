@@ -10,7 +10,7 @@ from jax import numpy as jnp
 
 from calm_jax import errors, workdir
 from calm_jax.generation import temperature as temperature_lib
-from calm_jax.models import backbone, calm
+from calm_jax.models import calm, layers, memory
 
 # A prompt's tail must be met by chance: candidates a round, and rounds before giving up.
 TAIL_CANDIDATES = 256
@@ -41,126 +41,217 @@ class Settings:
       raise errors.CalmError(f"max_tokens must be at least 1, got {self.max_tokens}")
 
 
-@dataclasses.dataclass
-class _Position:
-  """Where a text stands: the hidden state that predicts the next patch, and the cache."""
+@dataclasses.dataclass(frozen=True)
+class Choice:
+  """The next patch.
 
-  hidden_1D: jax.Array
-  cache: backbone.Cache
-
-
-class Decoder:
-  """Writes texts with one trained model.
-
-  The last `window` patches, as many as an example showed the backbone in
-  training, are kept in a ring; older ones are forgotten, so texts have no
-  longest length.
+  Attributes:
+    token_K: its tokens. latent_Z: the sample they were decoded from, if there was one.
+    agreeing: candidates that begin with the whole tail. longest: the tokens of the
+      tail that the patch begins with.
   """
 
-  def __init__(
-    self, trained: workdir.TrainedCalm, settings: Settings, report: Callable[[str], None]
-  ):
-    self._trained, self._settings, self._report = trained, settings, report
-    self._patch_size = trained.model.autoencoder.sizes.patch_size
-    self._window = trained.run.data.context // self._patch_size - 1
-    self._n = temperature_lib.reciprocal(settings.temperature)
-    self._draws = settings.num_candidates if self._n > 1 else 1
-    self._prefill = jax.jit(self._advance)
-    self._next = jax.jit(self._advance, donate_argnums=2)
-    self._candidates = jax.jit(self._draw, static_argnames="count")
+  token_K: jax.Array
+  latent_Z: jax.Array | None
+  agreeing: jax.Array
+  longest: jax.Array
 
-  def _advance(self, params, token_1PK, cache):
-    hidden_1PD, cache = self._trained.model.hidden(params, token_1PK, cache)
+
+jax.tree_util.register_dataclass(
+  Choice, ["token_K", "latent_Z", "agreeing", "longest"], meta_fields=[]
+)
+
+
+class CalmLaw:
+  """The next patch by CALM: candidates from the head, decoded, one of them chosen."""
+
+  def __init__(self, trained: workdir.TrainedCalm, settings: Settings):
+    self._model, self.patch_size = trained.model, trained.model.autoencoder.sizes.patch_size
+    self._n = temperature_lib.reciprocal(settings.temperature)
+    self.draws = settings.num_candidates if self._n > 1 else 1
+    self.params = (trained.params, trained.autoencoder.params)
+    self.reads_latents = trained.run.model.reads_latents
+
+  def empty_cache(self, window: int) -> memory.Cache:
+    return self._model.empty_cache(1, window)
+
+  def advance(self, params, token_1PK, latent_1PZ, cache):
+    """Returns the hidden state after P patches, and the cache with them in it."""
+    hidden_1PD, cache = self._model.hidden(params[0], token_1PK, latent_1PZ, cache)
     return hidden_1PD[:, -1], cache
 
-  def _draw(self, params, frozen, hidden_1D, key, tail_K, tail_length, *, count):
-    """Returns (chosen tokens [K], agreeing candidates, longest agreeing prefix)."""
-    model = self._trained.model
-    noise_key, choice_key = jax.random.split(key)
-    noise_N1R = model.head.draw_noise(noise_key, (count, 1))
-    z_NZ = model.samples(params, hidden_1D, noise_N1R)[:, 0]
-    token_NK = calm.decode_tokens(model.autoencoder, frozen, z_NZ)
-    within_K = jnp.arange(self._patch_size) < tail_length
+  def latents(self, params, token_1PK, key):
+    """Returns draws of the posteriors of given patches, [1, P, Z]."""
+    codec = self._model.autoencoder
+    mean_1PZ, log_std_1PZ = layers.apply(codec, params[1], token_1PK, method="encode")
+    return calm.posterior_draws(key, mean_1PZ, log_std_1PZ, 1)[0]
+
+  def choose(self, params, hidden_1D, key, tail_K, tail_length, count) -> Choice:
+    """Returns one of `count` candidates, of those that begin with the tail if there are any."""
+    draw_key, choice_key = jax.random.split(key)
+    z_NZ = self._model.sample(params[0], hidden_1D, draw_key, count)[:, 0]
+    token_NK = calm.decode_tokens(self._model.autoencoder, params[1], z_NZ)
+    within_K = jnp.arange(self.patch_size) < tail_length
     met_NK = jnp.cumprod((token_NK == tail_K[None]) & within_K[None], axis=-1)
     agreed_N = jnp.sum(met_NK, axis=-1)
     longest = jnp.max(agreed_N)
     # Where no candidate meets the whole tail, those that meet most of it stand in.
     weight_N = temperature_lib.batch_weights(token_NK, agreed_N == longest, self._n)
-    chosen_K = token_NK[temperature_lib.choose(choice_key, weight_N)]
-    return chosen_K, jnp.sum(agreed_N == tail_length), longest
+    chosen = temperature_lib.choose(choice_key, weight_N)
+    return Choice(token_NK[chosen], z_NZ[chosen], jnp.sum(agreed_N == tail_length), longest)
 
-  def _start(self, token_S: Sequence[int]) -> tuple[_Position, np.ndarray]:
+
+class TransformerLaw:
+  """The next token by the baseline: P(x)^(1/T), exactly."""
+
+  patch_size = draws = 1
+  reads_latents = False
+
+  def __init__(self, trained: workdir.TrainedTransformer, settings: Settings):
+    self._model, self._sizes = trained.model, trained.run.model
+    self._temperature, self.params = settings.temperature, trained.params
+
+  def empty_cache(self, window: int) -> memory.Cache:
+    return memory.Cache.empty(self._sizes, 1, window, self._model.dtype)
+
+  def advance(self, params, token_1P1, latent, cache):
+    """Returns the hidden state after P tokens, and the cache with them in it."""
+    token_1P = token_1P1[..., 0]
+    hidden_1PD, cache = layers.apply(self._model, params, token_1P, cache, method="hidden")
+    return hidden_1PD[:, -1], cache
+
+  def choose(self, params, hidden_1D, key, tail, tail_length, count) -> Choice:
+    """Returns a token; single tokens leave no tail."""
+    logits_1V = layers.apply(self._model, params, hidden_1D, method="logits")
+    token_1 = jax.random.categorical(key, logits_1V / self._temperature).astype(jnp.int32)
+    return Choice(token_1, None, jnp.int32(1), jnp.int32(0))
+
+
+# A stage that writes text is a row.
+LAWS: dict[str, Callable[..., CalmLaw | TransformerLaw]] = {
+  "calm": CalmLaw,
+  "transformer": TransformerLaw,
+}
+
+
+@dataclasses.dataclass
+class _Position:
+  """Where a text stands: the hidden state that predicts the next patch, and the cache."""
+
+  hidden_1D: jax.Array
+  cache: memory.Cache
+
+
+class Decoder:
+  """Writes texts with one trained model.
+
+  The last `window` patches, as many as an example showed the model in training,
+  are kept in a ring; older ones are forgotten, so texts have no longest length.
+  """
+
+  def __init__(
+    self,
+    trained: workdir.TrainedCalm | workdir.TrainedTransformer,
+    settings: Settings,
+    report: Callable[[str], None],
+  ):
+    self._law = LAWS[trained.run.stage](trained, settings)
+    self._origin, self._settings, self._report = trained.origin, settings, report
+    self._window = trained.run.data.context // self._law.patch_size - 1
+    self._prefill = jax.jit(self._law.advance)
+    self._next = jax.jit(self._law.advance, donate_argnums=3)
+    self._choose = jax.jit(self._law.choose, static_argnames="count")
+
+  def _latents(self, token_1PK: np.ndarray, key: jax.Array) -> jax.Array | None:
+    """Returns latents of patches that were given, None for a model that reads none."""
+    if not isinstance(self._law, CalmLaw) or not self._law.reads_latents:
+      return None
+    return jax.jit(self._law.latents)(self._law.params, token_1PK, key)
+
+  def _start(self, token_S: Sequence[int], key: jax.Array) -> tuple[_Position, np.ndarray]:
     """Reads all whole patches of a prompt; returns where it stands, and its tail."""
-    size = self._patch_size
-    known = np.array([*self._trained.origin.start_patch, *token_S], np.int32)
+    size, start = self._law.patch_size, self._origin.start_patch
+    known = np.array([*start, *token_S], np.int32)
     whole = len(known) // size
+    if not whole:
+      raise errors.CalmError(
+        f"the prompt has {len(known)} tokens, and imported weights know no start of a document: "
+        f"give a prompt of at least a patch, {size} tokens"
+      )
     token_1PK = known[: whole * size].reshape(1, whole, size)[:, -self._window :]
     if whole > self._window:
       self._report(
-        f"the prompt has {whole - 1} patches; the model sees the last {self._window}, as many as "
-        "an example had in training"
+        f"the prompt has {whole - bool(start)} patches; the model sees the last {self._window}, as "
+        "many as an example had in training"
       )
-    dtype = jnp.dtype(self._trained.run.training.compute_dtype)
-    cache = backbone.empty_cache(self._trained.run.model, 1, self._window, dtype)
-    position = _Position(*self._prefill(self._trained.params, token_1PK, cache))
+    cache = self._law.empty_cache(self._window)
+    latent_1PZ = self._latents(token_1PK, key)
+    position = _Position(*self._prefill(self._law.params, token_1PK, latent_1PZ, cache))
     return position, known[whole * size :]
 
-  def _first_patch(self, position: _Position, tail: np.ndarray, key: jax.Array) -> np.ndarray:
-    """Returns a patch that begins with the prompt's tail."""
-    size = self._patch_size
+  def _first_patch(
+    self, position: _Position, tail: np.ndarray, key: jax.Array
+  ) -> tuple[np.ndarray, jax.Array | None]:
+    """Returns a patch that begins with the prompt's tail, and its latent."""
+    size = self._law.patch_size
     tail_K = np.zeros(size, np.int32)
     tail_K[: len(tail)] = tail
-    count = max(self._draws, TAIL_CANDIDATES)
+    count = max(self._law.draws, TAIL_CANDIDATES)
     best, best_length, drawn = tail_K, -1, 0
     for attempt in range(TAIL_ROUNDS):
-      chosen_K, agreeing, longest = self._candidates(
-        self._trained.params, self._trained.autoencoder.params, position.hidden_1D,
-        jax.random.fold_in(key, attempt), tail_K, len(tail), count=count,
+      choice = self._choose(
+        self._law.params, position.hidden_1D, jax.random.fold_in(key, attempt), tail_K, len(tail),
+        count=count,
       )  # fmt: skip
       drawn += count
-      if int(longest) > best_length:
-        best, best_length = np.array(chosen_K), int(longest)
-      if int(agreeing):
+      if int(choice.longest) > best_length:
+        best, best_length = np.array(choice.token_K), int(choice.longest)
+      if int(choice.agreeing):
         self._report(
-          f"the prompt ends inside a patch: {int(agreeing)} of the last {count} of {drawn} "
+          f"the prompt ends inside a patch: {int(choice.agreeing)} of the last {count} of {drawn} "
           f"candidates begin with its last {len(tail)} of {size} tokens"
         )
-        return best
+        return best, choice.latent_Z
     best[: len(tail)] = tail
     self._report(
       f"the prompt ends inside a patch: none of {drawn} candidates begins with its last "
       f"{len(tail)} of {size} tokens; took one that shares the first {best_length} and put the "
       "prompt's in their place"
     )
-    return best
+    latent_11Z = self._latents(best[None, None], key)
+    return best, None if latent_11Z is None else latent_11Z[0, 0]
 
   def tokens(self, token_S: Sequence[int], key: jax.Array) -> Iterator[list[int]]:
     """Yields the new tokens of one text, a patch at a time, up to EOS or max_tokens.
 
     The same model, prompt, settings and key give the same tokens.
+
+    Raises:
+      CalmError: if the prompt is too short for a model that knows no start of a document.
     """
-    origin, size = self._trained.origin, self._patch_size
-    position, tail = self._start(token_S)
+    size, no_tail = self._law.patch_size, np.zeros(self._law.patch_size, np.int32)
+    position, tail = self._start(token_S, jax.random.fold_in(key, 0))
     written, patch = 0, 0
     while written < self._settings.max_tokens:
-      patch_key = jax.random.fold_in(key, patch)
+      patch_key = jax.random.fold_in(key, patch + 1)
       if patch == 0 and len(tail):
-        chosen_K = self._first_patch(position, tail, patch_key)
+        chosen_K, latent_Z = self._first_patch(position, tail, patch_key)
         new = chosen_K[len(tail) :].tolist()
       else:
-        chosen_K, _, _ = self._candidates(
-          self._trained.params, self._trained.autoencoder.params, position.hidden_1D, patch_key,
-          np.zeros(size, np.int32), 0, count=self._draws,
-        )  # fmt: skip
-        new = np.asarray(chosen_K).tolist()
+        choice = self._choose(
+          self._law.params, position.hidden_1D, patch_key, no_tail, 0, count=self._law.draws
+        )
+        chosen_K, latent_Z = np.asarray(choice.token_K), choice.latent_Z
+        new = chosen_K.tolist()
       new = new[: self._settings.max_tokens - written]
-      if origin.appends_eos and origin.eos_id in new:
-        yield new[: new.index(origin.eos_id)]
+      if self._origin.appends_eos and self._origin.eos_id in new:
+        yield new[: new.index(self._origin.eos_id)]
         return
       yield new
       written, patch = written + len(new), patch + 1
+      read = latent_Z[None, None] if self._law.reads_latents and latent_Z is not None else None
       position = _Position(
-        *self._next(self._trained.params, np.asarray(chosen_K)[None, None], position.cache)
+        *self._next(self._law.params, chosen_K.reshape(1, 1, size), read, position.cache)
       )
 
 

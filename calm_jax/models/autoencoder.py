@@ -1,5 +1,7 @@
 """Patches <-> latents: the near-lossless autoencoder of stage one."""
 
+from typing import Any
+
 import jax
 from flax import linen as nn
 from jax import numpy as jnp
@@ -93,3 +95,7 @@ class Autoencoder(nn.Module):
   def __call__(self, token_K: jax.Array) -> jax.Array:
     """Returns the logits at the posterior's mean; creates every parameter."""
     return self.decode(self.encode(token_K)[0])
+
+  def initial(self, key: jax.Array) -> Any:
+    """Returns initial parameters, float32."""
+    return self.init(key, jnp.zeros((self.sizes.patch_size,), jnp.int32))["params"]

@@ -9,7 +9,7 @@ from jax import numpy as jnp
 from calm_jax import config
 from calm_jax.models import autoencoder as autoencoder_lib
 from calm_jax.models import backbone as backbone_lib
-from calm_jax.models import energy_head, heads, layers
+from calm_jax.models import heads, layers, memory
 
 Params = Any
 
@@ -33,6 +33,14 @@ def decode_tokens(model: autoencoder_lib.Autoencoder, params: Params, z_Z: jax.A
   return tokens.reshape(*z_Z.shape[:-1], tokens.shape[-1])
 
 
+def posterior_draws(
+  key: jax.Array, mean_Z: jax.Array, log_std_Z: jax.Array, count: int
+) -> jax.Array:
+  """Returns `count` draws z = mean + std · eps of posteriors [..., Z]: [M, ..., Z]."""
+  eps_MZ = jax.random.normal(key, (count, *mean_Z.shape))
+  return mean_Z[None] + jnp.exp(log_std_Z)[None] * eps_MZ
+
+
 @dataclasses.dataclass(frozen=True)
 class Calm:
   """The language model over latents, with the frozen autoencoder that defines them.
@@ -43,35 +51,58 @@ class Calm:
 
   autoencoder: autoencoder_lib.Autoencoder
   backbone: backbone_lib.Backbone
-  head: energy_head.EnergyHead
+  head: heads.Head
 
   @classmethod
-  def build(cls, run: config.CalmRun, codec: autoencoder_lib.Autoencoder) -> "Calm":
-    """Returns the model of a run over a given autoencoder."""
+  def build(
+    cls, run: config.CalmRun, codec: autoencoder_lib.Autoencoder, vocab_size: int
+  ) -> "Calm":
+    """Returns the model of a run over a given autoencoder.
+
+    `vocab_size` is that of the backbone's token table. It may be above the
+    autoencoder's, where an imported model has a padded one.
+    """
     dtype = jnp.dtype(run.training.compute_dtype)
+    sizes = run.model
     return cls(
       autoencoder=codec,
-      backbone=backbone_lib.Backbone(run.model, codec.vocab_size, dtype),
-      head=heads.build(run.head, codec.sizes.latent, run.model.init, dtype),
+      backbone=backbone_lib.Backbone(sizes, vocab_size, dtype),
+      head=heads.build(run.head, sizes.width, codec.sizes.latent, sizes.init, dtype),
     )
 
   def init(self, key: jax.Array) -> Params:
     """Returns initial parameters, float32."""
     backbone_key, head_key = jax.random.split(key)
-    token_BPK = jnp.zeros((1, 2, self.autoencoder.sizes.patch_size), jnp.int32)
-    hidden_D = jnp.zeros((self.backbone.sizes.width,))
-    noise_NR = jnp.zeros((1, self.head.sizes.noise))
+    sizes = self.autoencoder.sizes
+    token_BPK = jnp.zeros((1, 2, sizes.patch_size), jnp.int32)
+    latent_BPZ = jnp.zeros((1, 2, sizes.latent))
     return {
-      "backbone": self.backbone.init(backbone_key, token_BPK)["params"],
-      "head": self.head.init(head_key, hidden_D, noise_NR)["params"],
+      "backbone": self.backbone.init(backbone_key, token_BPK, latent_BPZ)["params"],
+      "head": self.head.init(head_key),
     }
 
   def hidden(
-    self, params: Params, token_BPK: jax.Array, cache: backbone_lib.Cache | None = None
-  ) -> tuple[jax.Array, backbone_lib.Cache | None]:
-    """Returns hidden states [B, P, D], of which the one at i predicts patch i + 1."""
-    return layers.apply(self.backbone, params["backbone"], token_BPK, cache)
+    self,
+    params: Params,
+    token_BPK: jax.Array,
+    latent_BPZ: jax.Array | None = None,
+    known: memory.Memory | None = None,
+  ) -> tuple[jax.Array, memory.Memory | None]:
+    """Returns hidden states [B, P, D], of which the one at i predicts patch i + 1.
 
-  def samples(self, params: Params, hidden_D: jax.Array, noise_NR: jax.Array) -> jax.Array:
-    """Returns latents [N, ..., Z] for hidden states [..., D] and noise [N, ..., R]."""
-    return layers.apply(self.head, params["head"], hidden_D, noise_NR)
+    Args:
+      latent_BPZ: needed where `backbone.sizes.reads_latents`; see `posterior_draws`.
+    """
+    return layers.apply(self.backbone, params["backbone"], token_BPK, latent_BPZ, known)
+
+  def empty_cache(self, batch: int, window: int) -> memory.Cache:
+    """Returns a cache of `window` patches for `hidden`."""
+    return memory.Cache.empty(self.backbone.sizes, batch, window, self.backbone.dtype)
+
+  def samples(self, params: Params, hidden_D: jax.Array, noise: jax.Array) -> jax.Array:
+    """Returns latents [N, ..., Z] for hidden states [..., D] and the head's noise [N, ..., *]."""
+    return self.head.samples(params["head"], hidden_D, noise)
+
+  def sample(self, params: Params, hidden_D: jax.Array, key: jax.Array, count: int) -> jax.Array:
+    """Returns `count` latents [N, ..., Z] for hidden states [..., D]."""
+    return self.head.sample(params["head"], hidden_D, key, count)

@@ -1,5 +1,7 @@
 """Hidden -> samples: the energy head, one pass a sample, no iteration."""
 
+from typing import Any
+
 import jax
 from flax import linen as nn
 from jax import numpy as jnp
@@ -34,26 +36,16 @@ class Block(nn.Module):
     return x_ND + linear("down", width)(nn.silu(gate_ND) * up_ND)
 
 
-class EnergyHead(nn.Module):
-  """Turns uniform noise into samples of the next latent, given the hidden state.
-
-  Source: CALM (arXiv:2510.27688), section 4.3.
-  """
+class Network(nn.Module):
+  """Hidden states and noise -> samples, in one pass."""
 
   sizes: config.Head
   latent: int
   scheme: str
-  dtype: jnp.dtype = jnp.float32
+  dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, hidden_D: jax.Array, noise_NR: jax.Array) -> jax.Array:
-    """Returns N samples of each predicted latent, [N, ..., Z] float32.
-
-    Args:
-      hidden_D: [..., D].
-      noise_NR: [N, ..., R], uniform in [-0.5, 0.5).
-    """
-
+  def __call__(self, hidden_D, noise_NR):
     def linear(name, features):
       return layers.linear(name, features, self.scheme, self.dtype)
 
@@ -69,6 +61,33 @@ class EnergyHead(nn.Module):
     )
     return out(x_ND).astype(jnp.float32)
 
+
+class EnergyHead:
+  """Turns uniform noise into samples of the next latent, given the hidden state.
+
+  Source: CALM (arXiv:2510.27688), section 4.3.
+  """
+
+  def __init__(
+    self, sizes: config.Head, width: int, latent: int, scheme: str, dtype: jnp.dtype = jnp.float32
+  ):
+    self.network = Network(sizes, latent, scheme, dtype)
+    self.width, self.noise_shape = width, (sizes.noise,)
+
+  def init(self, key: jax.Array) -> Any:
+    """Returns initial parameters, float32. At the start every sample is zero."""
+    noise_1R = jnp.zeros((1, *self.noise_shape))
+    return self.network.init(key, jnp.zeros((self.width,)), noise_1R)["params"]
+
   def draw_noise(self, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Returns uniform noise [*shape, R] in [-0.5, 0.5)."""
-    return jax.random.uniform(key, (*shape, self.sizes.noise), minval=-0.5, maxval=0.5)
+    return jax.random.uniform(key, (*shape, *self.noise_shape), minval=-0.5, maxval=0.5)
+
+  def samples(self, params: Any, hidden_D: jax.Array, noise: jax.Array) -> jax.Array:
+    """Returns N latents [N, ..., Z] float32 for hidden states [..., D] and noise [N, ..., R]."""
+    return layers.apply(self.network, params, hidden_D, noise)
+
+  def sample(self, params: Any, hidden_D: jax.Array, key: jax.Array, count: int) -> jax.Array:
+    """Returns `count` latents [N, ..., Z] float32 for hidden states [..., D]."""
+    noise_NR = self.draw_noise(key, (count, *hidden_D.shape[:-1]))
+    return self.samples(params, hidden_D, noise_NR)

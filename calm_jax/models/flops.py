@@ -7,6 +7,7 @@ forward only.
 """
 
 from calm_jax import config
+from calm_jax.models import denoiser
 
 
 def _swiglu(width: int, ffn: int) -> int:
@@ -30,34 +31,66 @@ def decoder_per_patch(sizes: config.Autoencoder, vocab_size: int) -> int:
   return (sizes.patch_size + 1) * half * block + linears + vocabulary
 
 
-def backbone_per_patch(sizes: config.Backbone, patch_size: int, patches: int) -> float:
-  """Forward FLOPs of one patch through input projection and Transformer, `patches` in context."""
+def transformer_per_position(sizes: config.Transformer, positions: int) -> float:
+  """Forward FLOPs of one position through the Llama layers, `positions` in context."""
   key_value = 2 * 2 * sizes.width * (sizes.width * sizes.kv_heads // sizes.heads)
   projections = 2 * 2 * sizes.width * sizes.width + key_value
-  attention = 2 * 2 * sizes.width * patches / 2
-  layer = projections + attention + _swiglu(sizes.width, sizes.ffn)
-  entry = 2 * sizes.width * 2 * sizes.width * (patch_size + 1)
-  return entry + sizes.layers * layer
+  attention = 2 * 2 * sizes.width * positions / 2
+  return sizes.layers * (projections + attention + _swiglu(sizes.width, sizes.ffn))
 
 
-def head_per_patch(sizes: config.Head, width: int, latent: int, samples: int) -> int:
-  """Forward FLOPs of `samples` energy-head samples of one patch.
+def input_per_patch(sizes: config.Backbone, codec: config.Autoencoder) -> int:
+  """Forward FLOPs of making one patch the backbone's input."""
+  tokens = 2 * sizes.width * 2 * sizes.width * (codec.patch_size + 1)
+  latents = 2 * codec.latent * sizes.width
+  return tokens * sizes.reads_tokens + latents * sizes.reads_latents
 
-  Each first Linear of a block is counted with both its halves for every sample,
+
+def _energy_sample(sizes: config.Head, width: int, latent: int) -> int:
+  """Each first Linear of a block is counted with both its halves for every sample,
   as the reference computes it; we compute the hidden state's half once.
   """
   block = 2 * width * (2 * width + width + 2 * width + width)
-  ends = 2 * width * (sizes.noise + width + width + latent)
-  return samples * (sizes.blocks * block + ends)
+  return sizes.blocks * block + 2 * width * (sizes.noise + width + width + latent)
 
 
-def train_per_token(run: config.Run, codec: config.Autoencoder, vocab_size: int) -> float:
-  """Training FLOPs a token of either stage; `codec` holds the autoencoder's sizes."""
-  if isinstance(run, config.AutoencoderRun):
-    patch = 3 * (encoder_per_patch(codec) + decoder_per_patch(codec, vocab_size))
-  else:
-    patches = run.data.context // codec.patch_size
-    forward = backbone_per_patch(run.model, codec.patch_size, patches)
-    forward += head_per_patch(run.head, run.model.width, codec.latent, run.loss.samples)
-    patch = 3 * forward + encoder_per_patch(codec)
-  return patch / codec.patch_size
+def _denoiser_call(sizes: config.Head, width: int, latent: int, outputs: int) -> int:
+  block = 2 * width * (3 * width + width + width)
+  condition = 2 * width * (width + 2 * denoiser.FREQUENCIES + width)
+  return sizes.blocks * block + condition + 2 * width * (latent + 2 * width + outputs)
+
+
+# Forward FLOPs of what training does with the head once a sample.
+HEAD_SAMPLES = {
+  "energy": _energy_sample,
+  "flow": lambda sizes, width, latent: _denoiser_call(sizes, width, latent, latent),
+  "diffusion": lambda sizes, width, latent: _denoiser_call(sizes, width, latent, 2 * latent),
+}
+
+
+def _autoencoder_patch(run: config.AutoencoderRun, codec, vocab_size: int) -> float:
+  return 3 * (encoder_per_patch(run.model) + decoder_per_patch(run.model, vocab_size))
+
+
+def _calm_patch(run: config.CalmRun, codec: config.Autoencoder, vocab_size: int) -> float:
+  patches = run.data.context // codec.patch_size
+  forward = transformer_per_position(run.model, patches) + input_per_patch(run.model, codec)
+  sample = HEAD_SAMPLES[run.head.kind](run.head, run.model.width, codec.latent)
+  return 3 * (forward + run.loss.samples * sample) + encoder_per_patch(codec)
+
+
+def _transformer_patch(run: config.TransformerRun, codec, vocab_size: int) -> float:
+  forward = transformer_per_position(run.model, run.data.context)
+  return 3 * (forward + 2 * run.model.width * vocab_size)
+
+
+_STAGES = {
+  "autoencoder": _autoencoder_patch,
+  "calm": _calm_patch,
+  "transformer": _transformer_patch,
+}
+
+
+def train_per_token(run: config.Run, codec: config.Autoencoder | None, vocab_size: int) -> float:
+  """Training FLOPs a token of any stage; `codec` holds the sizes of stage two's autoencoder."""
+  return _STAGES[run.stage](run, codec, vocab_size) / (codec.patch_size if codec else 1)

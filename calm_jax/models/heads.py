@@ -1,17 +1,54 @@
 """Where a generative head is chosen: one row a head."""
 
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+from jax import numpy as jnp
+
 from calm_jax import config, errors
-from calm_jax.models import energy_head
-
-HEADS = {"energy": energy_head.EnergyHead}
+from calm_jax.models import diffusion_head, energy_head, flow_head
 
 
-def build(sizes: config.Head, latent: int, init: str, dtype) -> energy_head.EnergyHead:
-  """Returns the head that `sizes.kind` names.
+class Head(Protocol):
+  """Hidden states -> samples of the next latent, as pure functions of parameters.
+
+  Attributes:
+    noise_shape: of the noise that one sample takes.
+  """
+
+  noise_shape: tuple[int, ...]
+
+  def init(self, key: jax.Array) -> Any:
+    """Returns initial parameters."""
+    ...
+
+  def draw_noise(self, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Returns noise [*shape, *noise_shape]."""
+    ...
+
+  def samples(self, params: Any, hidden_D: jax.Array, noise: jax.Array) -> jax.Array:
+    """Returns latents [N, ..., Z] for hidden [..., D] and noise [N, ..., *noise_shape]."""
+    ...
+
+  def sample(self, params: Any, hidden_D: jax.Array, key: jax.Array, count: int) -> jax.Array:
+    """Returns `count` latents [N, ..., Z]; those of a given key are the same on every call."""
+    ...
+
+
+HEADS: dict[str, Callable[..., Head]] = {
+  "energy": energy_head.EnergyHead,
+  "flow": flow_head.FlowHead,
+  "diffusion": diffusion_head.DiffusionHead,
+}
+
+
+def build(sizes: config.Head, width: int, latent: int, init: str, dtype: jnp.dtype) -> Head:
+  """Returns the head that `sizes.kind` names, for hidden states of `width`.
 
   Raises:
     CalmError: for a kind that is no row of HEADS.
   """
   if sizes.kind not in HEADS:
     raise errors.CalmError(f"head.kind is {sizes.kind!r}: {config.nearest(sizes.kind, HEADS)}")
-  return HEADS[sizes.kind](sizes, latent, init, dtype)
+  return HEADS[sizes.kind](sizes, width, latent, init, dtype)

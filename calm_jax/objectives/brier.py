@@ -4,6 +4,8 @@ All scores are in percent: higher is better, 100 is a deterministic model that
 is always right; a calibrated model's expectation is positive.
 """
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 from jax import numpy as jnp
@@ -11,31 +13,63 @@ from jax import numpy as jnp
 ORDERS = 4  # BrierLM multiplies the scores of n-grams, n = 1 to 4.
 
 
-def accuracy_and_collision(
-  sample_NPK: jax.Array, target_PK: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  """Unbiased estimates of the two terms of Brier-n from all N samples, each [P, n].
+def accuracy(sample_NPK: jax.Array, target_PK: jax.Array) -> jax.Array:
+  """Share of N samples whose first n tokens are the target's, n = 1 to K: [P, K] in [0, 1]."""
+  return jnp.mean(_equal_so_far(sample_NPK, target_PK[None]), axis=0)
 
-  accuracy is E[1{x = y}] over samples x, collision E[1{x1 = x2}] over pairs of
-  different samples, where x and y are a patch's first n tokens and n runs from 1
-  to min(K, 4). Both are shares in [0, 1]. Brier-n = 2 · accuracy − collision; in a
-  calibrated model the two are equal in expectation. Collision above accuracy is
-  collapse, below it smearing.
+
+def collision(sample_NPK: jax.Array) -> jax.Array:
+  """Share of pairs of different samples whose first n tokens are equal: [P, K] in [0, 1].
 
   Raises:
     ValueError: if N < 2, where there is no pair.
-
-  Source: CALM (arXiv:2510.27688), section 5, with a U-statistic over all N
-  samples where the paper has two.
   """
   count = sample_NPK.shape[0]
   if count < 2:
     raise ValueError(f"BrierLM needs N >= 2 samples, got {count}")
-  sample_NPn, target_Pn = sample_NPK[..., :ORDERS], target_PK[..., :ORDERS]
-  hit_NPn = jnp.cumprod((sample_NPn == target_Pn[None]).astype(jnp.float32), axis=-1)
-  same_NNPn = jnp.cumprod((sample_NPn[:, None] == sample_NPn[None]).astype(jnp.float32), axis=-1)
-  pairs_Pn = jnp.sum(same_NNPn, axis=(0, 1)) - count  # Without each sample's pair with itself.
-  return jnp.mean(hit_NPn, axis=0), pairs_Pn / (count * (count - 1))
+  same_NNPK = _equal_so_far(sample_NPK[:, None], sample_NPK[None])
+  pairs_PK = jnp.sum(same_NNPK, axis=(0, 1)) - count  # Without each sample's pair with itself.
+  return pairs_PK / (count * (count - 1))
+
+
+def repeats(sample_NPK: jax.Array) -> jax.Array:
+  """Share of samples 2 to N that are the first one: [P] in [0, 1]."""
+  return jnp.mean(_equal_so_far(sample_NPK[1:], sample_NPK[:1])[..., -1], axis=0)
+
+
+def _equal_so_far(a_K: jax.Array, b_K: jax.Array) -> jax.Array:
+  return jnp.cumprod((a_K == b_K).astype(jnp.float32), axis=-1)
+
+
+def chain(within: Sequence[jax.Array], whole: Sequence[jax.Array]) -> jax.Array:
+  """The accuracy or collision of n-grams, n = 1 to 4, from those of the patches they span.
+
+  Unbiased where the estimates of different patches are independent given the text
+  and the path that is followed.
+
+  Args:
+    within: for each patch in turn, the share of its first 1 to K tokens, [..., K].
+    whole: for each but the last, the factor by which the n-gram goes on past it, [...].
+
+  Returns:
+    [..., 4].
+
+  Source: CALM (arXiv:2510.27688), section 5. With K < 4 the paper goes on along one
+  sample's path for accuracy and collision. Collision is the same here, with N
+  samples a patch; accuracy is the product of the teacher-forced ones, which has the
+  same expectation and no need of a path.
+  """
+  parts, factor = [], jnp.ones_like(within[0][..., 0])
+  for share_K, goes_on in zip(within, [*whole, None], strict=True):
+    parts.append(factor[..., None] * share_K)
+    if goes_on is not None:
+      factor = factor * goes_on
+  return jnp.concatenate(parts, axis=-1)[..., :ORDERS]
+
+
+def patches_spanned(patch_size: int) -> int:
+  """Returns the number of patches that 4 tokens from a patch's start reach into."""
+  return -(-ORDERS // patch_size)
 
 
 def brier_lm(accuracy_n: np.ndarray, collision_n: np.ndarray) -> np.ndarray:
@@ -69,19 +103,19 @@ def jackknife(values: np.ndarray, statistic) -> float:
   return float(np.sqrt((blocks - 1) * np.mean((results - results.mean()) ** 2)))
 
 
-def summary(accuracy: np.ndarray, collision: np.ndarray) -> dict[str, float]:
+def summary(accuracy_n: np.ndarray, collision_n: np.ndarray) -> dict[str, float]:
   """Scores with standard errors from per-block means.
 
   Args:
-    accuracy, collision: [blocks, n], shares.
+    accuracy_n, collision_n: [blocks, 4], shares.
 
   Returns:
-    accuracy_n, collision_n and brier_n in percent for each n, and, where n
-    reaches 4, brier_lm with brier_lm_stderr.
+    accuracy_n, collision_n and brier_n in percent for each n, and brier_lm, with
+    standard errors.
   """
-  both = np.stack([accuracy, collision], axis=1).astype(np.float64)
+  both = np.stack([accuracy_n, collision_n], axis=1).astype(np.float64)
   result = {}
-  for n in range(accuracy.shape[1]):
+  for n in range(ORDERS):
     mean_accuracy, mean_collision = both[:, 0, n].mean(), both[:, 1, n].mean()
     result[f"accuracy_{n + 1}"] = 100 * mean_accuracy
     result[f"collision_{n + 1}"] = 100 * mean_collision
@@ -89,31 +123,36 @@ def summary(accuracy: np.ndarray, collision: np.ndarray) -> dict[str, float]:
     result[f"brier_{n + 1}_stderr"] = 100 * jackknife(
       both[:, :, n], lambda mean: 2 * mean[:, 0] - mean[:, 1]
     )
-  if accuracy.shape[1] == ORDERS:
-    mean = both.mean(axis=0)
-    result["brier_lm"] = float(brier_lm(mean[0], mean[1]))
-    result["brier_lm_stderr"] = jackknife(both, lambda mean: brier_lm(mean[:, 0], mean[:, 1]))
+  mean = both.mean(axis=0)
+  result["brier_lm"] = float(brier_lm(mean[0], mean[1]))
+  result["brier_lm_stderr"] = jackknife(both, lambda mean: brier_lm(mean[:, 0], mean[:, 1]))
   return {name: float(value) for name, value in result.items()}
 
 
-def marginal(train_PK: np.ndarray, heldout_PK: np.ndarray) -> dict[str, float]:
-  """Scores of the unconditional law of training patches: what ignoring the context reaches.
+def marginal(train_Pn: np.ndarray, heldout_Pn: np.ndarray) -> dict[str, float]:
+  """Scores of the unconditional law of 4-grams in training: what ignoring the context reaches.
 
-  The law of the first n tokens is their frequency among the training patches;
-  its accuracy on the held-out patches and its collision are exact sums.
+  The law of the first n tokens is their frequency in training; its accuracy on
+  the held-out text and its collision are exact sums.
 
   Args:
-    train_PK, heldout_PK: tokens of patches, K >= 4.
+    train_Pn, heldout_Pn: the 4 tokens from the starts of patches on, [P, 4].
   """
-  accuracy, collision = [], []
+  accuracy_n, collision_n = [], []
   for n in range(1, ORDERS + 1):
-    grams, counts = np.unique(_keys(train_PK[:, :n]), return_counts=True)
+    grams, counts = np.unique(_keys(train_Pn[:, :n]), return_counts=True)
     share = counts / counts.sum()
-    heldout = _keys(heldout_PK[:, :n])
+    heldout = _keys(heldout_Pn[:, :n])
     found = np.minimum(np.searchsorted(grams, heldout), len(grams) - 1)
-    accuracy.append(np.mean(np.where(grams[found] == heldout, share[found], 0.0)))
-    collision.append(np.sum(share**2))
-  return {"brier_lm_marginal": float(brier_lm(np.array(accuracy), np.array(collision)))}
+    accuracy_n.append(np.mean(np.where(grams[found] == heldout, share[found], 0.0)))
+    collision_n.append(np.sum(share**2))
+  return {"brier_lm_marginal": float(brier_lm(np.array(accuracy_n), np.array(collision_n)))}
+
+
+def grams(token_S: np.ndarray, patch_size: int) -> np.ndarray:
+  """Returns the 4 tokens from each patch's start on, where there are so many: [..., P, 4]."""
+  rows = np.lib.stride_tricks.sliding_window_view(token_S, ORDERS, axis=-1)
+  return rows[..., ::patch_size, :]
 
 
 def _keys(token_Pn: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ from etils import epath
 from calm_jax import config, errors, files
 from calm_jax.reporting import (
   autoencoder_pictures,
+  brier_pictures,
   calm_pictures,
   drawing,
   provenance,
@@ -22,10 +23,12 @@ FILE = "report.html"
 PICTURES: Mapping[str, Sequence[drawing.Picture]] = {
   "autoencoder": (*autoencoder_pictures.PICTURES, *training_pictures.PICTURES),
   "calm": (*calm_pictures.PICTURES, *training_pictures.PICTURES),
+  "transformer": (*brier_pictures.PICTURES, *training_pictures.PICTURES),
 }
 HEADINGS = {
   "autoencoder": "Stage 1: autoencoder",
   "calm": "Stage 2: language model",
+  "transformer": "Baseline: Transformer",
 }
 
 _STYLE = """
@@ -133,7 +136,7 @@ def _section(number: int, account: records.Account) -> str:
 <h3>Evaluation on held-out text</h3>
 {_evaluation(account)}
 <div class="pictures">{pictures}</div>
-{_texts(account) if isinstance(account.run, config.CalmRun) else ""}
+{"" if isinstance(account.run, config.AutoencoderRun) else _texts(account)}
 </section>
 """
 
@@ -152,7 +155,9 @@ def _evaluation(account: records.Account) -> str:
     f'<td>{_escape(unit)}</td><td class="soft">{_escape(direction)}</td></tr>'
     for label, value, unit, direction in tables.evaluation(account.run.stage, figures)
   )
-  conditions = ", ".join(f"{k} {v}" for k, v in tables.conditions(account, figures))
+  source = "evaluation.json" if figures is account.evaluation else "the training loop"
+  rest = (f"{name} {value}" for name, value in tables.conditions(figures))
+  conditions = ", ".join((f"from {source}", *rest))
   return f"""<div class="scroll"><table>
 <tr><th>Figure</th><th>Value &plusmn; standard error</th><th>Unit</th><th>Direction</th></tr>
 {rows}</table></div><p class="soft"><small>{_escape(conditions)}</small></p>"""

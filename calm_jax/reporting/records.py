@@ -19,7 +19,8 @@ class Account:
 
   Attributes:
     directory: as the person named it. run: its settings.
-    patch_size: K, or None if the frozen autoencoder of stage two is not there.
+    patch_size: K; None if the frozen autoencoder of stage two is not there, and for the
+      baseline.
     train, evaluations: reports of the loop, in order of steps.
     evaluation: evaluation.json, or None.
     samples: written texts.
@@ -76,7 +77,7 @@ def read(directory: str) -> Account:
   try:
     metrics, broken = _read_lines(path / workdir.METRICS, {"kind": str, "step": int})
     samples, broken_samples = _read_lines(path / workdir.SAMPLES, {"prompt": str, "text": str})
-    evaluation = _read_evaluation(path / workdir.EVALUATION)
+    evaluation = read_evaluation(directory)
   except OSError as error:
     raise errors.CalmError(f"can't read workdir {directory}: {error}") from error
   train = [record for record in metrics if record["kind"] == "train"]
@@ -126,7 +127,9 @@ def _parse(line: bytes, required: Mapping[str, type]) -> Record | None:
   return record if complete else None
 
 
-def _read_evaluation(path: epath.Path) -> Record | None:
+def read_evaluation(directory: str) -> Record | None:
+  """Returns the figures in a workdir's evaluation.json, None where there is none."""
+  path = epath.Path(directory) / workdir.EVALUATION
   if not path.exists():
     return None
   try:
@@ -170,7 +173,7 @@ def _state(account: Account) -> list[str]:
       f"The evaluation is of step {evaluation.get('step', 'unknown')}, "
       f"the last report of step {account.step}."
     )
-  if isinstance(account.run, config.CalmRun) and not account.samples:
+  if not isinstance(account.run, config.AutoencoderRun) and not account.samples:
     notes.append(
       "There is no text yet; this writes one: python -m calm_jax.generate "
       f"--workdir={account.directory}"

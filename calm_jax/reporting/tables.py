@@ -30,6 +30,10 @@ class Score:
 
 _ENERGY_UNIT = "latent unit^alpha"
 
+_BRIER = (
+  Score("brier_lm", "BrierLM", "%", HIGHER),
+  Score("brier_lm_marginal", "BrierLM of the marginal", "%", "reached without any context"),
+)
 _BRIER_PARTS = tuple(
   score
   for n in range(1, brier.ORDERS + 1)
@@ -50,14 +54,22 @@ SCORES: dict[str, tuple[Score, ...]] = {
     Score("latent_dimensions", "Latent dimensions", "dimensions", "Z, the size of the latent"),
   ),
   "calm": (
-    Score("brier_lm", "BrierLM", "%", HIGHER),
-    Score("brier_lm_marginal", "BrierLM of the marginal", "%", "reached without any context"),
+    *_BRIER,
     Score("conditioning_gap", "Conditioning gap", _ENERGY_UNIT, f"{HIGHER}; 0 ignores the context"),
     Score("energy", "Energy score", _ENERGY_UNIT, LOWER),
     *_BRIER_PARTS,
   ),
+  "transformer": (
+    *_BRIER,
+    Score("cross_entropy", "Cross-entropy", "nats a token", LOWER),
+    *_BRIER_PARTS,
+  ),
 }
 
+_TRANSFORMER = (
+  "model.layers", "model.width", "model.ffn", "model.heads", "model.kv_heads",
+  "model.rope_theta", "model.init",
+)  # fmt: skip
 _SETTINGS = {
   "autoencoder": (
     "model.patch_size", "model.width", "model.ffn", "model.encoder_layers",
@@ -65,10 +77,10 @@ _SETTINGS = {
     "loss.drop_token", "loss.drop_latent",
   ),
   "calm": (
-    "model.layers", "model.width", "model.ffn", "model.heads", "model.kv_heads", "model.init",
-    "head.kind", "head.blocks", "head.noise", "loss.alpha", "loss.samples",
-    "loss.posterior_draws",
+    *_TRANSFORMER, "model.input", "head.kind", "head.blocks", "head.noise", "head.steps",
+    "loss.alpha", "loss.samples", "loss.posterior_draws",
   ),
+  "transformer": _TRANSFORMER,
 }  # fmt: skip
 _COMMON_SETTINGS = (
   "data.context", "training.batch", "training.accumulation", "training.compute_dtype",
@@ -141,15 +153,14 @@ def _with_stderr(score: Score, figures: Mapping[str, Any]) -> str:
   return f"{score.scale * value:.{digits}f} ± {stderr:.{digits}f}"
 
 
-def conditions(account: records.Account, figures: Mapping[str, Any]) -> list[tuple[str, str]]:
+def conditions(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
   """Returns names and values of what the evaluation figures depend on."""
   names: Sequence[tuple[str, str]] = (
     ("step", "step"), ("context_tokens", "context in tokens"), ("blocks", "held-out blocks"),
     ("tokens", "tokens"), ("samples", "samples N"), ("posterior_draws", "posterior draws M"),
     ("seed", "seed"), ("data", "data"), ("store_hash", "store"),
   )  # fmt: skip
-  source = "evaluation.json" if figures is account.evaluation else "the training loop"
-  rows = [("from", source)]
+  rows = []
   for name, label in names:
     if name in figures:
       value = figures[name]

@@ -63,8 +63,15 @@ class Trainer:
     directory: str,
     flops_per_token: float,
     record: Mapping[str, Any],
+    initial: Any = None,
   ):
-    """Takes the parts of a run; `record` goes into every checkpoint."""
+    """Takes the parts of a run.
+
+    Args:
+      record: goes into every checkpoint.
+      initial: parameters to start from, by default the stage's initial values.
+    """
+    self._initial = initial
     self._run, self._stage, self._flops_per_token = run, stage, flops_per_token
     settings, context = run.training, run.data.context
     self._directory = epath.Path(directory)
@@ -102,11 +109,12 @@ class Trainer:
 
   def _restore_or_init(self) -> step.TrainState:
     key = jax.random.key(self._run.training.seed)
-    init = jax.jit(lambda: step.new_state(self._stage.init(key), self._run.optimizer))
-    params, rest = step.parts(jax.eval_shape(init))
+    new = jax.jit(lambda params: step.new_state(params, self._run.optimizer))
+    initial = jax.jit(self._stage.init)
+    params, rest = step.parts(jax.eval_shape(lambda: new(initial(key))))
     restored = self._checkpoints.restore(checkpoint.abstract(params), checkpoint.abstract(rest))
     if restored is None:
-      return init()
+      return new(initial(key) if self._initial is None else self._initial)
     self._checkpoints.set_aside_after(restored.step)
     self._batches.set_state(restored.meta["data"])
     metrics.show(f"going on after step {restored.step}")

@@ -1,0 +1,37 @@
+"""The act of moving: `python -m calm_jax.convert --source=DIR --output=DIR --format=FORMAT`.
+
+Into a workdir (`--format=workdir`) from a folder of the reference, of Hugging Face's
+Llama or of ours for PyTorch; out of a workdir with any other format. The output is
+there whole at the end or not at all.
+"""
+
+from absl import flags
+
+from calm_jax import cli, errors
+from calm_jax.interchange import formats
+
+_SOURCE = flags.DEFINE_string(
+  "source", None, "Folder to convert: another framework's for --format=workdir, else a workdir."
+)
+_OUTPUT = flags.DEFINE_string("output", None, "Folder to write; must not exist yet.")
+_FORMAT = flags.DEFINE_string("format", None, f"What to write: {', '.join(formats.FORMATS)}.")
+_AUTOENCODER = flags.DEFINE_string(
+  "autoencoder", "", "Folder of the autoencoder, where an imported language model has none inside."
+)
+_TOKENIZER = flags.DEFINE_string(
+  "tokenizer", "", "tokenizer.json or .model file, where an imported folder has none."
+)
+
+
+def main() -> None:
+  source, output, kind = _SOURCE.value, _OUTPUT.value, _FORMAT.value
+  if not (source and output and kind):
+    raise errors.CalmError(
+      f"give --source=DIR, --output=DIR and --format, one of {', '.join(formats.FORMATS)}"
+    )
+  formats.convert(source, output, kind, _AUTOENCODER.value, _TOKENIZER.value)
+  print(f"wrote {output}")
+
+
+if __name__ == "__main__":
+  cli.run(main)

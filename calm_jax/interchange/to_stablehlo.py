@@ -1,0 +1,201 @@
+"""A workdir -> compiled artefacts by jax.export that run without this package.
+
+Each is a function of the weights, which lie beside it in safetensors under our own
+names, and of arrays of any batch size. One artefact serves CPU, CUDA and TPU.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+from jax import export
+from jax import numpy as jnp
+
+from calm_jax import files, workdir
+from calm_jax.interchange import companions, tensors
+from calm_jax.models import autoencoder, calm, layers, memory
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+Shapes = tuple[Any, ...]
+
+
+def _abstract(tree: Any) -> Any:
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def _write(
+  folder: pathlib.Path,
+  functions: Mapping[str, tuple[Callable[..., Any], Shapes]],
+  weights: Mapping[str, Any],
+  facts: dict[str, Any],
+) -> None:
+  """Writes functions of (weights, *arrays of these shapes), the weights and config.json."""
+  for name, (function, shapes) in functions.items():
+    exported = export.export(jax.jit(function), platforms=PLATFORMS)(_abstract(weights), *shapes)
+    files.write(folder / f"{name}.stablehlo", bytes(exported.serialize()))
+  outgoing = [
+    tensors.Outgoing(name, x.shape, lambda x=x: np.asarray(x)) for name, x in weights.items()
+  ]
+  tensors.write_folder(folder, outgoing)
+  files.write(folder / "config.json", files.to_json(facts))
+
+
+def _int(*shape) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+def _float(*shape) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def _codec_functions(codec: autoencoder.Autoencoder, prefix: str) -> dict[str, Any]:
+  """Returns encode and decode; `prefix` is that of the autoencoder's weights."""
+  sizes, (b,) = codec.sizes, export.symbolic_shape("b")
+
+  def params(weights):
+    own = {k.removeprefix(prefix): x for k, x in weights.items() if k.startswith(prefix)}
+    return traverse_util.unflatten_dict(own, sep="/")
+
+  def encode(weights, token_BK):
+    return layers.apply(codec, params(weights), token_BK, method="encode")
+
+  def decode(weights, z_BZ):
+    return layers.apply(codec, params(weights), z_BZ, method="decode")
+
+  return {
+    "encode": (encode, (_int(b, sizes.patch_size),)),
+    "decode": (decode, (_float(b, sizes.latent),)),
+  }
+
+
+def _model_functions(trained: workdir.TrainedCalm, window: int) -> dict[str, Any]:
+  """Returns begin and next_patch of a language model that computes in float32."""
+  codec = trained.autoencoder.module("float32")
+  training = dataclasses.replace(trained.run.training, compute_dtype="float32")
+  run = dataclasses.replace(trained.run, training=training)
+  model = calm.Calm.build(run, codec, trained.origin.vocab_size)
+  size, latent = codec.sizes.patch_size, codec.sizes.latent
+  b, n = export.symbolic_shape("b, n")
+
+  def begin(weights, token_BK):
+    """Returns the state before the first patch; of the tokens only the batch size counts."""
+    return _plain(model.empty_cache(token_BK.shape[0], window))
+
+  def next_patch(weights, state, token_BK, *rest):
+    """Reads a patch into the state; returns N candidates for the next one."""
+    *latent_BZ, noise = rest
+    tree = traverse_util.unflatten_dict(dict(weights), sep="/")
+    latent_B1Z = latent_BZ[0][:, None] if latent_BZ else None
+    hidden_B1D, after = model.hidden(tree, token_BK[:, None], latent_B1Z, _cache(state))
+    assert isinstance(after, memory.Cache)
+    sample_NBZ = model.samples(tree, hidden_B1D[:, 0], noise)
+    logits_NBKV = layers.apply(codec, tree["autoencoder"], sample_NBZ, method="decode")
+    token_NBK = jnp.argmax(logits_NBKV, axis=-1).astype(jnp.int32)
+    return token_NBK, sample_NBZ, _plain(after)
+
+  weights = _abstract(_calm_weights(trained))
+  state = jax.eval_shape(begin, weights, _int(b, size))
+  latents = (_float(b, latent),) if run.model.reads_latents else ()
+  noise = _float(n, b, *model.head.noise_shape)
+  return {
+    "begin": (begin, (_int(b, size),)),
+    "next_patch": (next_patch, (state, _int(b, size), *latents, noise)),
+  }
+
+
+def _plain(cache: memory.Cache) -> dict[str, Any]:
+  """Returns a cache as what jax.export can carry to where our classes are not known."""
+  return cache._asdict() | {"layers": [layer._asdict() for layer in cache.layers]}
+
+
+def _cache(state: dict[str, Any]) -> memory.Cache:
+  held = tuple(memory.LayerCache(**layer) for layer in state["layers"])
+  return memory.Cache(held, state["position_W"], state["next_position"])
+
+
+def _calm_weights(trained: workdir.TrainedCalm) -> dict[str, Any]:
+  tree = {**trained.params, "autoencoder": trained.autoencoder.params}
+  return traverse_util.flatten_dict(tree, sep="/")
+
+
+def write_autoencoder(
+  trained: workdir.TrainedAutoencoder, folder: pathlib.Path, source: str, output: str
+) -> None:
+  """Writes encode and decode."""
+  codec = trained.module("float32")
+  facts = {
+    "patch_size": codec.sizes.patch_size,
+    "latent_size": codec.sizes.latent,
+    "vocab_size": codec.vocab_size,
+  }
+  weights = traverse_util.flatten_dict(trained.params, sep="/")
+  _write(folder, _codec_functions(codec, ""), weights, facts)
+  companions.write(folder, trained, source, f"{_USE}```")
+
+
+def write_calm(
+  trained: workdir.TrainedCalm, folder: pathlib.Path, source: str, output: str
+) -> None:
+  """Writes encode, decode, begin and next_patch."""
+  codec, run = trained.autoencoder.module("float32"), trained.run
+  window = run.data.context // codec.sizes.patch_size
+  functions = _codec_functions(codec, "autoencoder/") | _model_functions(trained, window)
+  facts = {
+    "patch_size": codec.sizes.patch_size,
+    "latent_size": codec.sizes.latent,
+    "vocab_size": codec.vocab_size,
+    "window_patches": window,
+    "head": run.head.kind,
+    "noise_shape": list(trained.model.head.noise_shape),
+    "input": run.model.input,
+  }
+  _write(folder, functions, _calm_weights(trained), facts)
+  example = _CONTINUOUS_EXAMPLE if run.model.reads_latents else _EXAMPLE
+  companions.write(folder, trained, source, _USE + _CALM_CODE.replace("STEP", example) + _NOTE)
+
+
+WRITERS = {"autoencoder": write_autoencoder, "calm": write_calm}
+
+_USE = """Functions for `jax.export`, for CPU, CUDA and TPU, at any batch size. They run with jax,
+flatbuffers and safetensors, without calm_jax:
+
+```python
+import pathlib
+
+import jax
+import numpy as np
+from jax import export
+from safetensors.numpy import load_file
+
+folder = pathlib.Path("FOLDER")
+weights = {}
+for file in folder.glob("*.safetensors"):
+  weights |= load_file(file)
+
+
+def load(name):
+  return jax.jit(export.deserialize(bytearray((folder / f"{name}.stablehlo").read_bytes())).call)
+
+
+encode, decode = load("encode"), load("decode")
+mean, log_std = encode(weights, tokens)  # int32 [batch, K] -> [batch, latent]
+logits = decode(weights, mean)  # [batch, K, vocabulary]
+"""
+_CALM_CODE = """
+# Reads patch by patch; after each come candidates for the next one, as many as there is noise for.
+begin, next_patch = load("begin"), load("next_patch")
+state = begin(weights, tokens)  # tokens only tell the batch size
+STEP
+"""
+_EXAMPLE = "candidates, latents, state = next_patch(weights, state, tokens, noise)"
+_CONTINUOUS_EXAMPLE = "candidates, latents, state = next_patch(weights, state, tokens, mean, noise)"
+_NOTE = """```
+
+`noise` is [candidates, batch, *noise_shape], see config.json: for an energy head uniform in
+[-0.5, 0.5), for the others standard normal. Candidates are int32 [candidates, batch, K], the
+latents they were decoded from [candidates, batch, latent]. JAX promises to read such files for six
+months."""

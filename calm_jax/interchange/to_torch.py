@@ -1,0 +1,74 @@
+"""A workdir -> a folder that PyTorch users open with transformers alone, our module inside.
+
+Tensors have the reference's names; torch_module/ holds the code that goes along.
+"""
+
+import importlib.resources
+import pathlib
+
+from calm_jax import files, workdir
+from calm_jax.interchange import companions, names, settings, tensors, to_reference
+
+MODULE = "modeling_calm"
+
+_USE = """```python
+from transformers import AutoModel
+
+model = AutoModel.from_pretrained(FOLDER, trust_remote_code=True)
+```
+
+The code is `modeling_calm.py` in this folder; it needs torch and transformers only. """
+_AUTOENCODER_USE = f"{_USE}`model.encode(tokens)` gives mean and log std of patches [..., K], and\n\
+`model.decode(latents)` the logits of their K tokens."
+_CALM_USE = f"{_USE}`model.generate(tokens,\n\
+max_new_tokens)` writes; `hidden_states`, `draw_noise`, `samples`, `encode` and `decode` are its\n\
+parts."
+
+
+def _auto(kind: str) -> dict[str, str]:
+  model = f"Calm{kind}" if kind else "CalmModel"
+  return {"AutoConfig": f"{MODULE}.Calm{kind}Config", "AutoModel": f"{MODULE}.{model}"}
+
+
+def _write(folder: pathlib.Path, values: dict, trained: workdir.Trained, source: str, use: str):
+  code = importlib.resources.files("calm_jax.interchange") / f"torch_module/{MODULE}.py"
+  files.write(folder / f"{MODULE}.py", code.read_text(encoding="utf-8"))
+  files.write(folder / "config.json", files.to_json(values))
+  companions.write(folder, trained, source, use)
+
+
+def write_autoencoder(
+  trained: workdir.TrainedAutoencoder, folder: pathlib.Path, source: str, output: str
+) -> None:
+  """Writes an autoencoder's folder."""
+  tensors.write_folder(folder, names.outgoing(trained.params, names.autoencoder(trained.run.model)))
+  values = settings.autoencoder(trained) | {
+    "model_type": "calm_autoencoder",
+    "architectures": ["CalmAutoencoder"],
+    "auto_map": _auto("Autoencoder"),
+  }
+  _write(folder, values, trained, source, _AUTOENCODER_USE)
+
+
+def write_calm(
+  trained: workdir.TrainedCalm, folder: pathlib.Path, source: str, output: str
+) -> None:
+  """Writes a language model's folder, its autoencoder inside the same weights."""
+  run = trained.run
+  tensors.write_folder(folder, to_reference.calm_tensors(trained))
+  values = {
+    **settings.calm(trained),
+    "eos_token_id": trained.origin.eos_id if trained.origin.appends_eos else None,
+    "model_type": "calm",
+    "architectures": ["CalmModel"],
+    "auto_map": _auto(""),
+    "head": run.head.kind,
+    "input": run.model.input,
+    "autoencoder": settings.autoencoder(trained.autoencoder),
+  }
+  if run.head.steps:
+    values["sampling_steps"] = run.head.steps
+  _write(folder, values, trained, source, _CALM_USE)
+
+
+WRITERS = {"autoencoder": write_autoencoder, "calm": write_calm}

@@ -1,0 +1,127 @@
+"""What a Transformer remembers between calls, and how new positions attend to it."""
+
+from typing import NamedTuple
+
+import jax
+from jax import numpy as jnp
+
+from calm_jax import config
+
+# Branches that attend at once: their scores over the whole prefix are in memory.
+BRANCH_CHUNK = 512
+
+
+class LayerCache(NamedTuple):
+  """Keys, rotated already, and values of one layer: [B, W, G, C] each."""
+
+  key_BWGC: jax.Array
+  value_BWGC: jax.Array
+
+
+class Cache(NamedTuple):
+  """The last W positions as a ring: slot = position mod W.
+
+  Attributes:
+    layers: one LayerCache a layer.
+    position_W: the position that each slot holds, -1 where it is empty.
+    next_position: the position that comes next, int32 scalar.
+  """
+
+  layers: tuple[LayerCache, ...]
+  position_W: jax.Array
+  next_position: jax.Array
+
+  @classmethod
+  def empty(cls, sizes: config.Transformer, batch: int, window: int, dtype: jnp.dtype) -> "Cache":
+    """Returns a cache without a position, of `window` slots."""
+    shape = (batch, window, sizes.kv_heads, sizes.width // sizes.heads)
+    layer = LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    return cls((layer,) * sizes.layers, jnp.full((window,), -1), jnp.int32(0))
+
+  def positions(self, count: int) -> jax.Array:
+    """Returns the positions of `count` new ones, int [P]."""
+    return jnp.arange(count) + self.next_position
+
+  def attend(self, layer: int, query_BPHC, key_BPGC, value_BPGC):
+    """Writes P new positions into a layer; returns what they read of it, and the layer."""
+    position_P = self.positions(query_BPHC.shape[1])
+    slot_P = position_P % self.position_W.shape[0]
+    cache = LayerCache(
+      self.layers[layer].key_BWGC.at[:, slot_P].set(key_BPGC),
+      self.layers[layer].value_BWGC.at[:, slot_P].set(value_BPGC),
+    )
+    held_W = self.position_W.at[slot_P].set(position_P)
+    visible_PW = (held_W[None] >= 0) & (held_W[None] <= position_P[:, None])
+    y_BPHC = jax.nn.dot_product_attention(query_BPHC, *cache, mask=visible_PW[None, None])
+    return y_BPHC, cache
+
+  def advanced(self, layers: list[LayerCache], count: int) -> "Cache":
+    """Returns the cache after `count` positions whose layers are written."""
+    position_P = self.positions(count)
+    held_W = self.position_W.at[position_P % self.position_W.shape[0]].set(position_P)
+    return Cache(tuple(layers), held_W, self.next_position + count)
+
+
+class Branches(NamedTuple):
+  """One continuation from each position of a text, all at once.
+
+  Branch i goes on after positions 0 to i of a prefix that all branches share; of
+  its own positions i + 1, i + 2, ... each call adds one. The P new vectors of a
+  call belong to P branches, not to P positions in a row.
+
+  Attributes:
+    prefix: the text's layers, position p in slot p. P branches may be fewer than
+      its W positions: they are the first P.
+    own: keys and values of the branches' own J positions, [B, P, J, G, C].
+  """
+
+  prefix: tuple[LayerCache, ...]
+  own: tuple[tuple[jax.Array, jax.Array], ...]
+
+  @classmethod
+  def of(cls, cache: Cache, count: int) -> "Branches":
+    """Returns `count` branches, nothing added yet, of a cache that has not wrapped."""
+    batch, _, groups, channels = cache.layers[0].key_BWGC.shape
+    nothing = jnp.zeros((batch, count, 0, groups, channels), cache.layers[0].key_BWGC.dtype)
+    return cls(cache.layers, ((nothing, nothing),) * len(cache.layers))
+
+  def positions(self, count: int) -> jax.Array:
+    """Returns the position of each branch's new vector, int [P]."""
+    return jnp.arange(count) + 1 + self.own[0][0].shape[2]
+
+  def attend(self, layer: int, query_BPHC, key_BPGC, value_BPGC):
+    """Adds one position to every branch of a layer; returns what it reads, and the layer."""
+    (old_key, old_value), prefix = self.own[layer], self.prefix[layer]
+    key_BPJGC = jnp.concatenate([old_key, key_BPGC[:, :, None]], axis=2)
+    value_BPJGC = jnp.concatenate([old_value, value_BPGC[:, :, None]], axis=2)
+    batch, count, heads, channels = query_BPHC.shape
+    groups, slots = key_BPGC.shape[2], prefix.key_BWGC.shape[1]
+
+    def one(branch):
+      index, query_BHC, key_BJGC, value_BJGC = branch
+      query_BGhC = query_BHC.reshape(batch, groups, heads // groups, channels)
+      score_BGhW = jnp.einsum(
+        "BGhC,BWGC->BGhW", query_BGhC, prefix.key_BWGC, preferred_element_type=jnp.float32
+      )
+      score_BGhW = jnp.where((jnp.arange(slots) <= index)[None, None, None], score_BGhW, -jnp.inf)
+      score_BGhJ = jnp.einsum(
+        "BGhC,BJGC->BGhJ", query_BGhC, key_BJGC, preferred_element_type=jnp.float32
+      )
+      score = jnp.concatenate([score_BGhW, score_BGhJ], axis=-1) / channels**0.5
+      weight = jax.nn.softmax(score, axis=-1).astype(query_BHC.dtype)
+      y_BGhC = jnp.einsum("BGhW,BWGC->BGhC", weight[..., :slots], prefix.value_BWGC)
+      y_BGhC += jnp.einsum("BGhJ,BJGC->BGhC", weight[..., slots:], value_BJGC)
+      return y_BGhC.reshape(batch, heads, channels)
+
+    branches = (jnp.arange(count), *(jnp.moveaxis(x, 1, 0) for x in (
+      query_BPHC, key_BPJGC, value_BPJGC
+    )))  # fmt: skip
+    y_PBHC = jax.lax.map(one, branches, batch_size=max(1, min(count, BRANCH_CHUNK // batch)))
+    return jnp.moveaxis(y_PBHC, 0, 1), (key_BPJGC, value_BPJGC)
+
+  def advanced(self, layers: list[tuple[jax.Array, jax.Array]], count: int) -> "Branches":
+    """Returns the branches with the position that `layers` hold."""
+    return Branches(self.prefix, tuple(layers))
+
+
+Memory = Cache | Branches

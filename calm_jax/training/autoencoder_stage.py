@@ -1,0 +1,77 @@
+"""Stage one for the loop: patches -> latents -> patches."""
+
+import jax
+from jax import numpy as jnp
+
+from calm_jax import config
+from calm_jax.models import autoencoder, calm, layers
+from calm_jax.objectives import autoencoding
+from calm_jax.training import stages
+
+
+def build(run: config.AutoencoderRun, vocab_size: int) -> stages.Stage:
+  """Returns stage one."""
+  dtype = jnp.dtype(run.training.compute_dtype)
+  model = autoencoder.Autoencoder(run.model, vocab_size, dtype)
+  size, settings = run.model.patch_size, run.loss
+
+  def encode(params, token_BPK):
+    return layers.apply(model, params, token_BPK, method="encode")
+
+  def decode(params, z_BPZ):
+    return layers.apply(model, params, z_BPZ, method="decode")
+
+  def posterior_draw(mean_BPZ, log_std_BPZ, key_B):
+    draw = jax.vmap(calm.posterior_draws, in_axes=(0, 0, 0, None))
+    return draw(key_B, mean_BPZ, log_std_BPZ, 1)[:, 0]
+
+  def loss(params, frozen, batch, key):
+    target_BPK = stages.patches(batch["tokens"], size)
+    token_key_B, noise_key_B, latent_key_B = jax.vmap(
+      lambda key: jax.random.split(key, 3), out_axes=1
+    )(stages.example_keys(key, batch["index"]))
+    drop = jax.vmap(autoencoding.drop_tokens, in_axes=(0, 0, None, None))
+    input_BPK = drop(token_key_B, target_BPK, settings.drop_token, settings.drop_token_id)
+    mean_BPZ, log_std_BPZ = encode(params, input_BPK)
+    z_BPZ = posterior_draw(mean_BPZ, log_std_BPZ, noise_key_B)
+    drop = jax.vmap(autoencoding.drop_latents, in_axes=(0, 0, None))
+    logits_BPKV = decode(params, drop(latent_key_B, z_BPZ, settings.drop_latent))
+    cross_entropy = jnp.mean(autoencoding.cross_entropy(logits_BPKV, target_BPK))
+    kl = jnp.mean(autoencoding.floored_kl(mean_BPZ, log_std_BPZ, settings.kl_floor))
+    metrics = {
+      "tokens": jnp.float32(target_BPK.size),
+      "patches_per_token": jnp.float32(1 / size),
+      "cross_entropy": cross_entropy,
+      "kl": kl,
+      "token_accuracy": jnp.mean(jnp.argmax(logits_BPKV, axis=-1) == target_BPK),
+      "posterior_std": jnp.mean(jnp.exp(log_std_BPZ)),
+    }
+    return size * cross_entropy + settings.kl_weight * kl, metrics
+
+  def evaluate(params, frozen, batch, key):
+    target_BPK = stages.patches(batch["tokens"], size)
+    mean_BPZ, log_std_BPZ = encode(params, target_BPK)
+    z_BPZ = posterior_draw(mean_BPZ, log_std_BPZ, stages.example_keys(key, batch["index"]))
+    logits_BPKV = decode(params, z_BPZ)
+    right_BPK = jnp.argmax(logits_BPKV, axis=-1) == target_BPK
+    kl_BPZ = autoencoding.kl_to_standard_normal(mean_BPZ, log_std_BPZ)
+    return {
+      "token_accuracy": jnp.mean(right_BPK, axis=(1, 2)),
+      "patch_accuracy": jnp.mean(jnp.all(right_BPK, axis=2), axis=1),
+      "cross_entropy": jnp.mean(autoencoding.cross_entropy(logits_BPKV, target_BPK), axis=(1, 2)),
+      "posterior_std": jnp.mean(jnp.exp(log_std_BPZ), axis=1),
+      "kl": jnp.mean(kl_BPZ, axis=1),
+    }
+
+  def summarize(scores):
+    std_Z, kl_Z = scores["posterior_std"].mean(axis=0), scores["kl"].mean(axis=0)
+    names = ("token_accuracy", "patch_accuracy", "cross_entropy")
+    return stages.with_stderr(scores, *names) | {
+      "posterior_std": float(std_Z.mean()),
+      "active_dimensions": int((kl_Z > settings.kl_floor).sum()),
+      "latent_dimensions": len(kl_Z),
+      "posterior_std_by_dimension": [round(float(x), 5) for x in std_Z],
+      "kl_by_dimension": [round(float(x), 5) for x in kl_Z],
+    }
+
+  return stages.Stage(model.initial, loss, evaluate, summarize, frozen={})

@@ -1,0 +1,174 @@
+"""Claims about the published method: the numbers of the reference implementation come out.
+
+testdata/golden holds what the PyTorch reference computed in float32 for two tiny models with
+random weights; its README tells which tensor is what.
+"""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from jax import numpy as jnp
+from safetensors import numpy as safetensors
+
+from calm_jax import config
+from calm_jax.interchange import reading
+from calm_jax.models import autoencoder, calm, diffusion_head, layers, transformer
+from calm_jax.objectives import autoencoding, diffusion, energy_score, flow_matching
+
+GOLDEN = pathlib.Path(__file__).parent / "testdata/golden"
+
+
+@pytest.fixture(scope="module", params=["k4", "k2_gqa"])
+def case(request: pytest.FixtureRequest) -> pathlib.Path:
+  return GOLDEN / request.param
+
+
+@pytest.fixture(scope="module")
+def vectors(case: pathlib.Path):
+  return safetensors.load_file(case / "vectors.safetensors")
+
+
+@pytest.fixture(scope="module")
+def imported_autoencoder(case: pathlib.Path):
+  found = reading.read(case / "autoencoder")
+  return autoencoder.Autoencoder(found.run.model, found.vocab_size), found.params
+
+
+def imported_calm(folder: pathlib.Path):
+  found = reading.read(folder)
+  assert isinstance(found.run, config.CalmRun) and found.autoencoder
+  codec = autoencoder.Autoencoder(found.autoencoder.run.model, found.autoencoder.vocab_size)
+  return calm.Calm.build(found.run, codec, found.vocab_size), found
+
+
+def agree(found, expected, tolerance: float = 1e-5) -> None:
+  """Asserts a shape and a largest error, relative to the largest value expected."""
+  found, expected = np.asarray(found), np.asarray(expected)
+  assert found.shape == expected.shape
+  assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
+
+
+def by_patch(token_BS: np.ndarray, case: pathlib.Path) -> np.ndarray:
+  size = json.loads((case / "case.json").read_text())["patch"]
+  return token_BS.reshape(len(token_BS), -1, size)
+
+
+def test_autoencoder(imported_autoencoder, vectors, case):
+  model, params = imported_autoencoder
+  token_BPK = by_patch(vectors["ae.input_ids"], case)
+  mean_BPZ, log_std_BPZ = layers.apply(model, params, token_BPK, method="encode")
+  agree(mean_BPZ, vectors["ae.mean"])
+  agree(log_std_BPZ, vectors["ae.log_std"])
+  logits_BPKV = layers.apply(model, params, vectors["ae.latent"], method="decode")
+  agree(logits_BPKV.reshape(vectors["ae.logits"].shape), vectors["ae.logits"])
+
+
+def test_autoencoder_loss(imported_autoencoder, vectors, case):
+  model, params = imported_autoencoder
+  token_BPK = by_patch(vectors["ae.input_ids"], case)
+  mean_BPZ, log_std_BPZ = layers.apply(model, params, token_BPK, method="encode")
+  z_BPZ = mean_BPZ + jnp.exp(log_std_BPZ) * vectors["ae.eps"]
+  logits_BPKV = layers.apply(model, params, z_BPZ, method="decode")
+  cross_entropy = jnp.mean(autoencoding.cross_entropy(logits_BPKV, token_BPK))
+  kl = jnp.mean(autoencoding.floored_kl(mean_BPZ, log_std_BPZ, 0.5))
+  agree(cross_entropy[None], vectors["ae.ce_per_token"])
+  agree(kl[None], vectors["ae.kl_clamped"])
+  loss = token_BPK.shape[-1] * cross_entropy + 1e-3 * kl
+  agree(loss[None], vectors["ae.train_loss_no_dropout"])
+
+
+@pytest.mark.parametrize("head", ["energy", "flow", "diffusion"])
+def test_backbone(head: str, vectors, case):
+  model, found = imported_calm(case / head)
+  token_BPK = by_patch(vectors["lm.input_ids"], case)[:, :-1]
+  module = model.backbone
+  (_, _), state = module.apply(
+    {"params": found.params["backbone"]}, token_BPK, capture_intermediates=True
+  )
+  embeds_BPD = state["intermediates"]["input"]["__call__"][0]
+  agree(embeds_BPD, vectors[f"{head}.patch_embeds"])
+  agree(model.hidden(found.params, token_BPK)[0], vectors[f"{head}.hidden"])
+
+
+def test_energy_head(vectors, case):
+  model, found = imported_calm(case / "energy")
+  sample_NBPZ = model.samples(found.params, vectors["energy.hidden"], vectors["energy.noise"])
+  agree(sample_NBPZ, vectors["energy.samples"])
+  assert found.autoencoder
+  token_NBPK = calm.decode_tokens(model.autoencoder, found.autoencoder.params, sample_NBPZ[:2])
+  for n, token_BPK in enumerate(token_NBPK, start=1):
+    np.testing.assert_array_equal(token_BPK, vectors[f"energy.tokens_{n}"])
+
+
+def test_targets_are_the_frozen_encoders(vectors, case):
+  model, found = imported_calm(case / "energy")
+  assert found.autoencoder
+  token_BPK = by_patch(vectors["lm.input_ids"], case)[:, 1:]
+  mean_BPZ, log_std_BPZ = layers.apply(
+    model.autoencoder, found.autoencoder.params, token_BPK, method="encode"
+  )
+  agree(mean_BPZ, vectors["energy.target_mean"])
+  agree(log_std_BPZ, vectors["energy.target_log_std"])
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 1.5])
+def test_energy_loss(alpha: float, vectors):
+  std_BPZ = np.exp(vectors["energy.target_log_std"])
+  target_MBPZ = vectors["energy.target_mean"] + std_BPZ * vectors["energy.target_eps"]
+  sample_NBPZ = jnp.array(vectors["energy.samples"])
+  loss_BP = energy_score.energy_loss(sample_NBPZ, jnp.array(target_MBPZ), alpha)
+  agree(loss_BP, vectors[f"energy.loss_beta{alpha}"])
+
+
+def rows(hidden_BPD: np.ndarray) -> np.ndarray:
+  return hidden_BPD.reshape(-1, hidden_BPD.shape[-1])
+
+
+def test_flow_head(vectors, case):
+  model, found = imported_calm(case / "flow")
+  hidden_ND, start_1NZ = rows(vectors["flow.hidden"]), vectors["flow.x0"][None]
+  t_1N, z_1NZ = jnp.array(vectors["flow.t"])[None], vectors["flow.target"][None]
+  x_1NZ = flow_matching.between(t_1N, start_1NZ, z_1NZ)
+  velocity_1NZ = model.head.velocity(found.params["head"], x_1NZ, hidden_ND, t_1N)
+  agree(velocity_1NZ[0], vectors["flow.velocity"])
+  loss_1N = flow_matching.flow_matching_loss(velocity_1NZ, start_1NZ, z_1NZ)
+  agree(loss_1N[0], vectors["flow.loss"])
+  sample_1NZ = model.samples(found.params, hidden_ND, start_1NZ)
+  agree(sample_1NZ[0], vectors["flow.sample_midpoint20"])
+
+
+def test_diffusion_schedule(vectors):
+  found = diffusion_head.cosine_alphas_cumprod()
+  np.testing.assert_allclose(found, vectors["diffusion.alphas_cumprod"], rtol=1e-12)
+
+
+def test_diffusion_loss(vectors, case):
+  model, found = imported_calm(case / "diffusion")
+  levels = diffusion_head.Levels.evenly(diffusion_head.LEVELS)
+  hidden_ND, level_1N = rows(vectors["diffusion.hidden"]), jnp.array(vectors["diffusion.t"])[None]
+  z_1NZ, noise_1NZ = vectors["diffusion.target"][None], vectors["diffusion.noise"][None]
+  x_1NZ = diffusion_head.noised(levels, z_1NZ, level_1N, noise_1NZ)
+  agree(x_1NZ[0], vectors["diffusion.x_t"])
+  net_out = layers.apply(model.head.network, found.params["head"], x_1NZ, hidden_ND, level_1N)
+  agree(net_out[0], vectors["diffusion.net_out"])
+  loss_mse = diffusion.mean_squared_error(net_out, noise_1NZ)
+  agree(loss_mse[0], vectors["diffusion.loss_mse"])
+  loss_vb = diffusion.variational_term(levels, net_out, z_1NZ, x_1NZ, level_1N)
+  agree(loss_vb[0], vectors["diffusion.loss_vb"])
+  agree((loss_mse + loss_vb)[0], vectors["diffusion.loss"])
+
+
+def test_diffusion_sampler(vectors, case):
+  model, found = imported_calm(case / "diffusion")
+  noise_NTZ = np.moveaxis(vectors["diffusion.sample_noises"], 0, 1)
+  sample_1NZ = model.samples(found.params, rows(vectors["diffusion.hidden"]), noise_NTZ[None])
+  agree(sample_1NZ[0], vectors["diffusion.sample100"], 1e-4)
+
+
+def test_baseline(vectors, case):
+  found = reading.read(case / "ar")
+  assert isinstance(found.run, config.TransformerRun)
+  model = transformer.Transformer(found.run.model, found.vocab_size)
+  agree(layers.apply(model, found.params, vectors["lm.input_ids"]), vectors["ar.logits"])

@@ -1,0 +1,164 @@
+"""Claims about what PyTorch users get: the exported folders compute what we compute."""
+
+import json
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from calm_jax import config, workdir
+from calm_jax.interchange import formats, to_workdir
+from calm_jax.models import calm, layers
+
+torch = pytest.importorskip("torch", reason="exported folders are opened by torch")
+transformers = pytest.importorskip("transformers", reason="they are opened by transformers")
+
+GOLDEN = pathlib.Path(__file__).parent / "testdata/golden"
+
+
+@pytest.fixture
+def opened(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
+  """Exports a workdir for PyTorch and opens it there."""
+  monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+  monkeypatch.setattr(
+    transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules")
+  )
+
+  def export(source: pathlib.Path):
+    formats.convert(str(source), str(tmp_path / "out"), "torch")
+    return transformers.AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True)
+
+  return export
+
+
+@pytest.fixture
+def golden(words, tmp_path: pathlib.Path):
+  """The workdir of a golden case's model."""
+
+  def convert(case: str, model: str) -> pathlib.Path:
+    size = json.loads((GOLDEN / case / "case.json").read_text())["vocab"]
+    to_workdir.write(str(GOLDEN / case / model), str(tmp_path / "in"), tokenizer=words(size))
+    return tmp_path / "in"
+
+  return convert
+
+
+def agree(found, expected, tolerance: float = 1e-5) -> None:
+  found, expected = np.asarray(found.detach()), np.asarray(expected)
+  assert found.shape == expected.shape
+  assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
+
+
+def some_tokens(vocab: int, *shape: int) -> np.ndarray:
+  return np.random.default_rng(0).integers(0, vocab, shape).astype(np.int32)
+
+
+@pytest.mark.parametrize("case", ["k4", "k2_gqa"])
+@pytest.mark.parametrize("model", ["energy", "flow", "diffusion"])
+def test_a_language_model_computes_the_same_there(case, model, opened, golden):
+  source = golden(case, model)
+  there, here = opened(source), workdir.load_calm(str(source))
+  size = here.autoencoder.run.model.patch_size
+  token_BPK = some_tokens(90, 3, 5, size)
+  hidden_BPD, _ = here.model.hidden(here.params, token_BPK)
+  found_BPD = there.hidden_states(torch.from_numpy(token_BPK))
+  agree(found_BPD, hidden_BPD)
+  noise = here.model.head.draw_noise(jax.random.key(0), (2, 3))
+  sample_NBZ = here.model.samples(here.params, hidden_BPD[:, -1], noise)
+  found_NBZ = there.samples(found_BPD[:, -1], torch.from_numpy(np.array(noise)))
+  agree(found_NBZ, sample_NBZ, 1e-4 if model == "diffusion" else 1e-5)
+  token_NBK = calm.decode_tokens(here.model.autoencoder, here.autoencoder.params, sample_NBZ)
+  np.testing.assert_array_equal(there.next_tokens(found_NBZ), token_NBK)
+
+
+def test_an_autoencoder_computes_the_same_there(opened, trained_autoencoder):
+  there, here = opened(trained_autoencoder), workdir.load_autoencoder(str(trained_autoencoder))
+  token_BPK, module = some_tokens(300, 2, 3, 4), here.module("float32")
+  posterior = layers.apply(module, here.params, token_BPK, method="encode")
+  for found, expected in zip(there.encode(torch.from_numpy(token_BPK)), posterior, strict=True):
+    agree(found, expected)
+  logits_BPKV = layers.apply(module, here.params, posterior[0], method="decode")
+  agree(there.decode(torch.from_numpy(np.array(posterior[0]))), logits_BPKV)
+
+
+@pytest.mark.parametrize("kind", ["continuous", "both"])
+def test_latents_as_input_are_read_the_same_there(kind, opened, trained_calm, tmp_path):
+  """A model with fresh weights: the layout counts, not the training."""
+  here = workdir.load_calm(str(trained_calm))
+  source = tmp_path / "fresh"
+  run = config.from_mapping(json.loads((trained_calm / "config.json").read_text()))
+  assert isinstance(run, config.CalmRun)
+  sizes = config.Backbone(**{**vars(run.model), "input": kind})
+  run = config.CalmRun(**{**vars(run), "model": sizes})
+  model = calm.Calm.build(run, here.model.autoencoder, here.origin.vocab_size)
+  params = model.init(jax.random.key(0))
+  shutil.copytree(trained_calm / "autoencoder", source / "autoencoder")
+  tokenizer = trained_calm / here.origin.tokenizer_file
+  workdir.write_weights(str(source), run, here.origin, params, 1, workdir.epath.Path(tokenizer))
+  there = opened(source)
+  token_BPK = some_tokens(300, 2, 5, 4)
+  latent_BPZ = np.random.default_rng(1).normal(size=(2, 5, 8)).astype(np.float32)
+  hidden_BPD, _ = model.hidden(params, token_BPK, latent_BPZ)
+  agree(there.hidden_states(torch.from_numpy(token_BPK), torch.from_numpy(latent_BPZ)), hidden_BPD)
+  to_workdir.write(str(tmp_path / "out"), str(tmp_path / "back"))
+  back = workdir.load_calm(str(tmp_path / "back"))
+  assert back.run.model.input == kind
+  jax.tree.map(np.testing.assert_array_equal, back.params, params)
+
+
+def test_text_is_written_there(opened, trained_calm):
+  """With a cache the next patch is drawn from the hidden state that recomputing gives."""
+  there, start = opened(trained_calm), workdir.load_calm(str(trained_calm)).origin.start_patch
+  prompt_S = torch.tensor([*start, *range(20, 28)])
+  new_S = there.generate(prompt_S, 12, generator=torch.Generator().manual_seed(0))
+  generator, known_S = torch.Generator().manual_seed(0), prompt_S
+  for _ in range(3):
+    hidden_1PD = there.hidden_states(known_S.reshape(1, -1, 4))
+    patch_1K, _ = there.choose(hidden_1PD[:, -1], 1, 1, generator)
+    known_S = torch.cat([known_S, patch_1K[0]])
+  np.testing.assert_array_equal(new_S, known_S[len(prompt_S) :])
+  with pytest.raises(ValueError, match="whole patches of 4 tokens"):
+    there.generate(prompt_S[:3], 4)
+
+
+def test_temperature_there_is_the_batch_approximation(opened, trained_calm):
+  """The published pool: A three times, B twice, five others once; at T = 1/2 A 3/4, B 1/4."""
+  module = next(
+    m for n, m in transformers.dynamic_module_utils.sys.modules.items() if "modeling_calm" in n
+  )
+  pool_1NK = torch.tensor([0, 2, 0, 3, 1, 4, 0, 5, 1, 6]).reshape(1, -1, 1)
+  weight_N = module.candidate_weights(pool_1NK, 2)[0]
+  np.testing.assert_allclose([weight_N[pool_1NK[0, :, 0] == x].sum() for x in (0, 1)], [0.75, 0.25])
+
+
+@pytest.mark.parametrize("kind", ["llama", "reference"])
+def test_transformers_loads_the_baseline_as_a_llama(kind, trained_transformer, tmp_path):
+  formats.convert(str(trained_transformer), str(tmp_path / "out"), kind)
+  there = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+  assert type(there).__name__ == "LlamaForCausalLM"
+  here = workdir.load(str(trained_transformer), "transformer")
+  assert isinstance(here, workdir.TrainedTransformer)
+  token_BS = some_tokens(300, 2, 20)
+  logits_BSV = layers.apply(here.model, here.params, token_BS)
+  agree(there(torch.from_numpy(token_BS)).logits, logits_BSV)
+
+
+def test_what_transformers_saves_comes_back(trained_transformer, tmp_path):
+  """Its config.json has other names for the rotary base and the type, by its version."""
+  formats.convert(str(trained_transformer), str(tmp_path / "out"), "llama")
+  there = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+  there.save_pretrained(tmp_path / "saved")
+  here = workdir.load(str(trained_transformer))
+  tokenizer = str(tmp_path / "out/tokenizer.model")
+  to_workdir.write(str(tmp_path / "saved"), str(tmp_path / "back"), tokenizer=tokenizer)
+  back = workdir.load(str(tmp_path / "back"))
+  jax.tree.map(np.testing.assert_array_equal, back.params, here.params)
+  assert vars(back.run.model) | {"init": "fan_in"} == vars(here.run.model)
+
+
+def test_transformers_finds_the_tokenizer(golden, tmp_path):
+  formats.convert(str(golden("k4", "ar")), str(tmp_path / "out"), "llama")
+  tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+  assert tokenizer("w7 w99")["input_ids"] == [7, 99] and tokenizer.eos_token == "</s>"
