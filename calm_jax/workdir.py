@@ -230,7 +230,7 @@ Trained = TrainedAutoencoder | TrainedCalm | TrainedTransformer
 
 
 def _restore(workdir: str, params: Params) -> checkpoint.Restored:
-  checkpoints = checkpoint.Checkpoints(workdir)
+  checkpoints = checkpoint.Checkpoints(workdir, concurrent_gb=checkpoint.few_gb(params))
   restored = checkpoints.restore(checkpoint.abstract(params))
   checkpoints.close()
   if restored is None:
@@ -304,7 +304,8 @@ def write_weights(
   Raises:
     CalmError: if it can't be written.
   """
-  checkpoints = checkpoint.Checkpoints(target, keep_latest=1)
+  few = checkpoint.few_gb(params)
+  checkpoints = checkpoint.Checkpoints(target, keep_latest=1, concurrent_gb=few)
   saved = checkpoints.save(step, params, None, {}) and checkpoints.wait()
   checkpoints.close()
   if not saved:

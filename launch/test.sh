@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv, installs and runs every test: under 15 minutes on 2 cores, no network, no
 # accelerator. Arguments go to pytest: launch/test.sh tests/test_brier.py -k collapsed
-# EXTRAS=dev,torch adds PyTorch, without which the tests that compare with it are skipped.
 set -euo pipefail
 # shellcheck source=launch/environment.sh
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" "${EXTRAS:-dev}"
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" dev
 JAX_PLATFORMS=cpu exec python -m pytest "$@"

@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from flax import traverse_util
 
@@ -219,13 +220,14 @@ def read(
           f"{folder}: tensor {name} has shape {list(source[name].shape)}, a model of its "
           f"config.json has {list(shape)}"
         )
-  flat: dict[str, np.ndarray] = {}
+  flat: dict[str, jax.Array] = {}
   for tensor, (first, *copies) in chosen.items():
     array = source[first].read()
     for name in copies:
       if not np.array_equal(source[name].read(), array):
         raise errors.CalmError(f"{folder}: {name} and {first} should be equal and are not")
-    flat |= tensor.to_ours(array, ours)
+    # On the device at once: beside a tree of host arrays, saving would hold a second one.
+    flat |= jax.device_put(tensor.to_ours(array, ours))
   assert flat.keys() == ours.keys(), flat.keys() ^ ours.keys()
   return traverse_util.unflatten_dict(flat, sep="/")
 

@@ -17,7 +17,7 @@ import safetensors.numpy
 
 from calm_jax import errors, files
 
-SHARD_BYTES = 2 * 2**30
+SHARD_BYTES = 2**30
 FLOATS = ("F32", "F16", "BF16", "float32", "float16", "bfloat16")
 SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
 
@@ -196,7 +196,8 @@ def _write_shard(path: pathlib.Path, shard: list[Outgoing]) -> None:
     path.chmod(0o644)  # safetensors lets its owner alone read it.
     with safetensors.safe_open(path, framework="np") as back:
       for name, array in arrays.items():
-        if back.get_tensor(name).tobytes() != array.tobytes():
+        bits = np.uint32  # So that NaN, too, equals itself.
+        if not np.array_equal(back.get_tensor(name).view(bits), array.view(bits)):
           raise errors.CalmError(f"{path}: {name} does not read back as it was written")
   except (safetensors.SafetensorError, OSError) as error:
     raise errors.CalmError(f"can't write {path}: {error}") from error

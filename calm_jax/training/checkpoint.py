@@ -27,21 +27,21 @@ Report = Callable[[str], None]
 
 
 @jax.jit
-def _fingerprint(tree: Tree) -> jax.Array:
-  total = jnp.uint32(0)
-  for leaf in jax.tree.leaves(tree):
-    unsigned = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
-    bits = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
-    total = total * jnp.uint32(1_000_003) + jnp.sum(bits, dtype=jnp.uint32)
-  return total
+def _sum_of_bits(leaf: jax.Array) -> jax.Array:
+  unsigned = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
+  return jnp.sum(jax.lax.bitcast_convert_type(leaf, unsigned), dtype=jnp.uint32)
 
 
 def fingerprint(tree: Tree) -> str:
   """Returns 8 hex digits over the bits of every leaf, the same for every sharding.
 
-  A wrap-around sum a leaf: it finds damage, not malice.
+  A wrap-around sum a leaf: it finds damage, not malice. Leaf by leaf, so that of
+  arrays on the host one at a time is copied.
   """
-  return f"{int(_fingerprint(tree)):08x}"
+  total = 0
+  for leaf in jax.tree.leaves(tree):
+    total = (total * 1_000_003 + int(_sum_of_bits(leaf))) % 2**32
+  return f"{total:08x}"
 
 
 @functools.cache
@@ -69,6 +69,11 @@ def abstract(tree: Tree) -> Tree:
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
 
 
+def few_gb(tree: Tree) -> int:
+  """Returns the least `concurrent_gb` that every leaf fits, for where memory is short."""
+  return 1 + max(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) // 2**30
+
+
 @dataclasses.dataclass(frozen=True)
 class Restored:
   """A checkpoint read back. `rest` is None where only the parameters were asked for."""
@@ -88,10 +93,15 @@ class Checkpoints:
     keep_latest: int | None = None,
     keep_every: int = 0,
     report: Report = metrics.show,
+    concurrent_gb: int = 96,
   ):
     """Opens them to be read, or, given `keep_latest`, to be written.
 
     A reader changes nothing, so that a run can be looked at while it trains.
+
+    Args:
+      concurrent_gb: what may be under way at once, in memory beside the state; see
+        `few_gb`.
 
     Raises:
       CalmError: if they can't be written there.
@@ -107,9 +117,10 @@ class Checkpoints:
       create=not reads,
       read_only=reads,
     )
+    limits = {"save_concurrent_gb": concurrent_gb, "restore_concurrent_gb": concurrent_gb}
     handlers = {
-      "params": ocp.StandardCheckpointHandler(),
-      "rest": ocp.StandardCheckpointHandler(),
+      "params": ocp.StandardCheckpointHandler(**limits),
+      "rest": ocp.StandardCheckpointHandler(**limits),
       "meta": ocp.JsonCheckpointHandler(),
     }
     try:
