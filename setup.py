@@ -44,6 +44,7 @@ setuptools.setup(
     "cuda": ["jax[cuda13]"],
     "tensorboard": ["tensorboardX>=2.6.4"],
     "torch": ["torch>=2.6", "transformers>=4.57"],
+    "onnx": ["torch>=2.6", "transformers>=4.57", "onnxscript>=0.7", "onnxruntime>=1.20"],
     "dev": ["pytest>=8.4", "ruff>=0.14", "pyright>=1.1.406"],
   },
 )

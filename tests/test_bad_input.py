@@ -217,6 +217,18 @@ COMMANDS = {
   ),
   "no blocks at once": ("evaluate", "--workdir={calm} --batch=0", "--batch=0"),
   "negative seed": ("generate", "--workdir={calm} --seed=-1", "--seed=-1"),
+  "no format": ("convert", "--source={calm} --output={new}", "give --source=DIR, --output=DIR"),
+  "unknown format": (
+    "convert", "--source={calm} --output={new} --format=onxn", "--format is 'onxn': did you mean",
+  ),
+  "no folder to convert": (
+    "convert", "--source={new} --output={new} --format=workdir", "no folder with a config.json",
+  ),
+  "a tokenizer for an export": (
+    "convert", "--source={calm} --output={new} --format=torch --tokenizer=x",
+    "--tokenizer is for --format=workdir alone",
+  ),
+  "unknown suite": ("benchmark", "--suite=evil", "did you mean 'eval'"),
   "no such flag": ("generate", "--workdri={calm}", "Did you mean: workdir"),
 }  # fmt: skip
 

@@ -4,7 +4,8 @@ import pathlib
 import re
 
 ROOT = pathlib.Path(__file__).parent.parent
-DOCUMENTS = ("README.md", "launch/quickstart.sh", "configs/autoencoder.py", "configs/calm.py")
+CONFIGS = sorted(f"configs/{path.name}" for path in (ROOT / "configs").glob("*.py"))
+DOCUMENTS = ("README.md", "launch/quickstart.sh", *CONFIGS)
 
 
 def files() -> set[str]:
@@ -22,7 +23,7 @@ def tree() -> set[str]:
   found, folders = set(), [""]
   for line in block.strip("\n").splitlines():
     depth = (len(line) - len(line.lstrip())) // 2
-    names = re.split(r"\s{2,}", line.strip())[0].split(", ")
+    names = re.split(r"\s{2,}", line.strip())[0].rstrip(",").split(", ")
     del folders[depth + 1 :]
     if names[0].endswith("/"):
       folders.append(f"{folders[-1]}{names[0]}")
@@ -42,7 +43,7 @@ def commands() -> list[tuple[str, str]]:
 
 
 def test_every_documented_flag_exists():
-  assert len({act for act, _ in commands()}) == 5
+  assert len({act for act, _ in commands()}) == 7
   for act, rest in commands():
     code = (ROOT / f"calm_jax/{act}.py").read_text()
     known = {*re.findall(r"DEFINE_\w+\(\s*\"(\w+)\"", code), "help", "verbosity"}
@@ -51,9 +52,10 @@ def test_every_documented_flag_exists():
 
 
 def test_every_documented_setting_exists():
-  from configs import autoencoder, calm
+  from configs import autoencoder, calm, transformer
 
-  settings = {*_names(autoencoder.get_config().to_dict()), *_names(calm.get_config().to_dict())}
+  stages = (autoencoder, calm, transformer)
+  settings = {name for stage in stages for name in _names(stage.get_config().to_dict())}
   text = "\n".join((ROOT / name).read_text() for name in DOCUMENTS)
   found = set(re.findall(r"--config\.([\w.]+\w)", text))
   assert found and found <= settings

@@ -16,10 +16,11 @@ TRAINING = (
   "--config.optimizer.warmup_steps=2",
 )  # fmt: skip
 AUTOENCODER = ("--config.model.width=16", "--config.model.ffn=32", "--config.model.latent=8")
-CALM = (
+TRANSFORMER = (
   "--config.model.layers=1", "--config.model.width=16", "--config.model.ffn=32",
-  "--config.model.heads=2", "--config.model.kv_heads=1", "--config.head.blocks=1",
+  "--config.model.heads=2", "--config.model.kv_heads=1",
 )  # fmt: skip
+CALM = (*TRANSFORMER, "--config.head.blocks=1")
 
 
 def act(name: str, *flags: str, code: int = 0) -> subprocess.CompletedProcess[str]:
@@ -33,7 +34,7 @@ def act(name: str, *flags: str, code: int = 0) -> subprocess.CompletedProcess[st
 
 @pytest.fixture(scope="module")
 def folder(tokens: str, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-  """Both stages trained by their commands."""
+  """Both stages and the baseline trained by their commands."""
   root = tmp_path_factory.mktemp("story")
   data = f"--config.data.path={tokens}"
   act(
@@ -43,6 +44,10 @@ def folder(tokens: str, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Pat
   act(
     "main", "--config=configs/calm.py:quickstart", data, *TRAINING, *CALM,
     f"--config.autoencoder={root}/autoencoder", f"--workdir={root}/calm",
+  )  # fmt: skip
+  act(
+    "main", "--config=configs/transformer.py:quickstart", data, *TRAINING, *TRANSFORMER,
+    f"--workdir={root}/transformer",
   )  # fmt: skip
   return root
 
@@ -76,6 +81,38 @@ def test_evaluation_text_and_report(folder: pathlib.Path):
   assert summary["seconds_total"] == 12 and len(summary["text_samples"]) == 3
   assert "ae_token_accuracy" in shown
   assert (folder / "report.html").read_text().count("<img") > 10
+
+
+def test_the_baseline_is_evaluated_writes_and_is_reported(folder: pathlib.Path):
+  directory = f"--workdir={folder}/transformer"
+  figures = json.loads(act("evaluate", directory, "--blocks=3").stdout)
+  assert {"brier_lm", "brier_lm_marginal", "cross_entropy", "cross_entropy_stderr"} <= set(figures)
+  flags = (directory, "--prompt=The cats", "--max_tokens=9", "--temperature=0.5")
+  texts = [act("generate", *flags, f"--seed={seed}").stdout for seed in (1, 1, 2)]
+  assert texts[0] == texts[1] != texts[2] and texts[0].startswith("The cats")
+  act("report", directory)
+  page = (folder / "transformer/report.html").read_text()
+  assert "Baseline: Transformer" in page and "Cross-entropy" in page
+
+
+def test_weights_go_out_come_back_and_are_trained_on(folder: pathlib.Path, tokens: str):
+  def convert(source: str, output: str, kind: str) -> str:
+    flags = (f"--source={folder}/{source}", f"--output={folder}/{output}", f"--format={kind}")
+    return act("convert", *flags).stdout
+
+  assert convert("calm", "out", "reference") == f"wrote {folder}/out\n"
+  convert("out", "back", "workdir")
+  (folder / "back/evaluation.json").unlink(missing_ok=True)
+  printed = act("evaluate", f"--workdir={folder}/back", f"--data={tokens}", "--context=32").stdout
+  there = act("evaluate", f"--workdir={folder}/calm", "--seed=0").stdout
+  same = ("brier_1", "accuracy_1", "collision_1", "tokens")
+  assert [json.loads(printed)[name] for name in same] == [json.loads(there)[name] for name in same]
+  act("generate", f"--workdir={folder}/back", "--prompt=The cats of number", "--max_tokens=4")
+  act(
+    "main", "--config=configs/calm.py:quickstart", f"--config.data.path={tokens}", *TRAINING,
+    *CALM, f"--config.start_from={folder}/back", f"--workdir={folder}/further",
+  )  # fmt: skip
+  assert (folder / "further/autoencoder/checkpoints").exists()
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(folder: pathlib.Path, tokens: str):

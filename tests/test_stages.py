@@ -8,7 +8,7 @@ import pytest
 from jax import numpy as jnp
 
 from calm_jax import config, workdir
-from calm_jax.models import calm, layers
+from calm_jax.models import autoencoder, calm, layers
 from calm_jax.objectives import autoencoding, brier, energy_score
 from calm_jax.training import autoencoder_stage, calm_stage, evaluation, stages, step
 
@@ -155,3 +155,75 @@ def test_bfloat16_gives_nearly_the_loss_of_float32_and_float32_gradients(
     assert {x.dtype for x in jax.tree.leaves((params, value, grads))} == {jnp.dtype("float32")}
     values.append(float(value))
   assert values[0] != values[1] == pytest.approx(values[0], rel=0.02)
+
+
+SHORT = config.Autoencoder(patch_size=2, width=16, ffn=24, latent=4, init="fan_in")
+
+
+def short_patches(kind: str):
+  """An untrained model of K = 2 over 12 tokens, its last layer awake; its stage."""
+  run = config.CalmRun(
+    model=config.Backbone(
+      layers=2, width=16, ffn=24, heads=2, kv_heads=1, init="fan_in",
+      input=kind,  # pyright: ignore[reportArgumentType]
+    ),
+    head=config.Head(blocks=1, noise=4),
+    loss=config.CalmLoss(samples=8, posterior_draws=2),
+    training=config.Training(compute_dtype="float32"),
+  )  # fmt: skip
+  codec = autoencoder.Autoencoder(SHORT, 12)
+  frozen = codec.initial(jax.random.key(0))
+  model = calm.Calm.build(run, codec, 12)
+  params = model.init(jax.random.key(1))
+  kernel = params["head"]["out"]["kernel"]
+  params["head"]["out"]["kernel"] = 0.2 * jax.random.normal(jax.random.key(2), kernel.shape)
+  return model, params, frozen, calm_stage.build(run, codec, frozen, 12)
+
+
+@pytest.mark.parametrize("kind", ["discrete", "continuous", "both"])
+def test_scores_below_four_tokens_a_patch_follow_the_first_samples_path(kind: str):
+  """K = 2, by hand: each position's second patch from a pass over its own text and path."""
+  model, params, frozen, stage = short_patches(kind)
+  token_S = jax.random.randint(jax.random.key(4), (12,), 0, 12)
+  batch = {"tokens": token_S[None], "index": jnp.array([7])}
+  found = jax.jit(stage.evaluate)(params, frozen, batch, KEY)
+
+  example = jax.random.fold_in(KEY, 7)
+  token_PK = token_S.reshape(-1, 2)
+  mean_PZ, log_std_PZ = layers.apply(model.autoencoder, frozen, token_PK, method="encode")
+  eps_1PZ = jax.random.normal(jax.random.fold_in(example, 0), (1, *mean_PZ.shape))
+  latent_PZ = (mean_PZ + jnp.exp(log_std_PZ) * eps_1PZ[0]) if kind != "discrete" else mean_PZ
+
+  def hidden(token_PK, latent_PZ):
+    return model.hidden(params, token_PK[None], latent_PZ[None])[0][0]
+
+  def draw(hidden_PD, number):
+    sample = model.sample(params, hidden_PD, jax.random.fold_in(example, number), 8)
+    return sample, calm.decode_tokens(model.autoencoder, frozen, sample)
+
+  first_NPZ, first_NPK = draw(hidden(token_PK[:-1], latent_PZ[:-1]), 2)
+  starts = 4  # Of the 5 predicted patches, those with another one after them.
+  ends = []
+  for start in range(starts):
+    text_PK = jnp.concatenate([token_PK[: start + 1], first_NPK[:1, start]])
+    latents = jnp.concatenate([latent_PZ[: start + 1], first_NPZ[:1, start]])
+    ends.append(hidden(text_PK, latents)[-1])
+  _, second_NPK = draw(jnp.stack(ends), 3)
+
+  within, whole = brier.collision(first_NPK)[:starts], brier.repeats(first_NPK)[:starts]
+  collision_Pn = np.concatenate([within, whole[:, None] * brier.collision(second_NPK)], axis=1)
+  np.testing.assert_allclose(found["collision"][0], collision_Pn.mean(axis=0), atol=1e-5)
+  right_PK = brier.accuracy(first_NPK, token_PK[1:])
+  accuracy_Pn = np.concatenate([right_PK[:-1], right_PK[:-1, 1:] * right_PK[1:]], axis=1)
+  np.testing.assert_allclose(found["accuracy"][0], accuracy_Pn.mean(axis=0), atol=1e-5)
+  assert 0 < collision_Pn[:, 3].mean() < collision_Pn[:, 0].mean() < 1
+
+
+@pytest.mark.parametrize("kind", ["continuous", "both"])
+def test_latents_as_input_are_draws_of_the_posterior(kind: str):
+  """The loss moves with the std that the frozen encoder gives, and trains the projection."""
+  _, params, frozen, stage = short_patches(kind)
+  batch = {"tokens": jnp.arange(12)[None] % 12, "index": jnp.array([7])}
+  (_, _), grads = jax.value_and_grad(stage.loss, has_aux=True)(params, frozen, batch, KEY)
+  assert np.abs(grads["backbone"]["latent_in"]["kernel"]).max() > 0
+  assert ("embed" in params["backbone"]) == (kind == "both")

@@ -6,6 +6,7 @@ from calm_jax import config, errors, workdir
 from calm_jax.interchange import (
   tensors,
   to_llama,
+  to_onnx,
   to_reference,
   to_stablehlo,
   to_torch,
@@ -19,6 +20,7 @@ WRITERS: Mapping[str, Mapping[str, Callable[..., None]]] = {
   "llama": {"transformer": to_llama.write},
   "torch": to_torch.WRITERS,
   "stablehlo": to_stablehlo.WRITERS,
+  "onnx": to_onnx.WRITERS,
 }
 FORMATS = (WORKDIR, *WRITERS)
 

@@ -117,10 +117,14 @@ class Checkpoints:
       create=not reads,
       read_only=reads,
     )
-    limits = {"save_concurrent_gb": concurrent_gb, "restore_concurrent_gb": concurrent_gb}
+    trees = functools.partial(
+      ocp.StandardCheckpointHandler,
+      save_concurrent_gb=concurrent_gb,
+      restore_concurrent_gb=concurrent_gb,
+    )
     handlers = {
-      "params": ocp.StandardCheckpointHandler(**limits),
-      "rest": ocp.StandardCheckpointHandler(**limits),
+      "params": trees(),
+      "rest": trees(),
       "meta": ocp.JsonCheckpointHandler(),
     }
     try:

@@ -220,14 +220,14 @@ class Attention(nn.Module):
     if cache is not None:
       key_BGJC, value_BGJC = cache.extend(self.number, key_BGJC, value_BGJC)
     patches, in_view, mask_PJ = query_BHPC.shape[2], key_BGJC.shape[2], None
-    if 1 < patches < in_view:
+    if patches > 1 and patches < in_view:  # For one patch nothing depends on what is in view.
       mask_PJ = x_BPD.new_ones(patches, in_view, dtype=torch.bool).tril(in_view - patches)
     key_BHJC, value_BHJC = (
       x_BGJC.repeat_interleave(self.heads // self.groups, dim=1)
       for x_BGJC in (key_BGJC, value_BGJC)
     )
     y_BHPC = F.scaled_dot_product_attention(
-      query_BHPC, key_BHJC, value_BHJC, mask_PJ, is_causal=patches == in_view
+      query_BHPC, key_BHJC, value_BHJC, mask_PJ, is_causal=patches > 1 and mask_PJ is None
     )
     return self.o_proj(y_BHPC.transpose(1, 2).flatten(2))
 

@@ -1,0 +1,1 @@
+"""Speeds, measured: each suite compares ways to the same figures within one run."""

@@ -1,0 +1,111 @@
+"""BrierLM below four tokens a patch: branches from all positions against a pass for each."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+
+from calm_jax import config
+from calm_jax.models import autoencoder, calm, memory
+from calm_jax.objectives import brier
+from calm_jax.training import calm_stage
+
+REPETITIONS = 5
+BLOCKS, PATCHES = 4, 256
+VOCAB = 8192
+RUN = config.CalmRun(
+  model=config.Backbone(layers=4, width=256, ffn=688, heads=4, kv_heads=4, init="fan_in"),
+  head=config.Head(blocks=2),
+  loss=config.CalmLoss(samples=8, posterior_draws=1),
+  training=config.Training(compute_dtype="float32"),
+)
+
+
+def _seconds(action: Callable[[], Any], repetitions: int) -> float:
+  """Returns the median of some runs after a first one, which compiles."""
+  jax.block_until_ready(action())
+  taken = []
+  for _ in range(repetitions):
+    start = time.perf_counter()
+    jax.block_until_ready(action())
+    taken.append(time.perf_counter() - start)
+  return float(np.median(taken))
+
+
+def _compare(patch_size: int) -> dict[str, Any]:
+  sizes = config.Autoencoder(
+    patch_size=patch_size, width=256, ffn=512, latent=32 * patch_size, init="fan_in"
+  )
+  codec = autoencoder.Autoencoder(sizes, VOCAB)
+  frozen = codec.initial(jax.random.key(0))
+  model = calm.Calm.build(RUN, codec, VOCAB)
+  params = model.init(jax.random.key(1))
+  shape = (BLOCKS, PATCHES, patch_size)
+  token_BPK = jax.random.randint(jax.random.key(2), shape, 0, VOCAB, jnp.int32)
+  spanned, read = brier.patches_spanned(patch_size), PATCHES - 1
+  starts = read - spanned + 1
+
+  @jax.jit
+  def branching(params, token_BPK):
+    """Hidden states that follow each position's own continuation, all positions at once."""
+    cache = model.empty_cache(BLOCKS, read)
+    _, cache = model.hidden(params, token_BPK[:, :-1], None, cache)
+    assert isinstance(cache, memory.Cache)
+    known = memory.Branches.of(cache, starts)
+    found = []
+    for step in range(spanned - 1):
+      path_BPK = jnp.flip(token_BPK, axis=1)[:, step : step + starts]
+      hidden_BPD, known = model.hidden(params, path_BPK, None, known)
+      found.append(hidden_BPD)
+    return jnp.stack(found)
+
+  @jax.jit
+  def one_pass(params, token_BPK, start, step):
+    """The same of one position, by a pass over its text and continuation."""
+    path_BPK = jnp.flip(token_BPK, axis=1)
+    for done in range(spanned - 1):
+      own_B1K = jax.lax.dynamic_slice_in_dim(path_BPK, start + done, 1, axis=1)
+      changed = jax.lax.dynamic_update_slice_in_dim(token_BPK, own_B1K, start + 1 + done, axis=1)
+      token_BPK = jnp.where(done <= step, changed, token_BPK)
+    hidden_BPD, _ = model.hidden(params, token_BPK[:, :-1])
+    return jnp.take(hidden_BPD, start + 1 + step, axis=1)
+
+  def passes(positions):
+    return [one_pass(params, token_BPK, i, step) for i in positions for step in range(spanned - 1)]
+
+  every = np.asarray(branching(params, token_BPK))
+  some = range(0, starts, starts // 8)
+  single = np.asarray(jnp.stack(passes(some))).reshape(len(some), spanned - 1, BLOCKS, -1)
+  difference = np.abs(np.moveaxis(every[:, :, list(some)], 2, 0) - single).max()
+
+  stage = calm_stage.build(RUN, codec, frozen, VOCAB)
+  batch = {"tokens": token_BPK.reshape(BLOCKS, -1), "index": jnp.arange(BLOCKS)}
+  evaluate, key = jax.jit(stage.evaluate), jax.random.key(3)
+  return {
+    "patch_size": patch_size,
+    "blocks": BLOCKS,
+    "patches": PATCHES,
+    "branches_seconds": _seconds(lambda: branching(params, token_BPK), REPETITIONS),
+    "passes_seconds": _seconds(lambda: passes(range(starts)), 1),
+    "largest_difference": float(difference),
+    "evaluate_seconds": _seconds(lambda: evaluate(params, frozen, batch, key), REPETITIONS),
+  }
+
+
+def measure() -> tuple[list[str], list[dict[str, Any]]]:
+  """Returns lines to be read, and the figures: seconds are medians, lower is better."""
+  lines, figures = [], []
+  for patch_size in (1, 2):
+    found = _compare(patch_size)
+    found["speedup"] = found["passes_seconds"] / found["branches_seconds"]
+    lines.append(
+      f"K = {patch_size}: {found['blocks']} blocks of {found['patches']} patches: branches "
+      f"{found['branches_seconds']:.3f} s, a pass a position {found['passes_seconds']:.1f} s: "
+      f"{found['speedup']:.0f} times; whole evaluation {found['evaluate_seconds']:.2f} s; hidden "
+      f"states differ by at most {found['largest_difference']:.1e}"
+    )
+    figures.append(found)
+  return lines, figures

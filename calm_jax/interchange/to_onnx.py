@@ -1,0 +1,245 @@
+"""A workdir -> ONNX graphs, by PyTorch's exporter from the module that our torch folders carry."""
+
+import contextlib
+import importlib.resources
+import importlib.util
+import logging
+import pathlib
+import tempfile
+import warnings
+from typing import Any
+
+from calm_jax import errors, files, workdir
+from calm_jax.interchange import companions, to_torch
+
+OPSET = 18
+
+
+def _require_packages() -> None:
+  missing = [
+    name
+    for name in ("torch", "transformers", "onnxscript")
+    if importlib.util.find_spec(name) is None
+  ]
+  if missing:
+    raise errors.CalmError(
+      f"--format=onnx needs {' and '.join(missing)}: pip install 'calm_jax[onnx]'"
+    )
+
+
+def _open(write, trained: workdir.Trained, source: str) -> Any:
+  """Returns the model in torch, through the folder that PyTorch users get."""
+  import torch
+  import transformers
+
+  code = importlib.resources.files("calm_jax.interchange") / f"torch_module/{to_torch.MODULE}.py"
+  with tempfile.TemporaryDirectory() as folder, importlib.resources.as_file(code) as path:
+    write(trained, pathlib.Path(folder), source, folder)
+    spec = importlib.util.spec_from_file_location(to_torch.MODULE, path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    is_calm = isinstance(trained, workdir.TrainedCalm)
+    kind = module.CalmModel if is_calm else module.CalmAutoencoder
+    with _quiet():
+      transformers.utils.logging.disable_progress_bar()
+      return kind.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@contextlib.contextmanager
+def _quiet():
+  """Silences what the exporter logs on the operators it tries."""
+  loggers = [logging.getLogger(name) for name in ("onnx_ir", "torch.onnx")]
+  levels = [logger.level for logger in loggers]
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    for logger in loggers:
+      logger.setLevel(logging.ERROR)
+    try:
+      yield
+    finally:
+      for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+
+
+def _export(folder: pathlib.Path, name: str, module, inputs: dict, outputs: list[str]) -> None:
+  """Writes a graph; `inputs` are example tensors with names for their axes, by name."""
+  import torch
+
+  examples = tuple(tensor for tensor, _ in inputs.values())
+  axes = [
+    {axis: torch.export.Dim(name) for axis, name in named.items()} for _, named in inputs.values()
+  ]
+  with _quiet():
+    program = torch.onnx.export(
+      module,
+      examples,
+      dynamic_shapes={"args": tuple(axes)},
+      dynamo=True,
+      opset_version=OPSET,
+      input_names=list(inputs),
+      output_names=outputs,
+      verbose=False,
+    )
+    assert program is not None
+    program.save(folder / f"{name}.onnx", external_data=True)
+
+
+def _export_codec(folder: pathlib.Path, model, sizes) -> None:
+  import torch
+
+  class Encode(torch.nn.Module):
+    def __init__(self):
+      super().__init__()
+      self.model = model
+
+    def forward(self, *args):
+      (token_BK,) = args
+      return tuple(self.model.encode(token_BK))
+
+  class Decode(Encode):
+    def forward(self, *args):
+      (z_BZ,) = args
+      return self.model.decode(z_BZ)
+
+  tokens = torch.zeros((2, sizes.patch_size), dtype=torch.int64)
+  _export(
+    folder,
+    "encode",
+    Encode(),
+    {"tokens": (tokens, {0: "batch"})},
+    ["posterior_mean", "posterior_log_std"],
+  )
+  latents = torch.zeros((2, sizes.latent))
+  _export(folder, "decode", Decode(), {"latents": (latents, {0: "batch"})}, ["token_logits"])
+
+
+def _export_step(folder: pathlib.Path, model, trained: workdir.TrainedCalm) -> None:
+  import torch
+
+  sizes, codec = trained.run.model, trained.autoencoder.run.model
+  reads_latents = sizes.reads_latents
+
+  class Past:
+    """Keys and values before the step, in the place of the module's own cache."""
+
+    def __init__(self, position, past):
+      self.position, self.past = position, past
+      self.present = []
+
+    def extend(self, layer, *new_BG1C):
+      held = self.past[2 * layer : 2 * layer + 2]
+      both = [torch.cat(pair, dim=2) for pair in zip(held, new_BG1C, strict=True)]
+      self.present += both
+      return both
+
+  class NextPatch(torch.nn.Module):
+    def __init__(self):
+      super().__init__()
+      self.model = model
+
+    def forward(self, *args):
+      token_BK, position, noise, *rest = args
+      latent_B1Z = rest.pop(0)[:, None] if reads_latents else None
+      past = Past(position, rest)
+      hidden_B1D = self.model.hidden_states(token_BK[:, None], latent_B1Z, past)
+      sample_NBZ = self.model.samples(hidden_B1D[:, 0], noise)
+      token_NBK = self.model.decode(sample_NBZ).argmax(-1)
+      return token_NBK, sample_NBZ, *past.present
+
+  head = trained.model.head
+  batch, patches, candidates = 2, 3, 4
+  inputs: dict[str, Any] = {
+    "tokens": (torch.zeros((batch, codec.patch_size), dtype=torch.int64), {0: "batch"}),
+    "position": (torch.tensor(5.0), {}),
+    "noise": (torch.zeros((candidates, batch, *head.noise_shape)), {0: "candidates", 1: "batch"}),
+  }
+  if reads_latents:
+    inputs["latents"] = (torch.zeros((batch, codec.latent)), {0: "batch"})
+  shape = (batch, sizes.kv_heads, patches, sizes.width // sizes.heads)
+  names = [f"{kind}_{i}" for i in range(sizes.layers) for kind in ("key", "value")]
+  for name in names:
+    inputs[f"past_{name}"] = (torch.zeros(shape), {0: "batch", 2: "past"})
+  outputs = ["candidate_tokens", "candidate_latents", *(f"present_{name}" for name in names)]
+  _export(folder, "next_patch", NextPatch(), inputs, outputs)
+
+
+def write_autoencoder(
+  trained: workdir.TrainedAutoencoder, folder: pathlib.Path, source: str, output: str
+) -> None:
+  """Writes encode and decode; CalmError if a package that takes is missing."""
+  _require_packages()
+  model = _open(to_torch.write_autoencoder, trained, source)
+  _export_codec(folder, model, trained.run.model)
+  files.write(folder / "config.json", files.to_json({"opset": OPSET}))
+  companions.write(folder, trained, source, f"{_USE}```\n")
+
+
+def write_calm(
+  trained: workdir.TrainedCalm, folder: pathlib.Path, source: str, output: str
+) -> None:
+  """Writes encode, decode and next_patch.
+
+  Raises:
+    CalmError: if a package that takes is missing, and for a diffusion head: the
+      exporter writes a loop out, and 100 steps took minutes for a toy model.
+  """
+  if trained.run.head.kind == "diffusion":
+    raise errors.CalmError(
+      "--format=onnx is not for diffusion heads, whose sampling loop the exporter would write out "
+      "step by step: use --format=stablehlo or --format=torch"
+    )
+  _require_packages()
+  model = _open(to_torch.write_calm, trained, source)
+  codec, sizes = trained.autoencoder.run.model, trained.run.model
+  _export_codec(folder, model.ae_model, codec)
+  _export_step(folder, model, trained)
+  facts = {
+    "opset": OPSET,
+    "patch_size": codec.patch_size,
+    "latent_size": codec.latent,
+    "head": trained.run.head.kind,
+    "noise_shape": list(trained.model.head.noise_shape),
+    "input": sizes.input,
+    "layers": sizes.layers,
+    "past_shape": ["batch", sizes.kv_heads, "past", sizes.width // sizes.heads],
+    "window_patches": trained.run.data.context // codec.patch_size - 1,
+  }
+  files.write(folder / "config.json", files.to_json(facts))
+  latents = ' | {"latents": mean}' if sizes.reads_latents else ""
+  companions.write(folder, trained, source, _USE + _STEP.replace("LATENTS", latents))
+
+
+WRITERS = {"autoencoder": write_autoencoder, "calm": write_calm}
+
+_USE = """ONNX graphs, float32, of any batch size; each `.onnx` file goes with its `.onnx.data`.
+
+```python
+import json
+import pathlib
+
+import numpy as np
+import onnxruntime
+
+encode, decode = (
+  onnxruntime.InferenceSession(f"FOLDER/{name}.onnx") for name in ("encode", "decode")
+)
+mean, log_std = encode.run(None, {"tokens": tokens})  # int64 [batch, K] -> [batch, latent]
+(logits,) = decode.run(None, {"latents": mean})  # [batch, K, vocabulary]
+"""
+_STEP = """
+# Reads one patch; after it come candidates for the next one, as many as there is noise for.
+facts = json.loads(pathlib.Path("FOLDER/config.json").read_text())
+next_patch = onnxruntime.InferenceSession("FOLDER/next_patch.onnx")
+_, groups, _, channels = facts["past_shape"]
+empty = np.zeros((len(tokens), groups, 0, channels), np.float32)
+names = [f"{kind}_{i}" for i in range(facts["layers"]) for kind in ("key", "value")]
+past = {f"past_{name}": empty for name in names}
+step = {"tokens": tokens, "position": np.array(0, np.float32), "noise": noise}
+candidates, latents, *present = next_patch.run(None, step | pastLATENTS)
+past = dict(zip(past, present))  # For the next call, at position 1.
+```
+
+`noise` is [candidates, batch, *noise_shape], see config.json: for an energy head uniform in
+[-0.5, 0.5), for the others standard normal. Cut `past` to the last `window_patches`, as many as an
+example showed the model in training."""

@@ -1,0 +1,86 @@
+"""Claims about the ONNX graphs: step by step they compute what we compute."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from calm_jax import errors, workdir
+from calm_jax.interchange import formats, to_onnx, to_workdir
+from calm_jax.models import calm
+
+for package in ("torch", "transformers", "onnxscript", "onnxruntime"):
+  pytest.importorskip(package, reason="graphs are made by torch and run by onnxruntime")
+
+GOLDEN = pathlib.Path(__file__).parent / "testdata/golden"
+
+
+def agree(found, expected, tolerance: float) -> None:
+  expected = np.asarray(expected)
+  assert found.shape == expected.shape
+  assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("model", ["energy", "flow"])
+def test_the_graphs_do_as_we_do_patch_by_patch(model: str, words, tmp_path: pathlib.Path):
+  """At batch 3 and 2 candidates, by the code of the folder's own card."""
+  to_workdir.write(str(GOLDEN / "k2_gqa" / model), str(tmp_path / "in"), tokenizer=words(97))
+  formats.convert(str(tmp_path / "in"), str(tmp_path / "out"), "onnx")
+  here = workdir.load_calm(str(tmp_path / "in"))
+  rng = np.random.default_rng(0)
+  token_PBK = rng.integers(0, 97, (4, 3, 2))
+  noise = np.array(here.model.head.draw_noise(jax.random.key(0), (2, 3)))
+  code = (tmp_path / "out/README.md").read_text().split("```python\n")[1].split("```")[0]
+  scope = {"tokens": token_PBK[0], "noise": noise}
+  exec(code.replace("FOLDER", str(tmp_path / "out")), scope)
+
+  codec, frozen = here.model.autoencoder, here.autoencoder.params
+  mean, log_std = codec.apply({"params": frozen}, token_PBK[0], method="encode")
+  agree(scope["mean"], mean, 1e-5)
+  agree(scope["log_std"], log_std, 1e-5)
+  agree(scope["logits"], codec.apply({"params": frozen}, mean, method="decode"), 1e-5)
+  for patch in range(4):
+    if patch:
+      step = {"tokens": token_PBK[patch], "position": np.array(patch, np.float32), "noise": noise}
+      found = scope["next_patch"].run(None, step | scope["past"])
+      scope["candidates"], scope["latents"], *present = found
+      scope["past"] = dict(zip(scope["past"], present, strict=True))
+    text_BPK = np.moveaxis(token_PBK[: patch + 1], 0, 1)
+    hidden_BPD, _ = here.model.hidden(here.params, text_BPK)
+    sample_NBZ = here.model.samples(here.params, hidden_BPD[:, -1], noise)
+    agree(scope["latents"], sample_NBZ, 1e-5)
+    expected = calm.decode_tokens(codec, frozen, sample_NBZ)
+    np.testing.assert_array_equal(scope["candidates"], expected)
+  facts = json.loads((tmp_path / "out/config.json").read_text())
+  assert facts["window_patches"] == 2047
+
+
+def test_an_autoencoder_alone_has_its_two_graphs(trained_autoencoder, tmp_path):
+  formats.convert(str(trained_autoencoder), str(tmp_path / "out"), "onnx")
+  scope = {"tokens": np.arange(8).reshape(2, 4)}
+  code = (tmp_path / "out/README.md").read_text().split("```python\n")[1].split("```")[0]
+  exec(code.replace("FOLDER", str(tmp_path / "out")), scope)
+  here = workdir.load_autoencoder(str(trained_autoencoder))
+  module = here.module("float32")
+  mean, _ = module.apply({"params": here.params}, scope["tokens"], method="encode")
+  agree(scope["mean"], mean, 1e-5)
+  assert not (tmp_path / "out/next_patch.onnx").exists()
+
+
+def test_a_diffusion_head_is_refused_for_its_loop(words, tmp_path):
+  source = str(GOLDEN / "k2_gqa/diffusion")
+  to_workdir.write(source, str(tmp_path / "in"), tokenizer=words(97))
+  with pytest.raises(errors.CalmError, match="not for diffusion heads.*--format=stablehlo"):
+    formats.convert(str(tmp_path / "in"), str(tmp_path / "out"), "onnx")
+
+
+def test_a_missing_package_is_named(trained_autoencoder, tmp_path, monkeypatch):
+  find = to_onnx.importlib.util.find_spec
+  monkeypatch.setattr(
+    to_onnx.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name)
+  )
+  with pytest.raises(errors.CalmError, match=r"needs onnxscript: pip install 'calm_jax\[onnx\]'"):
+    formats.convert(str(trained_autoencoder), str(tmp_path / "out"), "onnx")
+  assert not list(tmp_path.iterdir())
