@@ -72,7 +72,7 @@ def test_an_autoencoder_alone_has_its_two_graphs(trained_autoencoder, tmp_path):
 def test_a_diffusion_head_is_refused_for_its_loop(words, tmp_path):
   source = str(GOLDEN / "k2_gqa/diffusion")
   to_workdir.write(source, str(tmp_path / "in"), tokenizer=words(97))
-  with pytest.raises(errors.CalmError, match="not for diffusion heads.*--format=stablehlo"):
+  with pytest.raises(errors.CalmError, match=r"not for diffusion heads.*--format=stablehlo"):
     formats.convert(str(tmp_path / "in"), str(tmp_path / "out"), "onnx")
 
 
