@@ -194,6 +194,7 @@ def train_run(run: config.Run, directory: str, allow_config_change: bool = False
   per_token = flops.train_per_token(run, built.codec, built.origin.vocab_size)
   record = {"config": dataclasses.asdict(run), "origin": dataclasses.asdict(built.origin)}
   trainer = train.Trainer(run, built.stage, store, directory, per_token, record, built.initial)
+  built = dataclasses.replace(built, initial=None)  # Held by the trainer alone, until it begins.
   if not begun:
     built.copy()
   tokenizer = epath.Path(run.data.path) / store.manifest.tokenizer.file

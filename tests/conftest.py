@@ -9,15 +9,19 @@ import os
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
+import dataclasses
 import json
 import pathlib
+import shutil
 from collections.abc import Callable
 
 import jax
 import pytest
 import tokenizers as tokenizers_lib
+from etils import epath
 
-from calm_jax import config, main, prepare
+from calm_jax import config, main, prepare, workdir
+from calm_jax.models import calm
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -123,5 +127,26 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], str]:
     path = tmp_path_factory.mktemp("words") / "tokenizer.json"
     made.save(str(path))
     return str(path)
+
+  return write
+
+
+@pytest.fixture
+def latent_reader(trained_calm: pathlib.Path, tmp_path: pathlib.Path) -> Callable[[str], str]:
+  """Writes a workdir like `trained_calm` with another input, its weights untrained."""
+
+  def write(kind: str) -> str:
+    trained = workdir.load_calm(str(trained_calm))
+    sizes = dataclasses.replace(trained.run.model, input=kind)
+    run = dataclasses.replace(trained.run, model=sizes)
+    model = calm.Calm.build(run, trained.model.autoencoder, trained.origin.vocab_size)
+    params = model.init(jax.random.key(0))
+    kernel = params["head"]["out"]["kernel"]  # Zero at the start of training.
+    params["head"]["out"]["kernel"] = jax.random.normal(jax.random.key(1), kernel.shape)
+    target = tmp_path / "latent_reader"
+    shutil.copytree(trained_calm / workdir.AUTOENCODER, target / workdir.AUTOENCODER)
+    tokenizer = epath.Path(trained_calm / trained.origin.tokenizer_file)
+    workdir.write_weights(str(target), run, trained.origin, params, 1, tokenizer)
+    return str(target)
 
   return write

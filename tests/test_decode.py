@@ -191,3 +191,22 @@ def test_a_trained_model_writes_the_same_with_its_cache_as_without(trained_calm:
     law, key = decoder._law, jax.random.fold_in(jax.random.key(0), patch + 1)
     choice = law.choose(law.params, hidden_1PD[:, -1], key, jnp.zeros(4, int), 0, 1)
     assert choice.token_K.tolist() == known[12 + 4 * patch : 16 + 4 * patch]
+
+
+@pytest.mark.parametrize("kind", ["continuous", "both"])
+def test_a_model_that_reads_latents_reads_the_chosen_samples(kind: str, latent_reader):
+  """By hand: posterior draws of the prompt, then the samples that its tokens came from."""
+  trained = workdir.load_calm(latent_reader(kind))
+  decoder, key = decode.Decoder(trained, decode.Settings(max_tokens=12), print), jax.random.key(3)
+  prompt = [*trained.origin.start_patch, *range(20, 28)]
+  new = [token for patch in decoder.tokens(prompt[4:], key) for token in patch]
+  law, token_1PK = decoder._law, np.array(prompt, np.int32).reshape(1, -1, 4)
+  latent_1PZ = law.latents(law.params, token_1PK, jax.random.fold_in(key, 0))
+  assert latent_1PZ is not None
+  for patch in range(3):
+    hidden_1PD, _ = trained.model.hidden(trained.params, token_1PK, latent_1PZ)
+    own_key = jax.random.fold_in(key, patch + 1)
+    choice = law.choose(law.params, hidden_1PD[:, -1], own_key, jnp.zeros(4, int), 0, 1)
+    assert choice.token_K.tolist() == new[4 * patch : 4 * patch + 4]
+    token_1PK = np.concatenate([token_1PK, np.asarray(choice.token_K)[None, None]], axis=1)
+    latent_1PZ = jnp.concatenate([latent_1PZ, choice.latent_Z[None, None]], axis=1)

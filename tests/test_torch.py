@@ -2,13 +2,12 @@
 
 import json
 import pathlib
-import shutil
 
 import jax
 import numpy as np
 import pytest
 
-from calm_jax import config, workdir
+from calm_jax import workdir
 from calm_jax.interchange import formats, to_workdir
 from calm_jax.models import calm, layers
 
@@ -84,28 +83,19 @@ def test_an_autoencoder_computes_the_same_there(opened, trained_autoencoder):
 
 
 @pytest.mark.parametrize("kind", ["continuous", "both"])
-def test_latents_as_input_are_read_the_same_there(kind, opened, trained_calm, tmp_path):
-  """A model with fresh weights: the layout counts, not the training."""
-  here = workdir.load_calm(str(trained_calm))
-  source = tmp_path / "fresh"
-  run = config.from_mapping(json.loads((trained_calm / "config.json").read_text()))
-  assert isinstance(run, config.CalmRun)
-  sizes = config.Backbone(**{**vars(run.model), "input": kind})
-  run = config.CalmRun(**{**vars(run), "model": sizes})
-  model = calm.Calm.build(run, here.model.autoencoder, here.origin.vocab_size)
-  params = model.init(jax.random.key(0))
-  shutil.copytree(trained_calm / "autoencoder", source / "autoencoder")
-  tokenizer = trained_calm / here.origin.tokenizer_file
-  workdir.write_weights(str(source), run, here.origin, params, 1, workdir.epath.Path(tokenizer))
-  there = opened(source)
+def test_latents_as_input_are_read_the_same_there(kind, opened, latent_reader, tmp_path):
+  source = latent_reader(kind)
+  there, here = opened(source), workdir.load_calm(source)
   token_BPK = some_tokens(300, 2, 5, 4)
   latent_BPZ = np.random.default_rng(1).normal(size=(2, 5, 8)).astype(np.float32)
-  hidden_BPD, _ = model.hidden(params, token_BPK, latent_BPZ)
-  agree(there.hidden_states(torch.from_numpy(token_BPK), torch.from_numpy(latent_BPZ)), hidden_BPD)
+  hidden_BPD, _ = here.model.hidden(here.params, token_BPK, latent_BPZ)
+  found_BPD = there.hidden_states(torch.from_numpy(token_BPK), torch.from_numpy(latent_BPZ))
+  agree(found_BPD, hidden_BPD)
+  assert there.generate(torch.from_numpy(token_BPK[0].reshape(-1)).long(), 8).shape == (8,)
   to_workdir.write(str(tmp_path / "out"), str(tmp_path / "back"))
   back = workdir.load_calm(str(tmp_path / "back"))
   assert back.run.model.input == kind
-  jax.tree.map(np.testing.assert_array_equal, back.params, params)
+  jax.tree.map(np.testing.assert_array_equal, back.params, here.params)
 
 
 def test_text_is_written_there(opened, trained_calm):

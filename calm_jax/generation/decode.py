@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -41,12 +42,12 @@ class Settings:
       raise errors.CalmError(f"max_tokens must be at least 1, got {self.max_tokens}")
 
 
-@dataclasses.dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
   """The next patch.
 
   Attributes:
-    token_K: its tokens. latent_Z: the sample they were decoded from, if there was one.
+    token_K: its tokens. latent_Z: the sample they were decoded from, where the model
+      reads it.
     agreeing: candidates that begin with the whole tail. longest: the tokens of the
       tail that the patch begins with.
   """
@@ -57,11 +58,6 @@ class Choice:
   longest: jax.Array
 
 
-jax.tree_util.register_dataclass(
-  Choice, ["token_K", "latent_Z", "agreeing", "longest"], meta_fields=[]
-)
-
-
 class CalmLaw:
   """The next patch by CALM: candidates from the head, decoded, one of them chosen."""
 
@@ -70,7 +66,7 @@ class CalmLaw:
     self._n = temperature_lib.reciprocal(settings.temperature)
     self.draws = settings.num_candidates if self._n > 1 else 1
     self.params = (trained.params, trained.autoencoder.params)
-    self.reads_latents = trained.run.model.reads_latents
+    self._reads_latents = trained.run.model.reads_latents
 
   def empty_cache(self, window: int) -> memory.Cache:
     return self._model.empty_cache(1, window)
@@ -81,7 +77,9 @@ class CalmLaw:
     return hidden_1PD[:, -1], cache
 
   def latents(self, params, token_1PK, key):
-    """Returns draws of the posteriors of given patches, [1, P, Z]."""
+    """Returns draws of the posteriors of given patches, [1, P, Z]; None if none are read."""
+    if not self._reads_latents:
+      return None
     codec = self._model.autoencoder
     mean_1PZ, log_std_1PZ = layers.apply(codec, params[1], token_1PK, method="encode")
     return calm.posterior_draws(key, mean_1PZ, log_std_1PZ, 1)[0]
@@ -98,14 +96,14 @@ class CalmLaw:
     # Where no candidate meets the whole tail, those that meet most of it stand in.
     weight_N = temperature_lib.batch_weights(token_NK, agreed_N == longest, self._n)
     chosen = temperature_lib.choose(choice_key, weight_N)
-    return Choice(token_NK[chosen], z_NZ[chosen], jnp.sum(agreed_N == tail_length), longest)
+    latent_Z = z_NZ[chosen] if self._reads_latents else None
+    return Choice(token_NK[chosen], latent_Z, jnp.sum(agreed_N == tail_length), longest)
 
 
 class TransformerLaw:
   """The next token by the baseline: P(x)^(1/T), exactly."""
 
   patch_size = draws = 1
-  reads_latents = False
 
   def __init__(self, trained: workdir.TrainedTransformer, settings: Settings):
     self._model, self._sizes = trained.model, trained.run.model
@@ -119,6 +117,9 @@ class TransformerLaw:
     token_1P = token_1P1[..., 0]
     hidden_1PD, cache = layers.apply(self._model, params, token_1P, cache, method="hidden")
     return hidden_1PD[:, -1], cache
+
+  def latents(self, params, token_1P1, key) -> None:
+    """Tokens have none."""
 
   def choose(self, params, hidden_1D, key, tail, tail_length, count) -> Choice:
     """Returns a token; single tokens leave no tail."""
@@ -161,12 +162,7 @@ class Decoder:
     self._prefill = jax.jit(self._law.advance)
     self._next = jax.jit(self._law.advance, donate_argnums=3)
     self._choose = jax.jit(self._law.choose, static_argnames="count")
-
-  def _latents(self, token_1PK: np.ndarray, key: jax.Array) -> jax.Array | None:
-    """Returns latents of patches that were given, None for a model that reads none."""
-    if not isinstance(self._law, CalmLaw) or not self._law.reads_latents:
-      return None
-    return jax.jit(self._law.latents)(self._law.params, token_1PK, key)
+    self._latents = jax.jit(self._law.latents)
 
   def _start(self, token_S: Sequence[int], key: jax.Array) -> tuple[_Position, np.ndarray]:
     """Reads all whole patches of a prompt; returns where it stands, and its tail."""
@@ -185,7 +181,7 @@ class Decoder:
         "many as an example had in training"
       )
     cache = self._law.empty_cache(self._window)
-    latent_1PZ = self._latents(token_1PK, key)
+    latent_1PZ = self._latents(self._law.params, token_1PK, key)
     position = _Position(*self._prefill(self._law.params, token_1PK, latent_1PZ, cache))
     return position, known[whole * size :]
 
@@ -218,7 +214,7 @@ class Decoder:
       f"{len(tail)} of {size} tokens; took one that shares the first {best_length} and put the "
       "prompt's in their place"
     )
-    latent_11Z = self._latents(best[None, None], key)
+    latent_11Z = self._latents(self._law.params, best[None, None], key)
     return best, None if latent_11Z is None else latent_11Z[0, 0]
 
   def tokens(self, token_S: Sequence[int], key: jax.Array) -> Iterator[list[int]]:
@@ -249,7 +245,7 @@ class Decoder:
         return
       yield new
       written, patch = written + len(new), patch + 1
-      read = latent_Z[None, None] if self._law.reads_latents and latent_Z is not None else None
+      read = None if latent_Z is None else latent_Z[None, None]
       position = _Position(
         *self._next(self._law.params, chosen_K.reshape(1, 1, size), read, position.cache)
       )

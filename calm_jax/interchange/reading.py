@@ -63,6 +63,13 @@ class Settings:
       raise errors.CalmError(f"{self._path}: {name} must be a number above 0, got {value!r}")
     return value
 
+  def whole(self, name: str, default: int | None = None) -> int:
+    """Returns a positive whole number; see `number`."""
+    value = self.number(name, default)
+    if not isinstance(value, int):
+      raise errors.CalmError(f"{self._path}: {name} must be a whole number, got {value!r}")
+    return value
+
   def text(self, name: str) -> str:
     """Returns a string, empty if it is missing or none."""
     value = self._values.get(name)
@@ -110,21 +117,21 @@ class Settings:
 
   def transformer(self) -> dict[str, Any]:
     """Returns the settings of the Llama layers."""
-    heads = self.number("num_attention_heads")
-    width = self.number("hidden_size")
+    heads = self.whole("num_attention_heads")
+    width = self.whole("hidden_size")
     self.require(head_dim=width // heads)
     return {
-      "layers": self.number("num_hidden_layers"),
+      "layers": self.whole("num_hidden_layers"),
       "width": width,
-      "ffn": self.number("intermediate_size"),
+      "ffn": self.whole("intermediate_size"),
       "heads": heads,
-      "kv_heads": self.number("num_key_value_heads", heads),
+      "kv_heads": self.whole("num_key_value_heads", heads),
       "rope_theta": self.rope_theta,
     }
 
   def vocab_size(self, name: str, table: tensors.Stored) -> int:
     """Returns the rows of a token table, which may be padded by one beyond the setting."""
-    rows, stated = table.shape[0], self.number("vocab_size", table.shape[0])
+    rows, stated = table.shape[0], self.whole("vocab_size", table.shape[0])
     if rows not in (stated, stated + 1):
       raise errors.CalmError(f"{self._path} says vocab_size = {stated}, but {name} has {rows} rows")
     return rows
@@ -235,8 +242,8 @@ def _equal(a: Imported, b: Imported) -> bool:
 
 def _head(source: Source, folder: pathlib.Path, settings: Settings, latent: int) -> config.Head:
   """Returns the head that the tensors' names tell, whatever config.json calls the model."""
-  blocks, noise = settings.number("num_mlp_layers"), settings.number("noise_size", 64)
-  steps = settings.number("sampling_steps", 0) if settings.has("sampling_steps") else 0
+  blocks, noise = settings.whole("num_mlp_layers"), settings.whole("noise_size", 64)
+  steps = settings.whole("sampling_steps", 0) if settings.has("sampling_steps") else 0
   if any(name.startswith(("generative_head.mlp_blocks.", "mlp_generator.")) for name in source):
     return config.Head(kind="energy", blocks=blocks, noise=noise)
   out = "generative_head.net.final_layer.linear.weight"
@@ -260,14 +267,14 @@ def _read_calm(folder: pathlib.Path, source: Source, settings: Settings, given: 
   reads_tokens = "transformer.embed_tokens.weight" in source
   reads_latents = "latent_proj.weight" in source
   run = config.CalmRun(
-    data=config.Data(context=settings.number("max_position_embeddings", 2048) * sizes.patch_size),
+    data=config.Data(context=settings.whole("max_position_embeddings", 2048) * sizes.patch_size),
     model=config.Backbone(
       **settings.transformer(),
       input="discrete" if not reads_latents else "both" if reads_tokens else "continuous",
     ),
     head=_head(source, folder, settings, sizes.latent),
     loss=config.CalmLoss(
-      samples=settings.number("num_samples", 8), alpha=float(settings.number("beta", 1.0))
+      samples=settings.whole("num_samples", 8), alpha=float(settings.number("beta", 1.0))
     ),
     training=config.Training(compute_dtype=settings.dtype),
   )
@@ -285,7 +292,7 @@ def _read_calm(folder: pathlib.Path, source: Source, settings: Settings, given: 
 
 def _read_llama(folder: pathlib.Path, source: Source, settings: Settings) -> Imported:
   run = config.TransformerRun(
-    data=config.Data(context=settings.number("max_position_embeddings", 2048)),
+    data=config.Data(context=settings.whole("max_position_embeddings", 2048)),
     model=config.Transformer(**settings.transformer()),
     training=config.Training(batch=1024, compute_dtype=settings.dtype),
   )

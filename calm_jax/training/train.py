@@ -114,7 +114,8 @@ class Trainer:
     params, rest = step.parts(jax.eval_shape(lambda: new(initial(key))))
     restored = self._checkpoints.restore(checkpoint.abstract(params), checkpoint.abstract(rest))
     if restored is None:
-      return new(initial(key) if self._initial is None else self._initial)
+      params, self._initial = self._initial, None  # Held no longer than need be.
+      return new(initial(key) if params is None else params)
     self._checkpoints.set_aside_after(restored.step)
     self._batches.set_state(restored.meta["data"])
     metrics.show(f"going on after step {restored.step}")
