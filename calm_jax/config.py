@@ -430,13 +430,12 @@ def to_json(run: Run) -> str:
 FIXED = ("stage", "model", "head", "autoencoder", "start_from")
 
 
-# Of a model's settings, those that its parameters do not depend on.
-_FREE = ("model.init", "head.steps")
-
-
-def shapes_model(name: str) -> bool:
+def shapes(name: str, run: Run) -> bool:
   """Tells whether parameters trained under one value of a setting are wrong under another."""
-  return name.partition(".")[0] in ("model", "head") and name not in _FREE
+  free = {"model.init", "head.steps"}
+  if isinstance(run, CalmRun) and run.head.kind != "energy":
+    free.add("head.noise")
+  return name.partition(".")[0] in ("model", "head") and name not in free
 
 
 def differences(a: Run, b: Run) -> dict[str, tuple[Any, Any]]:

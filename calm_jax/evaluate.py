@@ -19,7 +19,9 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run of any
 _DATA = flags.DEFINE_string("data", "", "Token store; by default the one trained on.")
 _CONTEXT = flags.DEFINE_integer("context", 0, "Tokens a block; by default as in training.", 0)
 _BLOCKS = flags.DEFINE_integer("blocks", 0, "Held-out blocks to use; 0 for all.", 0)
-_SAMPLES = flags.DEFINE_integer("samples", 0, "N, samples a patch; by default as in training.", 0)
+_SAMPLES = flags.DEFINE_integer(
+  "samples", 0, "N, samples a patch of CALM; by default as in training.", 0
+)
 _BATCH = flags.DEFINE_integer("batch", 16, "Blocks worked on at once.", 1)
 _SEED = flags.DEFINE_integer("seed", 0, "Of all noise.", 0, 2**32 - 1)
 
@@ -50,6 +52,11 @@ def evaluate(directory: str) -> dict[str, Any]:
   store = store_lib.TokenStore.open(_DATA.value or run.data.path)
   workdir.require_same_tokenizer(origin, store, directory)
   context = _CONTEXT.value or run.data.context
+  config.require(
+    run.stage == "calm" or not _SAMPLES.value,
+    f"--samples={_SAMPLES.value} is for CALM language models; {directory} holds stage "
+    f"{run.stage!r}",
+  )
   trained = workdir.load(directory)
   stage, size, conditions = evaluation.stage_of(trained, _SAMPLES.value)
   evaluation.require_context(context, size, "--context")

@@ -19,7 +19,9 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a language model's tr
 _PROMPT = flags.DEFINE_string(
   "prompt", "", "Text to go on from; - reads it from standard input; empty begins a document."
 )
-_TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "1/n: 1, 0.5, 0.3333, 0.25, ...")
+_TEMPERATURE = flags.DEFINE_float(
+  "temperature", 1.0, "CALM: 1/n, 1, 0.5, 0.3333, 0.25, ...; the baseline: any."
+)
 _NUM_CANDIDATES = flags.DEFINE_integer(
   "num_candidates", 200, "Draws a patch below temperature 1; more is nearer to the exact law."
 )

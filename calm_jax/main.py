@@ -59,8 +59,8 @@ class Given:
   """What a run is built from besides its settings.
 
   Attributes:
-    source: what `start_from` holds, where a new run starts from it.
-    begun: the workdir's own origin, where the run goes on.
+    source: what `start_from` holds, where the run has no checkpoint of its own yet.
+    begun: the workdir's own origin, where it was started before.
   """
 
   store: store_lib.TokenStore
@@ -71,20 +71,19 @@ class Given:
   @classmethod
   def of(cls, run: config.Run, store: store_lib.TokenStore, directory: str) -> "Given":
     """Raises CalmError for a `start_from` that `run` can't start from."""
-    if workdir.exists(directory):
-      return cls(store, directory, None, workdir.read_origin(directory))
-    if not run.start_from:
-      return cls(store, directory, None, None)
+    begun = workdir.read_origin(directory) if workdir.exists(directory) else None
+    if not run.start_from or (begun and checkpoint.Checkpoints(directory).steps()):
+      return cls(store, directory, None, begun)
     source = workdir.load(run.start_from, run.stage)
     workdir.require_same_tokenizer(source.origin, store, run.start_from)
     differing = config.differences(source.run, run)
-    for name, (there, here) in differing.items():
-      config.require(
-        not config.shapes_model(name),
-        f"config.{name} is {here!r}, but the weights in {run.start_from} have {there!r}: give "
-        f"--config.{name}={there}",
-      )
-    return cls(store, directory, source, None)
+    wrong = {name: there for name, (there, _) in differing.items() if config.shapes(name, run)}
+    config.require(
+      not wrong,
+      f"the weights in {run.start_from} are of another size: give "
+      + " ".join(f"--config.{name}={there}" for name, there in wrong.items()),
+    )
+    return cls(store, directory, source, begun)
 
   @property
   def initial(self) -> Any:
@@ -115,8 +114,10 @@ def _calm(run: config.CalmRun, given: Given) -> Built:
     f"config.autoencoder is {run.autoencoder!r} beside config.start_from, whose own autoencoder "
     "is taken: leave it out",
   )
-  source = own if given.begun else run.autoencoder
-  if given.source:
+  source = run.autoencoder
+  if given.begun:
+    source = own
+  elif given.source:
     source = str(epath.Path(run.start_from) / workdir.AUTOENCODER)
   config.require(
     bool(source),

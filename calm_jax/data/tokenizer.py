@@ -93,7 +93,8 @@ class _SentencePiece(Tokenizer):
     return first + [token for ids in others for token in self._mark_ids + ids]
 
   def decode(self, ids: Iterable[int]) -> str:
-    return self._model.decode([int(token) for token in ids])
+    known = [int(token) for token in ids if token < self.vocab_size]  # A table may be padded.
+    return self._model.decode(known)
 
   def piece(self, token: int) -> str:
     return self._model.id_to_piece(token)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -23,8 +24,8 @@ class Settings:
   """How text is drawn.
 
   Attributes:
-    temperature: 1/n; 1 is the model's own law.
-    num_candidates: draws a patch for the batch approximation below 1.
+    temperature: 1 is the model's own law; for CALM 1/n.
+    num_candidates: CALM's draws a patch for the batch approximation below 1.
     max_tokens: new tokens after which a text ends without EOS.
   """
 
@@ -33,11 +34,8 @@ class Settings:
   max_tokens: int = 256
 
   def __post_init__(self):
-    n = temperature_lib.reciprocal(self.temperature)
-    if self.num_candidates < n:
-      raise errors.CalmError(
-        f"num_candidates must be at least 1/temperature = {n}, got {self.num_candidates}"
-      )
+    if not (math.isfinite(self.temperature) and self.temperature > 0):
+      raise errors.CalmError(f"temperature must be above 0, got {self.temperature}")
     if self.max_tokens < 1:
       raise errors.CalmError(f"max_tokens must be at least 1, got {self.max_tokens}")
 
@@ -64,6 +62,10 @@ class CalmLaw:
   def __init__(self, trained: workdir.TrainedCalm, settings: Settings):
     self._model, self.patch_size = trained.model, trained.model.autoencoder.sizes.patch_size
     self._n = temperature_lib.reciprocal(settings.temperature)
+    if settings.num_candidates < self._n:
+      raise errors.CalmError(
+        f"num_candidates must be at least 1/temperature = {self._n}, got {settings.num_candidates}"
+      )
     self.draws = settings.num_candidates if self._n > 1 else 1
     self.params = (trained.params, trained.autoencoder.params)
     self._reads_latents = trained.run.model.reads_latents

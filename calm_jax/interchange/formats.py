@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Mapping
 
+from etils import epath
+
 from calm_jax import config, errors, workdir
 from calm_jax.interchange import (
   tensors,
@@ -41,6 +43,18 @@ def convert(
   """
   if kind not in FORMATS:
     raise errors.CalmError(f"--format is {kind!r}: {config.nearest(kind, FORMATS)}")
+  if kind == WORKDIR:
+    tensors.require_local(source)
+  is_workdir = workdir.exists(source) and (epath.Path(source) / "origin.json").exists()
+  if is_workdir and kind == WORKDIR:
+    raise errors.CalmError(
+      f"{source} is a workdir already; it can be written as {', '.join(WRITERS)}"
+    )
+  if not is_workdir and kind != WORKDIR and workdir.exists(source):
+    raise errors.CalmError(
+      f"{source} is a folder of another framework: convert it with --format=workdir first, and "
+      f"that to --format={kind}"
+    )
   if kind == WORKDIR:
     to_workdir.write(source, output, autoencoder, tokenizer)
     return

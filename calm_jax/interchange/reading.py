@@ -94,11 +94,14 @@ class Settings:
   def rope_theta(self) -> float:
     """Returns the rotary base, under its old or its new name."""
     new = self._values.get("rope_parameters") or {}
-    if new.get("rope_type", "default") != "default":
+    kind = new.get("rope_type", "default") if isinstance(new, dict) else new
+    if kind != "default":
       raise errors.CalmError(
-        f"{self._path}: rope_type is {new['rope_type']!r}; only 'default' can be converted"
+        f"{self._path}: rope_type is {kind!r}; only 'default' can be converted"
       )
-    return float(new.get("rope_theta", self._values.get("rope_theta", 10000.0)))
+    if "rope_theta" in new:
+      self._values["rope_theta"] = new["rope_theta"]
+    return float(self.number("rope_theta", 10000.0))
 
   @property
   def dtype(self) -> Any:
@@ -205,17 +208,25 @@ def _read_autoencoder(folder: pathlib.Path, source: Source, settings: Settings) 
   return dataclasses.replace(imported, eos_id=settings.eos_id)
 
 
+def _has_config(place: pathlib.Path) -> bool:
+  """Tells whether a folder can be read and holds a config.json."""
+  try:
+    return (place / "config.json").exists()
+  except (OSError, ValueError):  # Another machine's path may be closed to us, or none here.
+    return False
+
+
 def _find_autoencoder(
   folder: pathlib.Path, source: Source, settings: Settings, given: str
 ) -> Imported:
   """Returns a language model's autoencoder: the given one, its own, or the one ae_path names."""
   inside = any(name.startswith(AUTOENCODER_PREFIX) for name in source)
   own = _autoencoder(source, AUTOENCODER_PREFIX, folder, settings.dtype) if inside else None
-  path = settings.text("ae_path")
-  places = [pathlib.Path(given)] if given else [folder / path, pathlib.Path(path)] if path else []
-  place = next((place for place in places if (place / "config.json").exists()), None)
   if own and not given:
     return own
+  path = settings.text("ae_path")
+  places = [pathlib.Path(given)] if given else [folder / path, pathlib.Path(path)] if path else []
+  place = next((place for place in places if _has_config(place)), None)
   if place is None:
     raise errors.CalmError(
       f"--autoencoder={given} is no folder with a config.json"
@@ -282,6 +293,11 @@ def _read_calm(folder: pathlib.Path, source: Source, settings: Settings, given: 
   if reads_tokens:
     name = "transformer.embed_tokens.weight"
     vocab_size = settings.vocab_size(*_matrix(source, folder, name))
+    if vocab_size < codec.vocab_size:
+      raise errors.CalmError(
+        f"{folder}: {name} has {vocab_size} rows, too few for the {codec.vocab_size} tokens that "
+        "the autoencoder writes"
+      )
   module = autoencoder.Autoencoder(sizes, codec.vocab_size)
   model = calm.Calm.build(run, module, vocab_size)
   own = {name: x for name, x in source.items() if not name.startswith(AUTOENCODER_PREFIX)}
@@ -291,6 +307,12 @@ def _read_calm(folder: pathlib.Path, source: Source, settings: Settings, given: 
 
 
 def _read_llama(folder: pathlib.Path, source: Source, settings: Settings) -> Imported:
+  kind = settings.text("model_type")
+  if kind not in ("", "llama"):
+    raise errors.CalmError(
+      f"{folder} holds a model of type {kind!r}, whose layers may do what Llama's do not: only "
+      "'llama' can be converted"
+    )
   run = config.TransformerRun(
     data=config.Data(context=settings.whole("max_position_embeddings", 2048)),
     model=config.Transformer(**settings.transformer()),
@@ -318,6 +340,15 @@ def read(folder: pathlib.Path, given_autoencoder: str = "") -> Imported:
     CalmError: for a folder that is no model of these, a config.json that contradicts
       the weights, and as `names.read` does.
   """
+  try:
+    return _read(folder, given_autoencoder)
+  except errors.CalmError as error:
+    if str(folder) in str(error):
+      raise
+    raise errors.CalmError(f"{folder / 'config.json'}: {error}") from error
+
+
+def _read(folder: pathlib.Path, given_autoencoder: str) -> Imported:
   settings, source = Settings(folder), tensors.open_folder(folder)
   is_calm = any(name.startswith("transformer.") for name in source)
   if given_autoencoder and not is_calm:

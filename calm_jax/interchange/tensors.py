@@ -8,6 +8,7 @@ import dataclasses
 import json
 import pathlib
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -56,19 +57,24 @@ def _pickle(path: pathlib.Path) -> dict[str, Stored]:
       f"{path} is a PyTorch file, which takes torch to read: pip install torch"
     ) from error
   try:
-    values = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    with path.open("rb") as file:
+      is_zip = file.read(2) == b"PK"  # PyTorch's format since 1.6; the one before can't be mapped.
+    values = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
   except Exception as error:  # A pickle that holds anything but tensors, or a damaged file.
-    reason = str(error).strip().split("\n")[0]
+    reason = str(error).strip().split("\n")[0] or type(error).__name__
     raise errors.CalmError(
-      f"can't read {path} as plain weights, and won't run what else may be in it: {reason}"
+      f"can't read {path} as plain weights; it is damaged, or holds what would have to be run, "
+      f"which is not done: {reason}"
     ) from error
+  if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+    raise errors.CalmError(f"{path} holds no tensors by name, but a {type(values).__name__}")
   found = {}
   for name, value in values.items():
     if not isinstance(value, torch.Tensor):
       raise errors.CalmError(f"{path} holds {name!r}, which is no tensor: {type(value).__name__}")
 
     def read(value=value) -> np.ndarray:
-      return value.to(torch.float32).numpy()
+      return value.detach().to(torch.float32).numpy()
 
     dtype = str(value.dtype).removeprefix("torch.")
     found[name] = Stored(path.name, tuple(value.shape), dtype, read)
@@ -203,30 +209,32 @@ def _write_shard(path: pathlib.Path, shard: list[Outgoing]) -> None:
     raise errors.CalmError(f"can't write {path}: {error}") from error
 
 
+def require_local(path: str) -> None:
+  """Raises CalmError for a bucket's URL: folders of other frameworks are files here."""
+  if "://" in path:
+    raise errors.CalmError(f"{path} is no local folder: convert on a disk, then copy")
+
+
 @contextlib.contextmanager
 def new_folder(output: str) -> Iterator[pathlib.Path]:
   """Gives a folder to write into that becomes `output` at the end, if nothing went wrong.
 
   Raises:
-    CalmError: if `output` is there already or can't be made.
+    CalmError: if `output` is there already or can't be written.
   """
+  require_local(output)
   target = pathlib.Path(output)
   if target.exists():
     raise errors.CalmError(f"{output} exists already: give a new --output")
-  partial = target.parent / f"{target.name}.partial"
+  partial = None
   try:
-    _remove(partial)  # Left by a conversion that was killed.
-    partial.mkdir(parents=True)
-  except OSError as error:
-    raise errors.CalmError(f"can't write --output={output}: {error}") from error
-  try:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    partial.chmod(0o755)
     yield partial
     partial.rename(target)
-  except BaseException:
-    _remove(partial)
-    raise
-
-
-def _remove(folder: pathlib.Path) -> None:
-  if folder.exists():
-    shutil.rmtree(folder)
+  except OSError as error:
+    raise errors.CalmError(f"can't write --output={output}: {error}") from error
+  finally:
+    if partial and partial.exists():
+      shutil.rmtree(partial)

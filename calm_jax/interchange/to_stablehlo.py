@@ -142,7 +142,7 @@ def write_calm(
 ) -> None:
   """Writes encode, decode, begin and next_patch."""
   codec, run = trained.autoencoder.module("float32"), trained.run
-  window = run.data.context // codec.sizes.patch_size
+  window = run.data.context // codec.sizes.patch_size - 1  # As many as training showed.
   functions = _codec_functions(codec, "autoencoder/") | _model_functions(trained, window)
   facts = {
     "patch_size": codec.sizes.patch_size,

@@ -10,6 +10,7 @@ from calm_jax.interchange import reading, tensors
 from calm_jax.training import checkpoint
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+LEAST_SHARE = 0.9  # Of a table's rows that its tokenizer uses; others are padding.
 
 
 def write(source: str, output: str, autoencoder: str = "", tokenizer: str = "") -> None:
@@ -58,6 +59,11 @@ def _tokenizer(
         f"{path} has {loaded.vocab_size} tokens, but the model's table has {model.vocab_size}: "
         "give --tokenizer=FILE, the one that the model was trained with"
       )
+  if loaded.vocab_size < LEAST_SHARE * imported.vocab_size:
+    raise errors.CalmError(
+      f"{path} has {loaded.vocab_size} tokens, far fewer than the {imported.vocab_size} rows of "
+      "the model's table: give --tokenizer=FILE, the one that the model was trained with"
+    )
   return loaded
 
 
@@ -69,7 +75,7 @@ def _write(target: str, imported: reading.Imported, tokenizer: tokenizer_lib.Tok
     store_hash="",
     vocab_size=imported.vocab_size,
     eos_id=tokenizer.eos_id,
-    appends_eos=False,
+    appends_eos=imported.eos_id is not None,  # Where it is written, a text ends.
     start_patch=(),
     autoencoder_fingerprint=checkpoint.fingerprint(codec.params) if codec else "",
   )

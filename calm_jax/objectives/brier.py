@@ -57,7 +57,9 @@ def chain(within: Sequence[jax.Array], whole: Sequence[jax.Array]) -> jax.Array:
   Source: CALM (arXiv:2510.27688), section 5. With K < 4 the paper goes on along one
   sample's path for accuracy and collision. Collision is the same here, with N
   samples a patch; accuracy is the product of the teacher-forced ones, which has the
-  same expectation and no need of a path.
+  same expectation and no need of a path. Where the backbone reads latents this holds
+  nearly: the teacher-forced ones read a posterior draw of the text, the paper's path
+  the sample's own latent.
   """
   parts, factor = [], jnp.ones_like(within[0][..., 0])
   for share_K, goes_on in zip(within, [*whole, None], strict=True):
