@@ -81,6 +81,6 @@ def test_a_missing_package_is_named(trained_autoencoder, tmp_path, monkeypatch):
   monkeypatch.setattr(
     to_onnx.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name)
   )
-  with pytest.raises(errors.CalmError, match=r"needs onnxscript: pip install 'calm_jax\[onnx\]'"):
+  with pytest.raises(errors.CalmError, match=r"needs onnxscript: pip install -e '\.\[onnx\]'"):
     formats.convert(str(trained_autoencoder), str(tmp_path / "out"), "onnx")
   assert not list(tmp_path.iterdir())

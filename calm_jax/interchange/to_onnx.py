@@ -23,7 +23,7 @@ def _require_packages() -> None:
   ]
   if missing:
     raise errors.CalmError(
-      f"--format=onnx needs {' and '.join(missing)}: pip install 'calm_jax[onnx]'"
+      f"--format=onnx needs {' and '.join(missing)}: pip install -e '.[onnx]'"
     )
 
 
