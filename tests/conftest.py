@@ -4,15 +4,25 @@ The fixtures tell a whole story at toy size once a session: store, every stage t
 Tests that change a folder take a copy.
 """
 
+import atexit
 import os
+import shutil
+import tempfile
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# Many tests compile the same steps; a cache for the session, commands that tests run included.
+CACHE = tempfile.mkdtemp(prefix="calm_jax_tests_")
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+os.environ |= {
+  "JAX_PLATFORMS": "cpu",
+  "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+  "JAX_COMPILATION_CACHE_DIR": CACHE,
+  "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+  "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
 
 import dataclasses
 import json
 import pathlib
-import shutil
 from collections.abc import Callable
 
 import jax

@@ -22,9 +22,7 @@ def _require_packages() -> None:
     if importlib.util.find_spec(name) is None
   ]
   if missing:
-    raise errors.CalmError(
-      f"--format=onnx needs {' and '.join(missing)}: pip install -e '.[onnx]'"
-    )
+    raise errors.CalmError(f"--format=onnx needs {' and '.join(missing)}: pip install -e '.[onnx]'")
 
 
 def _open(write, trained: workdir.Trained, source: str) -> Any:

@@ -81,7 +81,8 @@ def read(directory: str) -> Account:
   except OSError as error:
     raise errors.CalmError(f"can't read workdir {directory}: {error}") from error
   train = [record for record in metrics if record["kind"] == "train"]
-  if not train and not workdir.read_origin(directory).store_hash:
+  origin = path / "origin.json"
+  if not train and origin.exists() and not workdir.read_origin(directory).store_hash:
     raise errors.CalmError(f"{directory} holds imported weights: there is no training to report on")
   if not train:
     raise errors.CalmError(
