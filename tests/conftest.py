@@ -4,25 +4,21 @@ The fixtures tell a whole story at toy size once a session: store, every stage t
 Tests that change a folder take a copy.
 """
 
-import atexit
 import os
-import shutil
 import tempfile
 
-# Many tests compile the same steps; a cache for the session, commands that tests run included.
-CACHE = tempfile.mkdtemp(prefix="calm_jax_tests_")
-atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
-os.environ |= {
-  "JAX_PLATFORMS": "cpu",
-  "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-  "JAX_COMPILATION_CACHE_DIR": CACHE,
-  "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-  "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-}
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# Many tests compile the same steps: a cache for the session, commands that tests run included.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="calm_jax_tests_")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
+import atexit
 import dataclasses
 import json
 import pathlib
+import shutil
 from collections.abc import Callable
 
 import jax
@@ -33,6 +29,7 @@ from etils import epath
 from calm_jax import config, main, prepare, workdir
 from calm_jax.models import calm
 
+atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 OPTIMIZER = config.Optimizer(learning_rate=3e-3, warmup_steps=2, schedule="cosine")
