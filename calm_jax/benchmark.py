@@ -1,4 +1,4 @@
-"""The act of timing: `python -m calm_jax.benchmark --suite=eval [--output=FILE]`.
+"""The act of timing: `python -m calm_jax.benchmark --suite=SUITE [--output=FILE]`.
 
 Each suite compares ways to the same result in one run, after compiling; speeds of
 different runs or machines are not to be compared.
@@ -12,11 +12,14 @@ import jax
 from absl import flags
 
 from calm_jax import cli, config, errors, files
-from calm_jax.benchmarking import evaluation
+from calm_jax.benchmarking import conversion, evaluation
 from calm_jax.reporting import provenance
 
 # A suite comes in as a row: it returns lines to be read, and its figures.
-SUITES: dict[str, Callable[[], tuple[list[str], Any]]] = {"eval": evaluation.measure}
+SUITES: dict[str, Callable[[], tuple[list[str], Any]]] = {
+  "eval": evaluation.measure,
+  "convert": conversion.measure,
+}
 
 _SUITE = flags.DEFINE_string("suite", None, f"What to time: {', '.join(SUITES)}.")
 _OUTPUT = flags.DEFINE_string("output", "", "JSON file for the figures; by default none.")

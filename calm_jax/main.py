@@ -72,7 +72,7 @@ class Given:
   def of(cls, run: config.Run, store: store_lib.TokenStore, directory: str) -> "Given":
     """Raises CalmError for a `start_from` that `run` can't start from."""
     begun = workdir.read_origin(directory) if workdir.exists(directory) else None
-    if not run.start_from or (begun and checkpoint.Checkpoints(directory).steps()):
+    if not run.start_from or (begun and workdir.has_checkpoint(directory)):
       return cls(store, directory, None, begun)
     source = workdir.load(run.start_from, run.stage)
     workdir.require_same_tokenizer(source.origin, store, run.start_from)

@@ -229,6 +229,14 @@ class TrainedTransformer:
 Trained = TrainedAutoencoder | TrainedCalm | TrainedTransformer
 
 
+def has_checkpoint(workdir: str) -> bool:
+  """Tells whether a run has saved anything yet."""
+  checkpoints = checkpoint.Checkpoints(workdir)
+  steps = checkpoints.steps()
+  checkpoints.close()
+  return bool(steps)
+
+
 def _restore(workdir: str, params: Params) -> checkpoint.Restored:
   checkpoints = checkpoint.Checkpoints(workdir, concurrent_gb=checkpoint.few_gb(params))
   restored = checkpoints.restore(checkpoint.abstract(params))

@@ -50,14 +50,9 @@ def _autoencoder(**loss) -> config.Run:
   return _changed(_PAPER, "loss", **(none | loss))
 
 
-def _context_of(k: int) -> config.Data:
-  """The published context is 2048 patches."""
-  return config.Data(context=2048 * k)
-
-
 def _patches_of(k: int) -> config.Run:
-  """CALM-L over patches of K tokens, 2M tokens a step."""
-  run = dataclasses.replace(_CALM["l"], data=_context_of(k))
+  """CALM-L over 2048 patches of K tokens, 2M tokens a step."""
+  run = _changed(_CALM["l"], "data", context=2048 * k)
   return _changed(run, "training", batch=_CALM["l"].training.batch * 4 // k)
 
 

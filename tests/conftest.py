@@ -21,6 +21,7 @@ import pathlib
 import shutil
 from collections.abc import Callable
 
+import folders
 import jax
 import pytest
 import tokenizers as tokenizers_lib
@@ -157,3 +158,12 @@ def latent_reader(trained_calm: pathlib.Path, tmp_path: pathlib.Path) -> Callabl
     return str(target)
 
   return write
+
+
+@pytest.fixture
+def folder(tmp_path: pathlib.Path, words) -> pathlib.Path:
+  """A copy of the k4 energy model's folder, to be changed, with a tokenizer in it."""
+  copy = tmp_path / "energy"
+  shutil.copytree(folders.GOLDEN / "k4/energy", copy)
+  shutil.copyfile(words(folders.VOCAB["k4"]), copy / "tokenizer.json")
+  return copy

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from calm_jax import files
-from calm_jax.benchmarking import evaluation
+from calm_jax import config, files
+from calm_jax.benchmarking import conversion, evaluation
 
 
 def test_branches_and_passes_give_the_same_hidden_states(monkeypatch: pytest.MonkeyPatch):
@@ -16,3 +16,13 @@ def test_branches_and_passes_give_the_same_hidden_states(monkeypatch: pytest.Mon
   for row in json.loads(files.to_json({"figures": figures}))["figures"]:
     assert row["largest_difference"] < 1e-4
     assert row["speedup"] == row["passes_seconds"] / row["branches_seconds"] > 0
+
+
+def test_a_conversion_is_measured_both_ways(monkeypatch: pytest.MonkeyPatch):
+  sizes = config.Backbone(layers=1, width=16, ffn=32, heads=2, kv_heads=2)
+  monkeypatch.setattr(conversion, "RUN", config.CalmRun(model=sizes))
+  monkeypatch.setattr(conversion, "CODEC", config.Autoencoder(width=16, ffn=32, latent=8))
+  monkeypatch.setattr(conversion, "VOCAB", 50)
+  lines, figures = conversion.measure()
+  assert [row["format"] for row in figures] == ["workdir", "torch"] and len(lines) == 2
+  assert all(row["peak_bytes"] > row["weights_bytes"] > 0 for row in figures)

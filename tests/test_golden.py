@@ -9,6 +9,7 @@ import pathlib
 
 import numpy as np
 import pytest
+from folders import GOLDEN, agree
 from jax import numpy as jnp
 from safetensors import numpy as safetensors
 
@@ -16,8 +17,6 @@ from calm_jax import config
 from calm_jax.interchange import reading
 from calm_jax.models import autoencoder, calm, diffusion_head, layers, transformer
 from calm_jax.objectives import autoencoding, diffusion, energy_score, flow_matching
-
-GOLDEN = pathlib.Path(__file__).parent / "testdata/golden"
 
 
 @pytest.fixture(scope="module", params=["k4", "k2_gqa"])
@@ -41,13 +40,6 @@ def imported_calm(folder: pathlib.Path):
   assert isinstance(found.run, config.CalmRun) and found.autoencoder
   codec = autoencoder.Autoencoder(found.autoencoder.run.model, found.autoencoder.vocab_size)
   return calm.Calm.build(found.run, codec, found.vocab_size), found
-
-
-def agree(found, expected, tolerance: float = 1e-5) -> None:
-  """Asserts a shape and a largest error, relative to the largest value expected."""
-  found, expected = np.asarray(found), np.asarray(expected)
-  assert found.shape == expected.shape
-  assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
 
 
 def by_patch(token_BS: np.ndarray, case: pathlib.Path) -> np.ndarray:

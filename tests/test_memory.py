@@ -33,16 +33,17 @@ def test_branches_equal_recomputing_each(
   branches, chunk, model, params, token_BPK, monkeypatch: pytest.MonkeyPatch
 ):
   monkeypatch.setattr(memory, "BRANCH_CHUNK", chunk)
+  apply = jax.jit(lambda *args: layers.apply(model, params, *args))
   cache = memory.Cache.empty(SIZES, 2, PATCHES, jnp.float32)
-  _, cache = layers.apply(model, params, token_BPK, None, cache)
+  _, cache = apply(token_BPK, None, cache)
   known = memory.Branches.of(cache, branches)
   step_BPK = jax.random.randint(jax.random.key(2), (STEPS, 2, branches, PATCH), 0, VOCAB)
   for step in range(STEPS):
-    hidden_BPD, known = layers.apply(model, params, step_BPK[step], None, known)
+    hidden_BPD, known = apply(step_BPK[step], None, known)
     for start in range(branches):
       own_BJK = jnp.moveaxis(step_BPK[: step + 1, :, start], 0, 1)
       text_BPK = jnp.concatenate([token_BPK[:, : start + 1], own_BJK], axis=1)
-      expected_BPD, _ = layers.apply(model, params, text_BPK)
+      expected_BPD, _ = apply(text_BPK)
       np.testing.assert_allclose(hidden_BPD[:, start], expected_BPD[:, -1], atol=2e-5)
 
 

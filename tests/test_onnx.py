@@ -6,6 +6,7 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+from folders import GOLDEN, agree
 
 from calm_jax import errors, workdir
 from calm_jax.interchange import formats, to_onnx, to_workdir
@@ -13,14 +14,6 @@ from calm_jax.models import calm
 
 for package in ("torch", "transformers", "onnxscript", "onnxruntime"):
   pytest.importorskip(package, reason="graphs are made by torch and run by onnxruntime")
-
-GOLDEN = pathlib.Path(__file__).parent / "testdata/golden"
-
-
-def agree(found, expected, tolerance: float) -> None:
-  expected = np.asarray(expected)
-  assert found.shape == expected.shape
-  assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("model", ["energy", "flow"])

@@ -7,7 +7,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from calm_jax import errors
+from calm_jax import errors, workdir
 from calm_jax.data import tokenizer as tokenizer_lib
 
 CORPUS = [
@@ -168,3 +168,9 @@ def test_a_vocabulary_that_does_not_fit_writes_nothing(
   with pytest.raises(errors.CalmError, match=reason) as caught:
     tokenizer_lib.train(texts, vocab_size, str(tmp_path / "a.model"))
   assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+
+
+def test_padded_ids_decode_to_nothing(trained_transformer):
+  origin = workdir.read_origin(str(trained_transformer))
+  tokenizer = workdir.tokenizer(str(trained_transformer), origin)
+  assert tokenizer.decode([20, tokenizer.vocab_size, 21]) == tokenizer.decode([20, 21])

@@ -6,6 +6,7 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+from folders import GOLDEN, agree
 
 from calm_jax import workdir
 from calm_jax.interchange import formats, to_workdir
@@ -14,7 +15,11 @@ from calm_jax.models import calm, layers
 torch = pytest.importorskip("torch", reason="exported folders are opened by torch")
 transformers = pytest.importorskip("transformers", reason="they are opened by transformers")
 
-GOLDEN = pathlib.Path(__file__).parent / "testdata/golden"
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+  with torch.no_grad():
+    yield
 
 
 @pytest.fixture
@@ -42,12 +47,6 @@ def golden(words, tmp_path: pathlib.Path):
     return tmp_path / "in"
 
   return convert
-
-
-def agree(found, expected, tolerance: float = 1e-5) -> None:
-  found, expected = np.asarray(found.detach()), np.asarray(expected)
-  assert found.shape == expected.shape
-  assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
 
 
 def some_tokens(vocab: int, *shape: int) -> np.ndarray:

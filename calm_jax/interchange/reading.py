@@ -55,6 +55,13 @@ class Settings:
       value = self._values.get(name, ours)
       if value != ours:
         raise errors.CalmError(f"{self._path}: {name} is {value!r}; only {ours!r} can be converted")
+    new = self._values.get("rope_parameters") or {}  # Where newer transformers keep them.
+    kind = new.get("rope_type", "default") if isinstance(new, dict) else new
+    if kind != "default":
+      raise errors.CalmError(
+        f"{self._path}: rope_type is {kind!r}; only 'default' can be converted"
+      )
+    self._values |= new
 
   def number(self, name: str, default: int | float | None = None) -> Any:
     """Returns a positive number; CalmError if it is none or is missing without a default."""
@@ -91,19 +98,6 @@ class Settings:
     return first if isinstance(first, int) else None
 
   @property
-  def rope_theta(self) -> float:
-    """Returns the rotary base, under its old or its new name."""
-    new = self._values.get("rope_parameters") or {}
-    kind = new.get("rope_type", "default") if isinstance(new, dict) else new
-    if kind != "default":
-      raise errors.CalmError(
-        f"{self._path}: rope_type is {kind!r}; only 'default' can be converted"
-      )
-    if "rope_theta" in new:
-      self._values["rope_theta"] = new["rope_theta"]
-    return float(self.number("rope_theta", 10000.0))
-
-  @property
   def dtype(self) -> Any:
     """Returns what the model is said to compute in, where that is one of ours."""
     name = self.text("torch_dtype") or self.text("dtype")
@@ -129,7 +123,7 @@ class Settings:
       "ffn": self.whole("intermediate_size"),
       "heads": heads,
       "kv_heads": self.whole("num_key_value_heads", heads),
-      "rope_theta": self.rope_theta,
+      "rope_theta": float(self.number("rope_theta", 10000.0)),
     }
 
   def vocab_size(self, name: str, table: tensors.Stored) -> int:

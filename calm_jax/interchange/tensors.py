@@ -39,7 +39,8 @@ def _safetensors(path: pathlib.Path) -> dict[str, Stored]:
   except (safetensors.SafetensorError, OSError) as error:
     raise errors.CalmError(f"can't read {path}: {error}; is it cut short?") from error
   found = {}
-  for name in opened.keys():  # noqa: SIM118 -- safetensors' handle is no mapping.
+  names: list[str] = opened.keys()  # The handle itself is no mapping.
+  for name in names:
     part = opened.get_slice(name)
 
     def read(name=name) -> np.ndarray:
@@ -159,9 +160,7 @@ class Outgoing:
   make: Callable[[], np.ndarray]
 
 
-def write_folder(
-  folder: pathlib.Path, outgoing: Iterable[Outgoing], shard_bytes: int | None = None
-) -> None:
+def write_folder(folder: pathlib.Path, outgoing: Iterable[Outgoing]) -> None:
   """Writes float32 tensors, in shards with an index where there are more bytes than one holds.
 
   Every shard is read back and compared: the writer would silently store the wrong
@@ -171,13 +170,12 @@ def write_folder(
     CalmError: if a file can't be written or does not read back.
   """
   shards: list[list[Outgoing]] = [[]]
-  limit, room = shard_bytes or SHARD_BYTES, shard_bytes or SHARD_BYTES
-  total = 0
+  room, total = SHARD_BYTES, 0
   for tensor in outgoing:
     size = 4 * int(np.prod(tensor.shape))
     if size > room and shards[-1]:
       shards.append([])
-      room = limit
+      room = SHARD_BYTES
     shards[-1].append(tensor)
     room, total = room - size, total + size
   where = {}

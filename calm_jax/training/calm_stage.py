@@ -13,11 +13,6 @@ from calm_jax.training import stages
 Params = Any
 
 
-def _keys(key_B: jax.Array, number: int) -> jax.Array:
-  """Returns another key of each example."""
-  return jax.vmap(jax.random.fold_in, in_axes=(0, None))(key_B, number)
-
-
 def build(
   run: config.CalmRun, codec: autoencoder.Autoencoder, frozen: Params, vocab_size: int
 ) -> stages.Stage:
@@ -33,7 +28,7 @@ def build(
     mean_BPZ, log_std_BPZ = layers.apply(codec, frozen, token_BPK, method="encode")
     key_B, latent_BPZ = stages.example_keys(key, batch["index"]), None
     if run.model.reads_latents:
-      latent_BPZ = draws(_keys(key_B, 0), mean_BPZ, log_std_BPZ, 1)[:, 0]
+      latent_BPZ = draws(stages.other_keys(key_B, 0), mean_BPZ, log_std_BPZ, 1)[:, 0]
     return token_BPK, (mean_BPZ, log_std_BPZ), latent_BPZ, key_B
 
   def hidden(params, token_BPK, latent_BPZ, known=None):
@@ -50,7 +45,7 @@ def build(
       return patch_loss(model.head, params["head"], hidden_PD, posterior, key, settings)
 
     targets = (mean_BPZ[:, 1:], log_std_BPZ[:, 1:])
-    loss_BP, figures = jax.vmap(one)(hidden_BPD, *targets, _keys(key_B, 1))
+    loss_BP, figures = jax.vmap(one)(hidden_BPD, *targets, stages.other_keys(key_B, 1))
     metrics = {
       "tokens": jnp.float32(token_BPK[:, 1:].size),
       "patches_per_token": jnp.float32(1 / size),
@@ -72,9 +67,9 @@ def build(
     spanned = brier.patches_spanned(size)
     cache = model.empty_cache(rows, count) if spanned > 1 else None
     hidden_BPD, cache = hidden(params, token_BPK, latent_BPZ, cache)
-    sample_BNPZ, token_BNPK = samples(params, hidden_BPD, _keys(key_B, 2))
+    sample_BNPZ, token_BNPK = samples(params, hidden_BPD, stages.other_keys(key_B, 2))
     target_BMPZ = draws(
-      _keys(key_B, 1), mean_BPZ[:, 1:], log_std_BPZ[:, 1:], settings.posterior_draws
+      stages.other_keys(key_B, 1), mean_BPZ[:, 1:], log_std_BPZ[:, 1:], settings.posterior_draws
     )
 
     accuracy_BPK = jax.vmap(brier.accuracy)(token_BNPK, token_BPK[:, 1:])
@@ -115,7 +110,7 @@ def build(
       whole.append(jax.vmap(brier.repeats)(token_BNPK))
       latent_BPZ = sample_BNPZ[:, 0] if run.model.reads_latents else None
       hidden_BPD, branches = model.hidden(params, token_BNPK[:, 0], latent_BPZ, branches)
-      sample_BNPZ, token_BNPK = samples(params, hidden_BPD, _keys(key_B, 2 + patch))
+      sample_BNPZ, token_BNPK = samples(params, hidden_BPD, stages.other_keys(key_B, 2 + patch))
       within.append(jax.vmap(brier.collision)(token_BNPK))
     return within, whole
 

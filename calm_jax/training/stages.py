@@ -47,6 +47,11 @@ def example_keys(key: jax.Array, index_B: jax.Array) -> jax.Array:
   return jax.vmap(lambda index: jax.random.fold_in(key, index))(index_B)
 
 
+def other_keys(key_B: jax.Array, number: int) -> jax.Array:
+  """Returns another key of each example, for another kind of noise."""
+  return jax.vmap(jax.random.fold_in, in_axes=(0, None))(key_B, number)
+
+
 def patches(token_BS: jax.Array, patch_size: int) -> jax.Array:
   """[B, S] -> [B, P, K]."""
   return token_BS.reshape(token_BS.shape[0], -1, patch_size)

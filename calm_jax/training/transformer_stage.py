@@ -88,7 +88,7 @@ def build(run: config.TransformerRun, vocab_size: int) -> stages.Stage:
     for n in range(1, brier.ORDERS):
       whole.append(law.drawn)
       hidden_BSD, known = hidden(params, law.draw, known)
-      key_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(key_B, n)
+      key_B = stages.other_keys(key_B, n)
       law = laws(params, hidden_BSD, law.draw, key_B)
       within.append(law.square[..., None])
     collision_BSn = brier.chain(within, whole)

@@ -18,7 +18,7 @@ import operator
 
 import torch
 from torch import nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedModel
 
 EPS = 1e-6  # Of every LayerNorm.
@@ -91,7 +91,7 @@ class SwiGLU(nn.Module):
     self.down_proj = nn.Linear(inner, width, bias=False)
 
   def forward(self, x_D):
-    return self.down_proj(F.silu(self.gate_proj(x_D)) * self.up_proj(x_D))
+    return self.down_proj(functional.silu(self.gate_proj(x_D)) * self.up_proj(x_D))
 
 
 class Residual(nn.Module):
@@ -166,7 +166,7 @@ class CalmAutoencoder(PreTrainedModel):
 
   def decode(self, z_Z):
     """Returns the logits of the K tokens of each latent: [..., Z] -> [..., K, V] float32."""
-    return F.linear(self.decoder(z_Z), self.encoder.embed_tokens.weight).float()
+    return functional.linear(self.decoder(z_Z), self.encoder.embed_tokens.weight).float()
 
   def forward(self, token_K):
     """Returns the logits at the posterior's mean: [..., K] -> [..., K, V]."""
@@ -226,7 +226,7 @@ class Attention(nn.Module):
       x_BGJC.repeat_interleave(self.heads // self.groups, dim=1)
       for x_BGJC in (key_BGJC, value_BGJC)
     )
-    y_BHPC = F.scaled_dot_product_attention(
+    y_BHPC = functional.scaled_dot_product_attention(
       query_BHPC, key_BHJC, value_BHJC, mask_PJ, is_causal=patches > 1 and mask_PJ is None
     )
     return self.o_proj(y_BHPC.transpose(1, 2).flatten(2))
@@ -285,9 +285,11 @@ class EnergyBlock(nn.Module):
   def forward(self, x_ND, y_D):
     weight, bias_D = self.linears[0].parameters()
     of_sample_DD, of_hidden_DD = weight.chunk(2, dim=1)
-    u_ND = F.linear(self.in_ln(x_ND), of_sample_DD) + F.linear(y_D, of_hidden_DD, bias_D)
+    u_ND = functional.linear(self.in_ln(x_ND), of_sample_DD) + functional.linear(
+      y_D, of_hidden_DD, bias_D
+    )
     gate_ND, up_ND = self.linears[1:](u_ND).chunk(2, dim=-1)
-    return x_ND + self.down_proj(F.silu(gate_ND) * up_ND)
+    return x_ND + self.down_proj(functional.silu(gate_ND) * up_ND)
 
 
 class EnergyHead(nn.Module):
@@ -356,7 +358,7 @@ class Denoiser(nn.Module):
     for block in self.res_blocks:
       x_ND = block(x_ND, state_ND)
     shift_ND, scale_ND = self.final_layer["adaLN_modulation"](state_ND).chunk(2, dim=-1)
-    y_ND = F.layer_norm(x_ND, x_ND.shape[-1:], eps=EPS) * (1 + scale_ND) + shift_ND
+    y_ND = functional.layer_norm(x_ND, x_ND.shape[-1:], eps=EPS) * (1 + scale_ND) + shift_ND
     return self.final_layer["linear"](y_ND).float()
 
 

@@ -1,0 +1,52 @@
+"""What tests of conversions share: the golden folders, and how they are read, changed, compared."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+from safetensors import numpy as safetensors
+
+from calm_jax import workdir
+from calm_jax.interchange import to_workdir
+
+GOLDEN = pathlib.Path(__file__).parent / "testdata/golden"
+VOCAB = {"k4": 101, "k2_gqa": 97}
+
+Weights = dict[str, np.ndarray]
+
+
+def weights(folder: pathlib.Path) -> Weights:
+  return safetensors.load_file(folder / "model.safetensors")
+
+
+def rewrite(folder: pathlib.Path, changed: Weights) -> None:
+  safetensors.save_file(changed, folder / "model.safetensors")
+
+
+def set_config(folder: pathlib.Path, **values) -> None:
+  path = folder / "config.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def converted(folder: pathlib.Path, **options) -> workdir.Trained:
+  """The workdir that a folder becomes."""
+  output = folder.parent / f"{folder.name}_workdir"
+  to_workdir.write(str(folder), str(output), **options)
+  return workdir.load(str(output))
+
+
+def all_params(trained: workdir.Trained):
+  inner = trained.autoencoder.params if isinstance(trained, workdir.TrainedCalm) else {}
+  return trained.params, inner
+
+
+def assert_same(a, b) -> None:
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def agree(found, expected, tolerance: float = 1e-5) -> None:
+  """Asserts a shape and a largest error, relative to the largest value expected."""
+  found, expected = np.asarray(found), np.asarray(expected)
+  assert found.shape == expected.shape
+  assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()

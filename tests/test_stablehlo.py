@@ -1,0 +1,70 @@
+"""Claims about compiled artefacts: they do as we do, without us."""
+
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from folders import GOLDEN, set_config
+
+from calm_jax import workdir
+from calm_jax.interchange import formats, to_workdir
+
+COMPARE = """
+import sys
+import numpy as np
+tokens = np.load("tokens.npy")
+noise = np.load("noise.npy")
+{code}
+found = dict(mean=mean, log_std=log_std, logits=logits)
+if "candidates" in dir():
+  found |= dict(candidates=candidates, latents=latents)
+  for tokens in np.load("more.npy"):
+    candidates, latents, state = next_patch(weights, state, tokens, noise)
+  found |= dict(last=latents)
+np.savez("found.npz", **found)
+assert not [name for name in sys.modules if name.startswith("calm_jax")]
+"""
+
+
+@pytest.mark.parametrize("model", ["autoencoder", "energy", "flow", "diffusion"])
+def test_compiled_artefacts_do_as_we_do_without_us(model, words, tmp_path):
+  """Runs the code of the folder's own card, at a batch of 3 and 2 candidates."""
+  shutil.copytree(GOLDEN / "k4" / model, tmp_path / "source")
+  set_config(tmp_path / "source", max_position_embeddings=4)  # The model sees 3 patches.
+  to_workdir.write(str(tmp_path / "source"), str(tmp_path / "in"), tokenizer=words(101))
+  formats.convert(str(tmp_path / "in"), str(tmp_path / "out"), "stablehlo")
+  trained = workdir.load(str(tmp_path / "in"))
+  rng = np.random.default_rng(0)
+  token_BK = rng.integers(0, 101, (3, 4)).astype(np.int32)
+  noise = np.zeros(())
+  if isinstance(trained, workdir.TrainedCalm):
+    noise = np.asarray(trained.model.head.draw_noise(jax.random.key(1), (2, 3)))
+  np.save(tmp_path / "tokens.npy", token_BK)
+  np.save(tmp_path / "noise.npy", noise)
+  more_PBK = rng.integers(0, 101, (6, 3, 4)).astype(np.int32)
+  np.save(tmp_path / "more.npy", more_PBK)
+  code = (tmp_path / "out/README.md").read_text().split("```python\n")[1].split("```")[0]
+  script = COMPARE.format(code=code.replace("FOLDER", str(tmp_path / "out")))
+  subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, timeout=300)
+  found = np.load(tmp_path / "found.npz")
+
+  codec = trained.autoencoder if isinstance(trained, workdir.TrainedCalm) else trained
+  module = codec.module("float32")
+  mean, log_std = module.apply({"params": codec.params}, token_BK, method="encode")
+  np.testing.assert_allclose(found["mean"], mean, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(found["log_std"], log_std, rtol=1e-5, atol=1e-6)
+  logits = module.apply({"params": codec.params}, mean, method="decode")
+  np.testing.assert_allclose(found["logits"], logits, rtol=1e-5, atol=1e-5)
+  if isinstance(trained, workdir.TrainedCalm):
+    hidden_B1D, _ = trained.model.hidden(trained.params, token_BK[:, None])
+    sample_NBZ = trained.model.samples(trained.params, hidden_B1D[:, 0], noise)
+    np.testing.assert_allclose(found["latents"], sample_NBZ, rtol=1e-4, atol=1e-5)
+    assert found["candidates"].shape == (2, 3, 4)
+    cache = trained.model.empty_cache(3, 3)
+    for patch_BK in (token_BK, *more_PBK):
+      hidden_B1D, cache = trained.model.hidden(trained.params, patch_BK[:, None], None, cache)
+    sample_NBZ = trained.model.samples(trained.params, hidden_B1D[:, 0], noise)
+    np.testing.assert_allclose(found["last"], sample_NBZ, rtol=1e-4, atol=1e-5)
