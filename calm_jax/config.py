@@ -286,6 +286,46 @@ class Training:
 
 
 @dataclasses.dataclass(frozen=True)
+class Mesh:
+  """How devices are laid out: data * fsdp * sequence * tensor of them; one may be -1, the rest.
+
+  Attributes:
+    data: copies of the parameters. Slices joined by a data-center network lie along it.
+    fsdp: parts that parameters and optimizer state are divided into; each also takes
+      examples of its own.
+    sequence: parts that the positions of an example are divided into.
+    tensor: parts that each layer's width is divided into.
+  """
+
+  data: int = 1
+  fsdp: int = -1
+  sequence: int = 1
+  tensor: int = 1
+
+  def __post_init__(self):
+    sizes = dataclasses.asdict(self)
+    for name, size in sizes.items():
+      require(size > 0 or size == -1, f"{name} must be above 0, or -1 for the rest, got {size}")
+    rest = " and ".join(name for name, size in sizes.items() if size == -1)
+    require(" and " not in rest, f"{rest} are -1: only one axis can take the rest of the devices")
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+  """How the same numbers are computed.
+
+  Attributes:
+    attention: a row of `models.attention.KERNELS`; `auto` for the fastest of the platform.
+    remat: a row of `models.remat.POLICIES`: what the backward pass recomputes.
+    unroll: layers one after the other in the program, not as a loop: longer to compile.
+  """
+
+  attention: str = "auto"
+  remat: str = "none"
+  unroll: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class AutoencoderRun:
   """Stage one: patches -> latents -> patches.
 
@@ -301,6 +341,8 @@ class AutoencoderRun:
   loss: AutoencodingLoss = dataclasses.field(default_factory=AutoencodingLoss)
   optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
   training: Training = dataclasses.field(default_factory=Training)
+  mesh: Mesh = dataclasses.field(default_factory=Mesh)
+  execution: Execution = dataclasses.field(default_factory=Execution)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -323,6 +365,8 @@ class CalmRun:
   loss: CalmLoss = dataclasses.field(default_factory=CalmLoss)
   optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
   training: Training = dataclasses.field(default_factory=Training)
+  mesh: Mesh = dataclasses.field(default_factory=Mesh)
+  execution: Execution = dataclasses.field(default_factory=Execution)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -339,6 +383,8 @@ class TransformerRun:
   model: Transformer = dataclasses.field(default_factory=Transformer)
   optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
   training: Training = dataclasses.field(default_factory=lambda: Training(batch=1024))
+  mesh: Mesh = dataclasses.field(default_factory=Mesh)
+  execution: Execution = dataclasses.field(default_factory=Execution)
 
 
 Run = AutoencoderRun | CalmRun | TransformerRun
@@ -428,6 +474,8 @@ def to_json(run: Run) -> str:
 
 # What a run that has begun can't change: its parameters would no longer fit.
 FIXED = ("stage", "model", "head", "autoencoder", "start_from")
+# What it may change unasked: the numbers stay the same.
+FREE = ("mesh", "execution")
 
 
 def shapes(name: str, run: Run) -> bool:

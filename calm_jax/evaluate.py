@@ -6,6 +6,7 @@ evaluation.json. They depend on the context length and on N: both are in it.
 
 from typing import Any
 
+import jax
 from absl import flags
 from etils import epath
 
@@ -13,6 +14,7 @@ from calm_jax import cli, config, errors, files, workdir
 from calm_jax.data import pipeline
 from calm_jax.data import store as store_lib
 from calm_jax.objectives import brier
+from calm_jax.parallel import mesh as mesh_lib
 from calm_jax.training import evaluation
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run of any stage.")
@@ -57,14 +59,24 @@ def evaluate(directory: str) -> dict[str, Any]:
     f"--samples={_SAMPLES.value} is for CALM language models; {directory} holds stage "
     f"{run.stage!r}",
   )
+  with jax.set_mesh(mesh_lib.build(config.Mesh())):
+    return _figures(directory, store, context)
+
+
+def _figures(directory: str, store: store_lib.TokenStore, context: int) -> dict[str, Any]:
   trained = workdir.load(directory)
   stage, size, conditions = evaluation.stage_of(trained, _SAMPLES.value)
   evaluation.require_context(context, size, "--context")
   evaluator = evaluation.Evaluator(stage, store, context, _BATCH.value, _BLOCKS.value, _SEED.value)
-  figures = {"stage": run.stage, "step": trained.step, **evaluator(trained.params), **conditions}
+  figures = {
+    "stage": trained.run.stage,
+    "step": trained.step,
+    **evaluator(trained.params),
+    **conditions,
+  }
   if "brier_lm" in figures:
     figures |= _marginal(store, figures, size)
-  return {**figures, "data": _DATA.value or run.data.path, "store_hash": store.hash}
+  return {**figures, "data": store.path, "store_hash": store.hash}
 
 
 def main() -> None:

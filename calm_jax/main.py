@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from absl import flags
 from etils import epath
 from ml_collections import config_flags
@@ -14,12 +15,14 @@ from ml_collections import config_flags
 from calm_jax import cli, config, errors, workdir
 from calm_jax.data import store as store_lib
 from calm_jax.models import flops
+from calm_jax.parallel import mesh as mesh_lib
 from calm_jax.training import (
   autoencoder_stage,
   calm_stage,
   checkpoint,
   evaluation,
   optimizer,
+  program,
   stages,
   train,
   transformer_stage,
@@ -155,11 +158,16 @@ BUILDERS: dict[str, Callable[..., Built]] = {
 def _require_fitting(run: config.Run, patch_size: int) -> None:
   evaluation.require_context(run.data.context, patch_size, "config.data.context")
   optimizer.schedule(run.optimizer, run.training.steps)
+  program.require_divisible(run, run.data.context // patch_size, mesh_lib.current())
 
 
 def _require_same_config(run: config.Run, directory: str, allow_change: bool) -> None:
   """Raises CalmError where `run` may not go on in a workdir that has begun."""
-  differing = config.differences(workdir.read_run(directory), run)
+  differing = {
+    name: values
+    for name, values in config.differences(workdir.read_run(directory), run).items()
+    if name.partition(".")[0] not in config.FREE
+  }
   fixed = [name for name in differing if name.partition(".")[0] in config.FIXED]
   if not differing or (allow_change and not fixed):
     return
@@ -179,6 +187,11 @@ def train_run(run: config.Run, directory: str, allow_config_change: bool = False
       is written then.
     Interrupted: after Ctrl-C or SIGTERM, once the state is saved.
   """
+  with jax.set_mesh(mesh_lib.build(run.mesh)):
+    _train_on_mesh(run, directory, allow_config_change)
+
+
+def _train_on_mesh(run: config.Run, directory: str, allow_config_change: bool) -> None:
   begun = workdir.exists(directory)
   if begun:
     workdir.require_trainable(directory)

@@ -22,6 +22,7 @@ from calm_jax import config, errors, files
 from calm_jax.data import store as store_lib
 from calm_jax.data import tokenizer as tokenizer_lib
 from calm_jax.models import autoencoder, calm, transformer
+from calm_jax.parallel import mesh, rules
 from calm_jax.training import checkpoint
 
 Params = Any
@@ -239,7 +240,7 @@ def has_checkpoint(workdir: str) -> bool:
 
 def _restore(workdir: str, params: Params) -> checkpoint.Restored:
   checkpoints = checkpoint.Checkpoints(workdir, concurrent_gb=checkpoint.few_gb(params))
-  restored = checkpoints.restore(checkpoint.abstract(params))
+  restored = checkpoints.restore(rules.abstract(params, mesh.current()))
   checkpoints.close()
   if restored is None:
     raise errors.CalmError(f"{workdir} has no checkpoint yet: train it first")

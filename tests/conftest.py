@@ -34,6 +34,7 @@ atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_e
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 OPTIMIZER = config.Optimizer(learning_rate=3e-3, warmup_steps=2, schedule="cosine")
+ONE_DEVICE = config.Mesh(fsdp=1)
 TRAINING = config.Training(
   steps=6,
   batch=8,
@@ -67,6 +68,7 @@ def autoencoder_run(tokens: str) -> config.AutoencoderRun:
     model=config.Autoencoder(width=16, ffn=32, latent=8, init="fan_in"),
     optimizer=OPTIMIZER,
     training=TRAINING,
+    mesh=ONE_DEVICE,
   )
 
 
@@ -90,6 +92,7 @@ def calm_run(tokens: str, trained_autoencoder: pathlib.Path) -> config.CalmRun:
     loss=config.CalmLoss(samples=4, posterior_draws=3),
     optimizer=OPTIMIZER,
     training=TRAINING,
+    mesh=ONE_DEVICE,
   )
 
 
@@ -110,6 +113,7 @@ def transformer_run(tokens: str) -> config.TransformerRun:
     model=config.Transformer(layers=2, width=16, ffn=32, heads=2, kv_heads=1, init="fan_in"),
     optimizer=OPTIMIZER,
     training=TRAINING,
+    mesh=ONE_DEVICE,
   )
 
 

@@ -34,12 +34,17 @@ def saved(directory: pathlib.Path, *steps: int, **options) -> list[str]:
   return said
 
 
+def abstract(tree):
+  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
+
+
 def restored(directory: pathlib.Path, with_rest: bool = True):
   """Returns what is restored, and what was reported."""
   said: list[str] = []
   checkpoints = checkpoint.Checkpoints(str(directory), report=said.append)
   try:
-    trees = [checkpoint.abstract(jax.eval_shape(make, 0)) for make in (params, rest)]
+    trees = [abstract(jax.eval_shape(make, 0)) for make in (params, rest)]
     return checkpoints.restore(*trees[: 1 + with_rest]), said
   finally:
     checkpoints.close()

@@ -45,7 +45,7 @@ class Model:
     return jax.random.uniform(key, (count, 1, K), minval=-0.5, maxval=0.5)
 
   def empty_cache(self, batch, window):
-    return memory.Cache((), jnp.full((window,), -1), jnp.int32(0))
+    return memory.Cache(None, jnp.full((window,), -1), jnp.int32(0))
 
 
 def writer(said: list[str] | None = None, appends_eos: bool = False, context=24, **settings):

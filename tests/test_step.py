@@ -6,6 +6,7 @@ from calm_jax import config
 from calm_jax.training import step
 
 SETTINGS = config.Optimizer(learning_rate=0.1, warmup_steps=0, weight_decay=0.0)
+SIGNALS = jnp.zeros((2, len(step.SIGNALS)), jnp.int32)
 
 
 def loss(params, frozen, batch, key):
@@ -35,7 +36,9 @@ def test_accumulation_weighs_parts_by_their_tokens():
 
 def test_a_step_goes_against_the_gradient_by_the_learning_rate():
   state = step.new_state({"w": jnp.float32(5.0)}, SETTINGS)
-  state, metrics = step.make_step(loss, SETTINGS, config.Training(steps=10))(state, {}, batch())
+  state, metrics = step.make_step(loss, SETTINGS, config.Training(steps=10))(
+    state, {}, batch(), SIGNALS
+  )
   np.testing.assert_allclose(state.params["w"], 4.9, rtol=1e-6)
   np.testing.assert_allclose(metrics["learning_rate"], 0.1, rtol=1e-6)
   np.testing.assert_allclose(metrics["update_norm"], 0.1, rtol=1e-5)
@@ -45,10 +48,10 @@ def test_a_step_goes_against_the_gradient_by_the_learning_rate():
 def test_a_non_finite_step_changes_nothing_but_the_counters():
   state = step.new_state({"w": jnp.float32(5.0)}, SETTINGS)
   take = step.make_step(loss, SETTINGS, config.Training(steps=10))
-  state, _ = take(state, {}, batch())
+  state, _ = take(state, {}, batch(), SIGNALS)
   for bad in (jnp.nan, jnp.inf):
     before = state
-    state, metrics = take(state, {}, batch() | {"x": jnp.full((4,), bad)})
+    state, metrics = take(state, {}, batch() | {"x": jnp.full((4,), bad)}, SIGNALS)
     assert not metrics["finite"]
     jax.tree.map(
       np.testing.assert_array_equal,
@@ -56,5 +59,5 @@ def test_a_non_finite_step_changes_nothing_but_the_counters():
       (before.params, before.optimizer),
     )
   assert (int(state.step), int(state.skipped), int(state.skipped_in_a_row)) == (3, 2, 2)
-  state, _ = take(state, {}, batch())
+  state, _ = take(state, {}, batch(), SIGNALS)
   assert (int(state.step), int(state.skipped), int(state.skipped_in_a_row)) == (4, 2, 0)

@@ -1,11 +1,11 @@
 """Tokens -> batches: fixed blocks in a global shuffle, by grain; the position is one integer."""
 
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import grain
 import numpy as np
-from grain import experimental as grain_experimental
 
 from calm_jax import errors
 from calm_jax.data import store as store_lib
@@ -37,53 +37,78 @@ class Blocks:
     return {"tokens": self._store.read(self._split, start, start + self._context)}
 
 
-class TrainingBatches:
-  """Endless batches {"tokens": int32 [B, S], "index": int32 [B]} of the training split.
+class _Rows:
+  """Some rows of every batch of a stream, one after the other, from a position on."""
 
-  `index` counts examples of the whole stream; every epoch is shuffled anew. The
-  position is one integer, the next index, whatever the batch size and the number
-  of hosts.
+  def __init__(self, stream: grain.MapDataset, start: int, batch: int, rows: np.ndarray):
+    self._stream, self._start, self._batch, self._rows = stream, start, batch, rows
+
+  def __len__(self) -> int:
+    return sys.maxsize
+
+  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    number, row = divmod(int(index), len(self._rows))
+    return self._stream[self._start + number * self._batch + int(self._rows[row])]
+
+
+class TrainingBatches:
+  """Endless batches {"tokens": int32 [b, S], "index": int32 [b]} of the training split.
+
+  `index` counts examples of the whole stream; every epoch is shuffled anew. Of each
+  batch only `rows`, by default all B, are read. The position is one integer, the next
+  batch's first index, whatever the batch size and the number of processes.
   """
 
-  def __init__(self, store: store_lib.TokenStore, context: int, batch: int, seed: int):
+  def __init__(
+    self,
+    store: store_lib.TokenStore,
+    context: int,
+    batch: int,
+    seed: int,
+    rows: np.ndarray | None = None,
+  ):
     blocks = Blocks(store, "train", context)
     stream = grain.MapDataset.source(blocks).seed(seed).shuffle().repeat()
-    stream = stream.map_with_index(lambda i, block: {**block, "index": np.int32(i % 2**31)})
-    self._dataset = grain_experimental.ElasticIterator(
-      stream,
-      batch,
-      grain.sharding.NoSharding(),
-      read_options=grain.ReadOptions(num_threads=2, prefetch_buffer_size=4 * batch),
-    )
-    self._iterator = iter(self._dataset)
+    self._stream = stream.map_with_index(lambda i, block: {**block, "index": np.int32(i % 2**31)})
+    self._batch, self._rows = batch, np.arange(batch) if rows is None else rows
+    self._next_index = 0
+    self._iterator: Iterator[Batch] | None = None
 
   def __next__(self) -> Batch:
-    return next(self._iterator)
+    if self._iterator is None:
+      own = _Rows(self._stream, self._next_index, self._batch, self._rows)
+      count = len(self._rows)
+      ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4 * count)
+      examples = grain.MapDataset.source(own).to_iter_dataset(ahead)
+      self._iterator = iter(examples.batch(count))
+    batch = next(self._iterator)
+    self._next_index += self._batch
+    return batch
 
   def get_state(self) -> dict[str, Any]:
     """Returns the position, to be stored as JSON."""
-    return self._iterator.get_state()
+    return {"global_next_index": self._next_index}
 
   def set_state(self, state: Mapping[str, Any]) -> None:
     """Goes to a stored position."""
-    self._iterator.set_state(dict(state))
+    self._next_index, self._iterator = state["global_next_index"], None
 
 
 def heldout_batches(
-  store: store_lib.TokenStore, context: int, batch: int, limit: int
+  store: store_lib.TokenStore, context: int, batch: int, limit: int, rows: np.ndarray | None = None
 ) -> Iterator[tuple[Batch, int]]:
-  """Yields (batch, rows that count) over `limit` held-out blocks, 0 for all.
+  """Yields (batch, rows of the whole one that count) over `limit` held-out blocks, 0 for all.
 
   They come from all over the split; `index` numbers them. The last batch is filled
-  up with its first block, so that all have one shape.
+  up with its first block, so that all have one shape. Of each only `rows` are read.
   """
   blocks = Blocks(store, "heldout", context)
   count = min(len(blocks), limit) if limit else len(blocks)
   for start in range(0, count, batch):
-    rows = np.arange(start, start + batch)
-    read = np.where(rows < count, rows, start) * len(blocks) // count
+    index = start + (np.arange(batch) if rows is None else rows)
+    read = np.where(index < count, index, start) * len(blocks) // count
     tokens = np.stack([blocks[i]["tokens"] for i in read])
-    yield {"tokens": tokens, "index": rows.astype(np.int32)}, min(batch, count - start)
+    yield {"tokens": tokens, "index": index.astype(np.int32)}, min(batch, count - start)
 
 
 def heldout_tokens(store: store_lib.TokenStore, context: int, limit: int) -> np.ndarray:

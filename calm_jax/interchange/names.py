@@ -1,5 +1,6 @@
 """Our parameters <-> the tensors of the reference and of Hugging Face's Llama, by name."""
 
+import collections
 import dataclasses
 import re
 from collections.abc import Mapping
@@ -25,29 +26,38 @@ class Tensor:
       besides.
     paths: ours. Of several, theirs is the rows of all, one after the other.
     transposed: theirs is (out, in), a Linear's weight, where ours is (in, out).
+    layer: where ours holds those of all layers, stacked, which one theirs is.
   """
 
   name: str
   paths: tuple[str, ...]
   transposed: bool = False
   also: tuple[str, ...] = ()
+  layer: int | None = None
+
+  def _shapes(self, ours: Mapping[str, Any]) -> list[tuple[int, ...]]:
+    """Returns the shape of our part of it at each path."""
+    return [ours[path].shape[self.layer is not None :] for path in self.paths]
 
   def shape(self, ours: Mapping[str, Any]) -> tuple[int, ...]:
     """Returns its shape on the other side, from arrays or shapes of ours by path."""
-    first, *others = [ours[path].shape for path in self.paths]
+    first, *others = self._shapes(ours)
     whole = (sum(shape[0] for shape in (first, *others)), *first[1:])
     return whole[::-1] if self.transposed else whole
 
   def to_theirs(self, ours: Mapping[str, np.ndarray]) -> np.ndarray:
     """Returns the other side's array."""
-    whole = [np.asarray(ours[path]) for path in self.paths]
+    whole = [
+      np.asarray(ours[path] if self.layer is None else ours[path][self.layer])
+      for path in self.paths
+    ]
     joined = whole[0] if len(whole) == 1 else np.concatenate(whole)
     return joined.T if self.transposed else joined
 
   def to_ours(self, theirs: np.ndarray, ours: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Returns our arrays by path, contiguous; `ours` tells their shapes."""
+    """Returns our arrays by path, contiguous, a layer's by itself; `ours` tells their shapes."""
     whole = theirs.T if self.transposed else theirs
-    ends = np.cumsum([ours[path].shape[0] for path in self.paths])[:-1]
+    ends = np.cumsum([shape[0] for shape in self._shapes(ours)])[:-1]
     parts = [whole] if len(self.paths) == 1 else np.split(whole, ends)
     return {path: np.ascontiguousarray(part) for path, part in zip(self.paths, parts, strict=True)}
 
@@ -106,12 +116,13 @@ def autoencoder(sizes: config.Autoencoder, prefix: str = "") -> list[Tensor]:
 def _llama(sizes: config.Transformer, name: str, path: str) -> list[Tensor]:
   found = _norm(f"{name}.norm", f"{path}/norm")
   for i in range(sizes.layers):
-    theirs, ours = f"{name}.layers.{i}", f"{path}/layer_{i}"
-    found += _norm(f"{theirs}.input_layernorm", f"{ours}/attention_norm")
-    found += _norm(f"{theirs}.post_attention_layernorm", f"{ours}/mlp_norm")
-    found += _swiglu(f"{theirs}.mlp", f"{ours}/mlp")
+    theirs, ours = f"{name}.layers.{i}", f"{path}/layers"
+    layer = _norm(f"{theirs}.input_layernorm", f"{ours}/attention_norm")
+    layer += _norm(f"{theirs}.post_attention_layernorm", f"{ours}/mlp_norm")
+    layer += _swiglu(f"{theirs}.mlp", f"{ours}/mlp")
     for letter, part in (("q", "query"), ("k", "key"), ("v", "value"), ("o", "out")):
-      found += _linear(f"{theirs}.self_attn.{letter}_proj", f"{ours}/attention/{part}", bias=False)
+      layer += _linear(f"{theirs}.self_attn.{letter}_proj", f"{ours}/attention/{part}", bias=False)
+    found += [dataclasses.replace(tensor, layer=i) for tensor in layer]
   return found
 
 
@@ -221,13 +232,21 @@ def read(
           f"config.json has {list(shape)}"
         )
   flat: dict[str, jax.Array] = {}
-  for tensor, (first, *copies) in chosen.items():
+  stacked = collections.defaultdict(list)
+  for tensor in sorted(chosen, key=lambda tensor: tensor.paths):  # One stack at a time on the host.
+    first, *copies = chosen[tensor]
     array = source[first].read()
     for name in copies:
       if not np.array_equal(source[name].read(), array):
         raise errors.CalmError(f"{folder}: {name} and {first} should be equal and are not")
+    found = tensor.to_ours(array, ours)
+    if tensor.layer is not None:
+      (path,) = tensor.paths
+      stacked[path].append(found[path])  # Sorting keeps a path's layers in their order.
+      layers = len(stacked[path]) == ours[path].shape[0]
+      found = {path: np.stack(stacked.pop(path))} if layers else {}
     # On the device at once: beside a tree of host arrays, saving would hold a second one.
-    flat |= jax.device_put(tensor.to_ours(array, ours))
+    flat |= jax.device_put(found)
   assert flat.keys() == ours.keys(), flat.keys() ^ ours.keys()
   return traverse_util.unflatten_dict(flat, sep="/")
 

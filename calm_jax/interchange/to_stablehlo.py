@@ -109,11 +109,11 @@ def _model_functions(trained: workdir.TrainedCalm, window: int) -> dict[str, Any
 
 def _plain(cache: memory.Cache) -> dict[str, Any]:
   """Returns a cache as what jax.export can carry to where our classes are not known."""
-  return cache._asdict() | {"layers": [layer._asdict() for layer in cache.layers]}
+  return cache._asdict() | {"layers": cache.layers._asdict()}
 
 
 def _cache(state: dict[str, Any]) -> memory.Cache:
-  held = tuple(memory.LayerCache(**layer) for layer in state["layers"])
+  held = memory.LayerCache(**state["layers"])
   return memory.Cache(held, state["position_W"], state["next_position"])
 
 

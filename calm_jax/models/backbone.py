@@ -36,6 +36,7 @@ class Backbone(nn.Module):
   sizes: config.Backbone
   vocab_size: int
   dtype: jnp.dtype = jnp.float32
+  execution: config.Execution = config.Execution()
 
   @nn.compact
   def __call__(
@@ -64,4 +65,4 @@ class Backbone(nn.Module):
     if sizes.reads_latents:
       assert latent_BPZ is not None
       x_BPD.append(layers.linear("latent_in", sizes.width, sizes.init, self.dtype)(latent_BPZ))
-    return llama.Llama(sizes, self.dtype, name="llama")(sum(x_BPD), known)
+    return llama.Llama(sizes, self.dtype, self.execution, name="llama")(sum(x_BPD), known)

@@ -66,8 +66,10 @@ class Calm:
     sizes = run.model
     return cls(
       autoencoder=codec,
-      backbone=backbone_lib.Backbone(sizes, vocab_size, dtype),
-      head=heads.build(run.head, sizes.width, codec.sizes.latent, sizes.init, dtype),
+      backbone=backbone_lib.Backbone(sizes, vocab_size, dtype, run.execution),
+      head=heads.build(
+        run.head, sizes.width, codec.sizes.latent, sizes.init, dtype, run.execution.remat
+      ),
     )
 
   def init(self, key: jax.Array) -> Params:

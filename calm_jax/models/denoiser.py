@@ -8,7 +8,7 @@ from flax import linen as nn
 from jax import numpy as jnp
 
 from calm_jax import config
-from calm_jax.models import layers
+from calm_jax.models import layers, remat
 
 FREQUENCIES, MAX_PERIOD = 128, 10_000.0
 
@@ -59,6 +59,7 @@ class Denoiser(nn.Module):
   width: int
   outputs: int
   dtype: jnp.dtype = jnp.float32
+  remat: str = "none"
 
   def setup(self):
     normal = nn.initializers.normal(0.02)
@@ -66,7 +67,8 @@ class Denoiser(nn.Module):
     self.hidden_in = _linear("hidden_in", self.width, self.dtype)
     self.time_in = _linear("time_in", self.width, self.dtype, normal)
     self.time_out = _linear("time_out", self.width, self.dtype, normal)
-    self.blocks = [Block(self.dtype, name=f"block_{i}") for i in range(self.sizes.blocks)]
+    block = remat.wrapped(Block, self.remat)
+    self.blocks = [block(self.dtype, name=f"block_{i}") for i in range(self.sizes.blocks)]
     self.norm = nn.LayerNorm(epsilon=layers.EPS, use_bias=False, use_scale=False, dtype=self.dtype)
     self.modulation = _linear("modulation", 2 * self.width, self.dtype, _zeros)
     self.out = _linear("out", self.outputs, self.dtype, _zeros)

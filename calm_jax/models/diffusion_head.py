@@ -98,9 +98,10 @@ class DiffusionHead:
   """
 
   def __init__(
-    self, sizes: config.Head, width: int, latent: int, scheme: str, dtype: jnp.dtype = jnp.float32
-  ):
-    self.network = denoiser.Denoiser(sizes, width, 2 * latent, dtype)
+    self, sizes: config.Head, width: int, latent: int, scheme: str,
+    dtype: jnp.dtype = jnp.float32, remat: str = "none",
+  ):  # fmt: skip
+    self.network = denoiser.Denoiser(sizes, width, 2 * latent, dtype, remat)
     self.latent = latent
     self.levels = Levels.evenly(sizes.steps or STEPS)
     self.noise_shape = (1 + len(self.levels.time_T), latent)

@@ -7,7 +7,7 @@ from flax import linen as nn
 from jax import numpy as jnp
 
 from calm_jax import config
-from calm_jax.models import layers
+from calm_jax.models import layers, remat
 
 
 class Block(nn.Module):
@@ -43,6 +43,7 @@ class Network(nn.Module):
   latent: int
   scheme: str
   dtype: jnp.dtype
+  remat: str
 
   @nn.compact
   def __call__(self, hidden_D, noise_NR):
@@ -52,8 +53,9 @@ class Network(nn.Module):
     width = hidden_D.shape[-1]
     x_ND = layers.layer_norm("noise_norm", self.dtype)(linear("noise_in", width)(noise_NR))
     y_D = layers.layer_norm("hidden_norm", self.dtype)(linear("hidden_in", width)(hidden_D))
+    block = remat.wrapped(Block, self.remat)
     for i in range(self.sizes.blocks):
-      x_ND = Block(self.scheme, self.dtype, name=f"block_{i}")(x_ND, y_D)
+      x_ND = block(self.scheme, self.dtype, name=f"block_{i}")(x_ND, y_D)
     x_ND = layers.layer_norm("norm", self.dtype)(x_ND)
     x_ND = nn.silu(linear("middle", width)(x_ND))
     out = nn.Dense(
@@ -69,9 +71,10 @@ class EnergyHead:
   """
 
   def __init__(
-    self, sizes: config.Head, width: int, latent: int, scheme: str, dtype: jnp.dtype = jnp.float32
-  ):
-    self.network = Network(sizes, latent, scheme, dtype)
+    self, sizes: config.Head, width: int, latent: int, scheme: str,
+    dtype: jnp.dtype = jnp.float32, remat: str = "none",
+  ):  # fmt: skip
+    self.network = Network(sizes, latent, scheme, dtype, remat)
     self.width, self.noise_shape = width, (sizes.noise,)
 
   def init(self, key: jax.Array) -> Any:

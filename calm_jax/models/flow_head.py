@@ -23,9 +23,10 @@ class FlowHead:
   """
 
   def __init__(
-    self, sizes: config.Head, width: int, latent: int, scheme: str, dtype: jnp.dtype = jnp.float32
-  ):
-    self.network = denoiser.Denoiser(sizes, width, latent, dtype)
+    self, sizes: config.Head, width: int, latent: int, scheme: str,
+    dtype: jnp.dtype = jnp.float32, remat: str = "none",
+  ):  # fmt: skip
+    self.network = denoiser.Denoiser(sizes, width, latent, dtype, remat)
     self.noise_shape = (latent,)
     self.steps = sizes.steps or STEPS
 

@@ -43,12 +43,17 @@ HEADS: dict[str, Callable[..., Head]] = {
 }
 
 
-def build(sizes: config.Head, width: int, latent: int, init: str, dtype: jnp.dtype) -> Head:
+def build(
+  sizes: config.Head, width: int, latent: int, init: str, dtype: jnp.dtype, remat: str = "none"
+) -> Head:
   """Returns the head that `sizes.kind` names, for hidden states of `width`.
+
+  Args:
+    remat: what the backward pass recomputes of its blocks; see `models.remat`.
 
   Raises:
     CalmError: for a kind that is no row of HEADS.
   """
   if sizes.kind not in HEADS:
     raise errors.CalmError(f"head.kind is {sizes.kind!r}: {config.nearest(sizes.kind, HEADS)}")
-  return HEADS[sizes.kind](sizes, width, latent, init, dtype)
+  return HEADS[sizes.kind](sizes, width, latent, init, dtype, remat)

@@ -1,11 +1,14 @@
 """Vectors at positions -> hidden: Llama's layers, shared by the backbone and the baseline."""
 
+from typing import Any
+
 import jax
 from flax import linen as nn
 from jax import numpy as jnp
 
 from calm_jax import config
-from calm_jax.models import layers, memory
+from calm_jax.models import attention, layers, memory, remat
+from calm_jax.parallel import mesh
 
 
 def rotate(x_BPHC: jax.Array, position_P: jax.Array, theta: float) -> jax.Array:
@@ -29,11 +32,11 @@ class Attention(nn.Module):
   """
 
   sizes: config.Transformer
-  number: int
   dtype: jnp.dtype
+  execution: config.Execution
 
   @nn.compact
-  def __call__(self, x_BPD, position_P, known: memory.Memory | None):
+  def __call__(self, x_BPD, position_P, known: memory.Memory | None, layer: Any):
     sizes = self.sizes
     channels = sizes.width // sizes.heads
     batch, positions, _ = x_BPD.shape
@@ -42,15 +45,20 @@ class Attention(nn.Module):
       y = layers.linear(name, heads * channels, "reference", self.dtype, bias=False)(x_BPD)
       return y.reshape(batch, positions, heads, channels)
 
-    query_BPHC = rotate(project("query", sizes.heads), position_P, sizes.rope_theta)
-    key_BPGC = rotate(project("key", sizes.kv_heads), position_P, sizes.rope_theta)
-    value_BPGC = project("value", sizes.kv_heads)
-    if known is None:
-      y_BPHC = jax.nn.dot_product_attention(query_BPHC, key_BPGC, value_BPGC, is_causal=True)
-      written = None
+    def turned(name, heads):
+      return remat.named(rotate(project(name, heads), position_P, sizes.rope_theta), name)
+
+    query_BPHC, key_BPGC = turned("query", sizes.heads), turned("key", sizes.kv_heads)
+    value_BPGC = remat.named(project("value", sizes.kv_heads), "value")
+    written = None
+    if known is not None:
+      y_BPHC, written = known.attend(layer, query_BPHC, key_BPGC, value_BPGC)
+    elif self.is_initializing():
+      y_BPHC = query_BPHC
     else:
-      y_BPHC, written = known.attend(self.number, query_BPHC, key_BPGC, value_BPGC)
-    y_BPD = y_BPHC.reshape(x_BPD.shape)
+      kind = attention.choose(self.execution.attention, positions)
+      y_BPHC = attention.causal(query_BPHC, key_BPGC, value_BPGC, kind)
+    y_BPD = remat.named(y_BPHC.reshape(x_BPD.shape), "attention")
     return layers.linear("out", sizes.width, "reference", self.dtype, bias=False)(y_BPD), written
 
 
@@ -58,25 +66,31 @@ class Layer(nn.Module):
   """One Llama layer."""
 
   sizes: config.Transformer
-  number: int
   dtype: jnp.dtype
+  execution: config.Execution
 
   @nn.compact
-  def __call__(self, x_BPD, position_P, known):
+  def __call__(self, x_BPD, position_P, known, layer):
+    x_BPD = mesh.constrain(x_BPD, "batch", "position", None)
     y_BPD = layers.rms_norm("attention_norm", self.dtype)(x_BPD)
-    attention = Attention(self.sizes, self.number, self.dtype, name="attention")
-    y_BPD, written = attention(y_BPD, position_P, known)
-    x_BPD = x_BPD + y_BPD
+    attending = Attention(self.sizes, self.dtype, self.execution, name="attention")
+    y_BPD, written = attending(y_BPD, position_P, known, layer)
+    x_BPD = mesh.constrain(x_BPD + y_BPD, "batch", "position", None)
     y_BPD = layers.rms_norm("mlp_norm", self.dtype)(x_BPD)
     mlp = layers.SwiGLU(self.sizes.ffn, "reference", self.dtype, name="mlp")
-    return x_BPD + mlp(y_BPD), written
+    return x_BPD + remat.named(mlp(y_BPD), "mlp"), written
 
 
 class Llama(nn.Module):
-  """The layers and the norm after the last."""
+  """The layers and the norm after the last.
+
+  Parameters and memory of all layers are stacked, [L, ...], and a loop works
+  through them, so that the program does not grow with their number.
+  """
 
   sizes: config.Transformer
   dtype: jnp.dtype
+  execution: config.Execution = config.Execution()
 
   @nn.compact
   def __call__(self, x_BPD, known: memory.Memory | None):
@@ -87,10 +101,16 @@ class Llama(nn.Module):
     """
     count = x_BPD.shape[1]
     position_P = jnp.arange(count) if known is None else known.positions(count)
-    written = []
-    for number in range(self.sizes.layers):
-      layer = Layer(self.sizes, number, self.dtype, name=f"layer_{number}")
-      x_BPD, layer_memory = layer(x_BPD, position_P, known)
-      written.append(layer_memory)
+    held, shared = (None, None) if known is None else (known.layers, known._replace(layers=None))
+    body = remat.wrapped(Layer, self.execution.remat, in_scan=not self.execution.unroll)
+    every_layer = nn.scan(
+      body,
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      in_axes=(nn.broadcast, nn.broadcast, 0),
+      length=self.sizes.layers,
+      unroll=self.sizes.layers if self.execution.unroll else 1,
+    )(self.sizes, self.dtype, self.execution, name="layers")
+    x_BPD, written = every_layer(x_BPD, position_P, shared, held)
     x_BPD = layers.rms_norm("norm", self.dtype)(x_BPD)
     return x_BPD, None if known is None else known.advanced(written, count)

@@ -12,7 +12,7 @@ BRANCH_CHUNK = 512
 
 
 class LayerCache(NamedTuple):
-  """Keys, rotated already, and values of one layer: [B, W, G, C] each."""
+  """Keys, rotated already, and values of one layer: [B, W, G, C] each; of all, [L, B, W, G, C]."""
 
   key_BWGC: jax.Array
   value_BWGC: jax.Array
@@ -22,44 +22,57 @@ class Cache(NamedTuple):
   """The last W positions as a ring: slot = position mod W.
 
   Attributes:
-    layers: one LayerCache a layer.
+    layers: of all layers, stacked. Attention gets its own layer beside the rest.
     position_W: the position that each slot holds, -1 where it is empty.
     next_position: the position that comes next, int32 scalar.
   """
 
-  layers: tuple[LayerCache, ...]
+  layers: LayerCache
   position_W: jax.Array
   next_position: jax.Array
 
   @classmethod
   def empty(cls, sizes: config.Transformer, batch: int, window: int, dtype: jnp.dtype) -> "Cache":
     """Returns a cache without a position, of `window` slots."""
-    shape = (batch, window, sizes.kv_heads, sizes.width // sizes.heads)
-    layer = LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-    return cls((layer,) * sizes.layers, jnp.full((window,), -1), jnp.int32(0))
+    shape = (sizes.layers, batch, window, sizes.kv_heads, sizes.width // sizes.heads)
+    layers = LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    return cls(layers, jnp.full((window,), -1), jnp.int32(0))
 
   def positions(self, count: int) -> jax.Array:
     """Returns the positions of `count` new ones, int [P]."""
     return jnp.arange(count) + self.next_position
 
-  def attend(self, layer: int, query_BPHC, key_BPGC, value_BPGC):
+  def attend(self, layer: LayerCache, query_BPHC, key_BPGC, value_BPGC):
     """Writes P new positions into a layer; returns what they read of it, and the layer."""
     position_P = self.positions(query_BPHC.shape[1])
     slot_P = position_P % self.position_W.shape[0]
     cache = LayerCache(
-      self.layers[layer].key_BWGC.at[:, slot_P].set(key_BPGC),
-      self.layers[layer].value_BWGC.at[:, slot_P].set(value_BPGC),
+      layer.key_BWGC.at[:, slot_P].set(key_BPGC), layer.value_BWGC.at[:, slot_P].set(value_BPGC)
     )
     held_W = self.position_W.at[slot_P].set(position_P)
     visible_PW = (held_W[None] >= 0) & (held_W[None] <= position_P[:, None])
     y_BPHC = jax.nn.dot_product_attention(query_BPHC, *cache, mask=visible_PW[None, None])
     return y_BPHC, cache
 
-  def advanced(self, layers: list[LayerCache], count: int) -> "Cache":
-    """Returns the cache after `count` positions whose layers are written."""
+  def advanced(self, written: LayerCache, count: int) -> "Cache":
+    """Returns the cache after `count` positions, from the layers with them in."""
     position_P = self.positions(count)
     held_W = self.position_W.at[position_P % self.position_W.shape[0]].set(position_P)
-    return Cache(tuple(layers), held_W, self.next_position + count)
+    return Cache(written, held_W, self.next_position + count)
+
+
+class LayerBranches(NamedTuple):
+  """Of one layer, or of all, stacked as in `LayerCache`.
+
+  Attributes:
+    prefix: the text's keys and values, position p in slot p. P branches may be fewer
+      than its W positions: they are the first P.
+    key_BPJGC, value_BPJGC: those of the branches' own J positions.
+  """
+
+  prefix: LayerCache
+  key_BPJGC: jax.Array
+  value_BPJGC: jax.Array
 
 
 class Branches(NamedTuple):
@@ -68,32 +81,27 @@ class Branches(NamedTuple):
   Branch i goes on after positions 0 to i of a prefix that all branches share; of
   its own positions i + 1, i + 2, ... each call adds one. The P new vectors of a
   call belong to P branches, not to P positions in a row.
-
-  Attributes:
-    prefix: the text's layers, position p in slot p. P branches may be fewer than
-      its W positions: they are the first P.
-    own: keys and values of the branches' own J positions, [B, P, J, G, C].
   """
 
-  prefix: tuple[LayerCache, ...]
-  own: tuple[tuple[jax.Array, jax.Array], ...]
+  layers: LayerBranches
 
   @classmethod
   def of(cls, cache: Cache, count: int) -> "Branches":
     """Returns `count` branches, nothing added yet, of a cache that has not wrapped."""
-    batch, _, groups, channels = cache.layers[0].key_BWGC.shape
-    nothing = jnp.zeros((batch, count, 0, groups, channels), cache.layers[0].key_BWGC.dtype)
-    return cls(cache.layers, ((nothing, nothing),) * len(cache.layers))
+    key_LBWGC = cache.layers.key_BWGC
+    layers, batch, _, groups, channels = key_LBWGC.shape
+    nothing = jnp.zeros((layers, batch, count, 0, groups, channels), key_LBWGC.dtype)
+    return cls(LayerBranches(cache.layers, nothing, nothing))
 
   def positions(self, count: int) -> jax.Array:
     """Returns the position of each branch's new vector, int [P]."""
-    return jnp.arange(count) + 1 + self.own[0][0].shape[2]
+    return jnp.arange(count) + 1 + self.layers.key_BPJGC.shape[3]
 
-  def attend(self, layer: int, query_BPHC, key_BPGC, value_BPGC):
-    """Adds one position to every branch of a layer; returns what it reads, and the layer."""
-    (old_key, old_value), prefix = self.own[layer], self.prefix[layer]
-    key_BPJGC = jnp.concatenate([old_key, key_BPGC[:, :, None]], axis=2)
-    value_BPJGC = jnp.concatenate([old_value, value_BPGC[:, :, None]], axis=2)
+  def attend(self, layer: LayerBranches, query_BPHC, key_BPGC, value_BPGC):
+    """Adds one position to every branch; returns what it reads, and the branches' own."""
+    prefix = layer.prefix
+    key_BPJGC = jnp.concatenate([layer.key_BPJGC, key_BPGC[:, :, None]], axis=2)
+    value_BPJGC = jnp.concatenate([layer.value_BPJGC, value_BPGC[:, :, None]], axis=2)
     batch, count, heads, channels = query_BPHC.shape
     groups, slots = key_BPGC.shape[2], prefix.key_BWGC.shape[1]
 
@@ -119,9 +127,9 @@ class Branches(NamedTuple):
     y_PBHC = jax.lax.map(one, branches, batch_size=max(1, min(count, BRANCH_CHUNK // batch)))
     return jnp.moveaxis(y_PBHC, 0, 1), (key_BPJGC, value_BPJGC)
 
-  def advanced(self, layers: list[tuple[jax.Array, jax.Array]], count: int) -> "Branches":
-    """Returns the branches with the position that `layers` hold."""
-    return Branches(self.prefix, tuple(layers))
+  def advanced(self, written: tuple[jax.Array, jax.Array], count: int) -> "Branches":
+    """Returns the branches with the position that was written, keys and values."""
+    return Branches(LayerBranches(self.layers.prefix, *written))
 
 
 Memory = Cache | Branches

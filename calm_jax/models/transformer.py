@@ -16,6 +16,7 @@ class Transformer(nn.Module):
   sizes: config.Transformer
   vocab_size: int
   dtype: jnp.dtype = jnp.float32
+  execution: config.Execution = config.Execution()
 
   def setup(self):
     sizes = self.sizes
@@ -25,7 +26,7 @@ class Transformer(nn.Module):
       dtype=self.dtype,
       embedding_init=layers.embedding_init(sizes.init, sizes.width),
     )
-    self.llama = llama.Llama(sizes, self.dtype)
+    self.llama = llama.Llama(sizes, self.dtype, self.execution)
     self.out = nn.Dense(
       self.vocab_size,
       use_bias=False,

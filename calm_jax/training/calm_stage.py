@@ -37,20 +37,20 @@ def build(
     return model.hidden(params, token_BPK[:, :-1], latent_BPZ, known)
 
   def loss(params, frozen, batch, key):
-    token_BPK, (mean_BPZ, log_std_BPZ), latent_BPZ, key_B = read(frozen, batch, key)
-    hidden_BPD, _ = hidden(params, token_BPK, latent_BPZ)
+    token_BPK, posterior_BPZ, latent_BPZ, key_B = read(frozen, batch, key)
+    hidden_BPD, _ = model.hidden(params, token_BPK, latent_BPZ)
 
     def one(hidden_PD, mean_PZ, log_std_PZ, key):
       posterior = (mean_PZ, log_std_PZ)
       return patch_loss(model.head, params["head"], hidden_PD, posterior, key, settings)
 
-    targets = (mean_BPZ[:, 1:], log_std_BPZ[:, 1:])
+    targets = map(stages.next_position, posterior_BPZ)
     loss_BP, figures = jax.vmap(one)(hidden_BPD, *targets, stages.other_keys(key_B, 1))
     metrics = {
       "tokens": jnp.float32(token_BPK[:, 1:].size),
       "patches_per_token": jnp.float32(1 / size),
     }
-    return jnp.mean(loss_BP), metrics | jax.tree.map(jnp.mean, figures)
+    return stages.mean_of_known(loss_BP), metrics | jax.tree.map(stages.mean_of_known, figures)
 
   def samples(params, hidden_BPD, key_B):
     """N latents of every patch [B, N, P, Z], and their tokens [B, N, P, K]."""

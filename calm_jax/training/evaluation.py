@@ -11,6 +11,7 @@ from calm_jax import config, workdir
 from calm_jax.data import pipeline
 from calm_jax.data import store as store_lib
 from calm_jax.objectives import brier
+from calm_jax.parallel import mesh as mesh_lib
 from calm_jax.training import autoencoder_stage, calm_stage, stages, transformer_stage
 
 Staged = tuple[stages.Stage, int, dict[str, Any]]
@@ -71,18 +72,25 @@ class Evaluator:
     limit: int,
     seed: int,
   ):
+    """Takes what to evaluate. `batch` is rounded up to what the mesh divides evenly."""
+    self._mesh = mesh_lib.current()
+    parts = mesh_lib.row_parts(self._mesh)
     self._stage = stage
-    self._evaluate = jax.jit(stage.evaluate)
-    self._heldout = (store, context, batch, limit)
+    everywhere = jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec())
+    self._evaluate = jax.jit(stage.evaluate, out_shardings=everywhere)
+    self._heldout = (store, context, -(-batch // parts) * parts, limit)
     self._seed = seed
 
   def __call__(self, params: Any) -> dict[str, Any]:
     """Returns the stage's figures, with the context and the counts they rest on."""
     store, context, batch_size, limit = self._heldout
     key = jax.random.key(self._seed)
-    parts = []
-    for batch, rows in pipeline.heldout_batches(store, context, batch_size, limit):
-      scores = jax.device_get(self._evaluate(params, self._stage.frozen, batch, key))
+    own, parts = mesh_lib.own_rows(self._mesh, batch_size), []
+    for batch, rows in pipeline.heldout_batches(store, context, batch_size, limit, own):
+      batch = mesh_lib.place_rows(self._mesh, batch, own, batch_size)
+      with jax.set_mesh(self._mesh):
+        scores = self._evaluate(params, self._stage.frozen, batch, key)
+      scores = jax.device_get(scores)
       parts.append(jax.tree.map(lambda x, rows=rows: x[:rows], scores))
     scores = jax.tree.map(lambda *x: np.concatenate(x), *parts)
     blocks = len(next(iter(scores.values())))

@@ -57,7 +57,7 @@ def schedule(settings: config.Optimizer, steps: int) -> Schedule:
 
 def decay_mask(params: Any) -> Any:
   """Returns a tree of booleans: weight decay is for matrices, not for biases and norms."""
-  return jax.tree.map(lambda p: p.ndim > 1, params)
+  return jax.tree.map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)
 
 
 def transformation(settings: config.Optimizer) -> optax.GradientTransformation:

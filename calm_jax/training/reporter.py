@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from calm_jax import config, errors
-from calm_jax.training import metrics
+from calm_jax.training import metrics, step
 
 # What a person sees of a training report, in this order where it is there.
 SHOWN = (
@@ -64,6 +64,8 @@ class Reporter:
 
   def _finish(self, done: int, figures: Mapping[str, jax.Array], indices: np.ndarray) -> None:
     values = {name: float(value) for name, value in jax.device_get(dict(figures)).items()}
+    for name in step.SIGNALS:
+      values.pop(name)
     self._writer.advance(1)
     settings = self._run.training
     if not values.pop("finite"):

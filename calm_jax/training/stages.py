@@ -9,8 +9,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import numpy as jnp
 
 from calm_jax.objectives import brier
+from calm_jax.parallel import mesh
 from calm_jax.training import step
 
 Params = Any
@@ -54,7 +56,24 @@ def other_keys(key_B: jax.Array, number: int) -> jax.Array:
 
 def patches(token_BS: jax.Array, patch_size: int) -> jax.Array:
   """[B, S] -> [B, P, K]."""
-  return token_BS.reshape(token_BS.shape[0], -1, patch_size)
+  token_BPK = token_BS.reshape(token_BS.shape[0], -1, patch_size)
+  return mesh.constrain(token_BPK, "batch", "position", None)
+
+
+def next_position(x_BP: jax.Array) -> jax.Array:
+  """Returns what comes after each position of [B, P, ...]; after the last one, the first.
+
+  All P positions stay, so that they divide evenly; what is at the last one must not
+  count, see `mean_of_known`.
+  """
+  return jnp.roll(x_BP, -1, axis=1)
+
+
+def mean_of_known(x_BP: jax.Array) -> jax.Array:
+  """Returns the mean of a figure over the positions whose next one is known: all but the last."""
+  known_P = jnp.arange(x_BP.shape[1]) < x_BP.shape[1] - 1
+  total = jnp.sum(jnp.where(known_P[None], x_BP, 0))
+  return total / (x_BP.shape[0] * (x_BP.shape[1] - 1))
 
 
 def with_stderr(scores: Mapping[str, np.ndarray], *names: str) -> dict[str, float]:

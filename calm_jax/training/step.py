@@ -9,6 +9,7 @@ import optax
 from jax import numpy as jnp
 
 from calm_jax import config
+from calm_jax.parallel import rules
 from calm_jax.training import optimizer
 
 Params = Any
@@ -51,6 +52,7 @@ def accumulated_gradients(
 ) -> tuple[Params, Metrics]:
   """Returns gradients and metrics of the batch, worked off in `parts` parts by a scan.
 
+  Part p takes rows p, p + parts, ..., so that every device works on rows of its own.
   Parts are weighed by their `tokens`, so the result is that of the whole batch
   even where parts hold different numbers of tokens. Metrics gain `loss`.
   """
@@ -58,13 +60,13 @@ def accumulated_gradients(
   def gradients(part):
     (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, frozen, part, key)
     weight = metrics["tokens"].astype(jnp.float32)
-    sums = jax.tree.map(lambda x: x * weight, (grads, {**metrics, "loss": value}))
-    return sums, weight
+    metrics = jax.tree.map(lambda x: x * weight, {**metrics, "loss": value})
+    return (rules.constrain(jax.tree.map(lambda x: x * weight, grads)), metrics), weight
 
   if parts == 1:
     sums, weight = gradients(batch)
   else:
-    split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+    split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
     zeros = jax.tree.map(
       lambda x: jnp.zeros(x.shape, x.dtype),
       jax.eval_shape(gradients, jax.tree.map(lambda x: x[0], split)),
@@ -73,16 +75,26 @@ def accumulated_gradients(
     def add(total, part):
       return jax.tree.map(jnp.add, total, gradients(part)), None
 
-    (sums, weight), _ = jax.lax.scan(add, zeros, split)
+    ((grads, metrics), weight), _ = jax.lax.scan(add, zeros, split)
+    sums = (rules.constrain(grads), metrics)
   grads, metrics = jax.tree.map(lambda x: x / weight, sums)
   metrics["tokens"] = weight
   return grads, metrics
 
 
+# What processes tell each other with every step, by its column in the signals: each is
+# raised where any device's is.
+SIGNALS = ("stop", "save", "void")
+
+
 def make_step(
   loss: Loss, settings: config.Optimizer, training: config.Training
-) -> Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]:
-  """Returns the pure step function (state, frozen, batch) -> (state, metrics).
+) -> Callable[[TrainState, Params, Batch, jax.Array], tuple[TrainState, Metrics]]:
+  """Returns the pure step function (state, frozen, batch, signals) -> (state, metrics).
+
+  `signals` are int32 [devices, 3], a row a device, columns as in SIGNALS; the largest
+  of each column comes back with the metrics, equal on all processes. A void step
+  changes nothing and is not counted: a process that has no batch takes part by it.
 
   Where the loss or the gradient norm is not finite, parameters and optimizer
   stay as they were; the step and the skip are counted.
@@ -90,7 +102,11 @@ def make_step(
   tx = optimizer.transformation(settings)
   rate = optimizer.schedule(settings, training.steps)
 
-  def step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
+  def step(
+    state: TrainState, frozen: Params, batch: Batch, signals: jax.Array
+  ) -> tuple[TrainState, Metrics]:
+    told = dict(zip(SIGNALS, jnp.max(signals, axis=0), strict=True))
+    counted = 1 - told["void"]
     key = jax.random.key(training.seed)
     grads, metrics = accumulated_gradients(
       loss, state.params, frozen, batch, key, training.accumulation
@@ -102,8 +118,10 @@ def make_step(
     updates = jax.tree.map(lambda u: -learning_rate * u, directions)
     new_params = optax.apply_updates(state.params, updates)
 
+    taken = finite & (counted > 0)
+
     def keep(new, old):
-      return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+      return jax.tree.map(lambda a, b: jnp.where(taken, a, b), new, old)
 
     metrics |= {
       "finite": finite,
@@ -115,12 +133,12 @@ def make_step(
     new_state = TrainState(
       params=keep(new_params, state.params),
       optimizer=keep(new_optimizer, state.optimizer),
-      step=state.step + 1,
-      skipped=state.skipped + jnp.where(finite, 0, 1),
-      skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
+      step=state.step + counted,
+      skipped=state.skipped + jnp.where(finite, 0, counted),
+      skipped_in_a_row=jnp.where(taken, 0, state.skipped_in_a_row + jnp.where(finite, 0, counted)),
     )
     metrics |= {"skipped": new_state.skipped, "skipped_in_a_row": new_state.skipped_in_a_row}
-    return new_state, metrics
+    return new_state, metrics | told
 
   return step
 

@@ -6,13 +6,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import jax
 from etils import epath
 
 from calm_jax import config, errors, workdir
 from calm_jax.data import pipeline
 from calm_jax.data import store as store_lib
-from calm_jax.training import checkpoint, evaluation, metrics, reporter, stages, step
+from calm_jax.parallel import mesh as mesh_lib
+from calm_jax.training import checkpoint, evaluation, metrics, program, reporter, stages, step
 
 EVALUATION_BATCH = 16
 SHOWN = (
@@ -75,7 +75,11 @@ class Trainer:
     self._run, self._stage, self._flops_per_token = run, stage, flops_per_token
     settings, context = run.training, run.data.context
     self._directory = epath.Path(directory)
-    self._batches = pipeline.TrainingBatches(store, context, settings.batch, settings.seed)
+    self._program = program.Program(run, stage, mesh_lib.current())
+    self._rows = mesh_lib.own_rows(self._program.mesh, settings.batch)
+    self._batches = pipeline.TrainingBatches(
+      store, context, settings.batch, settings.seed, self._rows
+    )
     self._evaluate = evaluation.Evaluator(
       stage, store, context, min(EVALUATION_BATCH, settings.eval_blocks), settings.eval_blocks, 0
     )
@@ -108,14 +112,10 @@ class Trainer:
       self._checkpoints.close()
 
   def _restore_or_init(self) -> step.TrainState:
-    key = jax.random.key(self._run.training.seed)
-    new = jax.jit(lambda params: step.new_state(params, self._run.optimizer))
-    initial = jax.jit(self._stage.init)
-    params, rest = step.parts(jax.eval_shape(lambda: new(initial(key))))
-    restored = self._checkpoints.restore(checkpoint.abstract(params), checkpoint.abstract(rest))
+    restored = self._checkpoints.restore(*step.parts(self._program.state))
     if restored is None:
       params, self._initial = self._initial, None  # Held no longer than need be.
-      return new(initial(key) if params is None else params)
+      return self._program.initial(params)
     self._checkpoints.set_aside_after(restored.step)
     self._batches.set_state(restored.meta["data"])
     metrics.show(f"going on after step {restored.step}")
@@ -124,18 +124,16 @@ class Trainer:
   def _loop(self, state: step.TrainState, start: int, writer: metrics.Writer, stop: _Stop) -> None:
     settings = self._run.training
     report = reporter.Reporter(self._run, writer, self._flops_per_token, start)
-    traced = jax.jit(
-      step.make_step(self._stage.loss, self._run.optimizer, settings), donate_argnums=0
-    )
-    take: Callable[..., Any] = traced
+    take: Callable[..., Any] | None = None
     for done in range(start + 1, settings.steps + 1):
       with _timed(report.wait_for_data):
-        batch = next(self._batches)
-      if done == start + 1:
+        read = next(self._batches)
+      if take is None:
         with _timed(report.pause):
-          take = traced.lower(state, self._stage.frozen, batch).compile()
-      state, figures = take(state, self._stage.frozen, batch)
-      report.push(done, figures, batch["index"])
+          take = self._program.compiled_step()
+      batch = mesh_lib.place_rows(self._program.mesh, read, self._rows, settings.batch)
+      state, figures = take(state, self._stage.frozen, batch, self._program.place_signals())
+      report.push(done, figures, read["index"])
       stopping = stop.signal  # A signal that comes later is heeded after the next step.
       last = done == settings.steps or bool(stopping)
       evaluate = self._evaluation_is_due(done) and not stopping

@@ -8,6 +8,7 @@ from jax import numpy as jnp
 from calm_jax import config
 from calm_jax.models import layers, memory, transformer
 from calm_jax.objectives import autoencoding, brier
+from calm_jax.parallel import mesh
 from calm_jax.training import stages
 
 # Positions whose logits [V] are in memory at once in evaluation.
@@ -31,7 +32,8 @@ class Law(NamedTuple):
 
 def build(run: config.TransformerRun, vocab_size: int) -> stages.Stage:
   """Returns the baseline's stage."""
-  model = transformer.Transformer(run.model, vocab_size, jnp.dtype(run.training.compute_dtype))
+  dtype = jnp.dtype(run.training.compute_dtype)
+  model = transformer.Transformer(run.model, vocab_size, dtype, run.execution)
 
   def hidden(params, token_BS, known=None):
     return layers.apply(model, params, token_BS, known, method="hidden")
@@ -41,13 +43,14 @@ def build(run: config.TransformerRun, vocab_size: int) -> stages.Stage:
 
   def loss(params, frozen, batch, key):
     token_BS = batch["tokens"]
-    hidden_BSD, _ = hidden(params, token_BS[:, :-1])
-    loss_BS = autoencoding.cross_entropy(logits(params, hidden_BSD), token_BS[:, 1:])
+    hidden_BSD, _ = hidden(params, mesh.constrain(token_BS, "batch", "position"))
+    target_BS = stages.next_position(token_BS)
+    loss_BS = autoencoding.cross_entropy(logits(params, hidden_BSD), target_BS)
     metrics = {
-      "tokens": jnp.float32(loss_BS.size),
+      "tokens": jnp.float32(token_BS[:, 1:].size),
       "patches_per_token": jnp.float32(1),
     }
-    return jnp.mean(loss_BS), metrics
+    return stages.mean_of_known(loss_BS), metrics
 
   def laws(params, hidden_BSD, target_BS, key_B):
     """The law after each position, a chunk of positions at a time."""
@@ -71,7 +74,6 @@ def build(run: config.TransformerRun, vocab_size: int) -> stages.Stage:
   def evaluate(params, frozen, batch, key):
     token_BS, key_B = batch["tokens"], stages.example_keys(key, batch["index"])
     rows, count = token_BS.shape[0], token_BS.shape[1] - 1
-    dtype = jnp.dtype(run.training.compute_dtype)
     cache = memory.Cache.empty(run.model, rows, count, dtype)
     hidden_BSD, known = hidden(params, token_BS[:, :-1], cache)
     law = laws(params, hidden_BSD, token_BS[:, 1:], key_B)

@@ -1,0 +1,1 @@
+"""Devices, and what of the model and the data lies on which."""

@@ -1,0 +1,129 @@
+"""Devices -> a mesh of four axes, and how arrays of activations lie on it.
+
+GSPMD does the rest: a program is written as if for one device, and
+`constrain` says at a few places how an activation lies.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import PartitionSpec
+
+from calm_jax import config, errors
+
+AXES = ("data", "fsdp", "sequence", "tensor")
+# What an axis of an array means -> the axes of the mesh that divide it.
+ALONG: dict[str | None, Any] = {
+  None: None,
+  "batch": ("data", "fsdp"),
+  "position": "sequence",
+  "width": "tensor",
+}
+
+
+def sizes(settings: config.Mesh, devices: int, slices: int = 1) -> dict[str, int]:
+  """Returns the size of each axis on so many devices, -1 replaced.
+
+  Raises:
+    CalmError: if the axes don't divide the devices, or `data` not the slices.
+  """
+  given = dataclasses.asdict(settings)
+  told = ", ".join(f"{name}={size}" for name, size in given.items())
+  fixed = math.prod(size for size in given.values() if size != -1)
+  if devices % fixed:
+    raise errors.CalmError(
+      f"config.mesh ({told}) takes a multiple of {fixed} devices and there are {devices}: change "
+      f"--config.mesh.{max(given, key=lambda name: given[name])}"
+    )
+  result = {name: devices // fixed if size == -1 else size for name, size in given.items()}
+  if result["data"] % slices:
+    raise errors.CalmError(
+      f"config.mesh ({told}) has data={result['data']}, but there are {slices} slices, which lie "
+      f"along data: give --config.mesh.data={slices} or a multiple"
+    )
+  return result
+
+
+def build(settings: config.Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+  """Returns the mesh over `devices`, by default all there are.
+
+  A mesh smaller than the devices takes the first of them, in a single process only.
+  Slices, where devices tell theirs, lie along `data`; all other axes stay inside one.
+
+  Raises:
+    CalmError: see `sizes`; and if a mesh of several processes leaves devices out.
+  """
+  devices = list(jax.devices() if devices is None else devices)
+  slices = len({getattr(device, "slice_index", 0) or 0 for device in devices})
+  shape = sizes(settings, len(devices), slices)
+  used = math.prod(shape.values())
+  processes = {device.process_index for device in devices}
+  if used < len(devices) and len(processes) > 1:
+    raise errors.CalmError(
+      f"config.mesh has {used} devices, but the {len(processes)} processes have {len(devices)}: "
+      "give one axis -1"
+    )
+  axis_types = (jax.sharding.AxisType.Auto,) * len(AXES)
+  if slices > 1:
+    inside = {**shape, "data": shape["data"] // slices}
+    across = [slices if name == "data" else 1 for name in AXES]
+    laid_out = mesh_utils.create_hybrid_device_mesh(
+      [inside[name] for name in AXES], across, devices, allow_split_physical_axes=True
+    )
+    return jax.sharding.Mesh(laid_out, AXES, axis_types=axis_types)
+  extents = tuple(shape[name] for name in AXES)
+  return jax.make_mesh(extents, AXES, axis_types=axis_types, devices=devices[:used])
+
+
+def single() -> jax.sharding.Mesh:
+  """Returns the mesh of this process's first device."""
+  return build(config.Mesh(fsdp=1), jax.local_devices()[:1])
+
+
+def current() -> jax.sharding.Mesh:
+  """Returns the mesh that is set, else that of this process's first device."""
+  mesh = jax.sharding.get_mesh()
+  return single() if mesh.empty else mesh
+
+
+def spec(*axes: str | None) -> PartitionSpec:
+  """Returns how an array lies whose axes mean these rows of ALONG."""
+  return PartitionSpec(*(ALONG[axis] for axis in axes))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+  """Says how an activation lies on the mesh that is set, if one is; see ALONG."""
+  if jax.sharding.get_abstract_mesh().empty:
+    return x
+  return jax.lax.with_sharding_constraint(x, spec(*axes))
+
+
+def row_parts(mesh: jax.sharding.Mesh) -> int:
+  """Returns the number of parts that the examples of a batch are divided into."""
+  return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def own_rows(mesh: jax.sharding.Mesh, batch: int) -> np.ndarray:
+  """Returns the rows of a batch that this process's devices hold, sorted."""
+  sharding = jax.sharding.NamedSharding(mesh, spec("batch"))
+  slices = sharding.addressable_devices_indices_map((batch,)).values()
+  return np.unique(np.concatenate([np.arange(batch)[index] for index in slices if index]))
+
+
+def place_rows(mesh: jax.sharding.Mesh, tree: Any, rows: np.ndarray, batch: int) -> Any:
+  """Returns arrays of `batch` rows over the mesh, from the rows of it that this process has."""
+  sharding = jax.sharding.NamedSharding(mesh, spec("batch"))
+
+  def place(local: np.ndarray) -> jax.Array:
+    def part(index):
+      wanted = np.arange(batch)[index[0]]
+      return local[np.searchsorted(rows, wanted)]
+
+    return jax.make_array_from_callback((batch, *local.shape[1:]), sharding, part)
+
+  return jax.tree.map(place, tree)

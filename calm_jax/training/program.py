@@ -1,0 +1,113 @@
+"""A stage on a mesh: what is compiled, and where every argument and result lies."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from calm_jax import config
+from calm_jax.parallel import mesh as mesh_lib
+from calm_jax.parallel import rules
+from calm_jax.training import stages, step
+
+Tree = Any
+
+
+def require_divisible(run: config.Run, positions: int, mesh: jax.sharding.Mesh) -> None:
+  """Raises CalmError unless the mesh divides a run's batch, positions and heads evenly.
+
+  Args:
+    positions: of an example, P.
+  """
+  rows, parts = run.training.batch, run.training.accumulation * mesh_lib.row_parts(mesh)
+  config.require(
+    rows % parts == 0,
+    f"config.training.batch must be a multiple of accumulation * data * fsdp = {parts} on this "
+    f"mesh, got {rows}",
+  )
+  sequence, tensor = mesh.shape["sequence"], mesh.shape["tensor"]
+  config.require(
+    positions % sequence == 0,
+    f"config.mesh.sequence must divide the {positions} positions of an example, got {sequence}",
+  )
+  heads = getattr(run.model, "kv_heads", tensor)
+  config.require(
+    heads % tensor == 0,
+    f"config.mesh.tensor must divide model.kv_heads = {heads}, got {tensor}",
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """The functions of a run's stage on a mesh.
+
+  `state` and `batch` are abstract, with the place of every array. The step donates
+  its state.
+  """
+
+  run: config.Run
+  stage: stages.Stage
+  mesh: jax.sharding.Mesh
+
+  @property
+  def _everywhere(self) -> NamedSharding:
+    return NamedSharding(self.mesh, PartitionSpec())
+
+  @property
+  def _a_row_a_device(self) -> NamedSharding:
+    return NamedSharding(self.mesh, PartitionSpec(mesh_lib.AXES))
+
+  def _new(self, params: Tree) -> step.TrainState:
+    return step.new_state(params, self.run.optimizer)
+
+  @property
+  def state(self) -> step.TrainState:
+    made = jax.eval_shape(lambda key: self._new(self.stage.init(key)), jax.random.key(0))
+    return rules.abstract(made, self.mesh)
+
+  @property
+  def frozen(self) -> Tree:
+    return rules.abstract(self.stage.frozen, self.mesh)
+
+  @property
+  def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+    rows, context = self.run.training.batch, self.run.data.context
+    place = NamedSharding(self.mesh, mesh_lib.spec("batch"))
+    return {
+      "tokens": jax.ShapeDtypeStruct((rows, context), jnp.int32, sharding=place),
+      "index": jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=place),
+    }
+
+  @property
+  def signals(self) -> jax.ShapeDtypeStruct:
+    shape = (self.mesh.size, len(step.SIGNALS))
+    return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self._a_row_a_device)
+
+  def place_signals(self, *raised: str) -> jax.Array:
+    """Returns the signals array with those that this process raises."""
+    row = np.array([[name in raised for name in step.SIGNALS]], np.int32)
+    abstract = self.signals
+    return jax.make_array_from_callback(abstract.shape, abstract.sharding, lambda _: row)
+
+  def initial(self, params: Tree = None) -> step.TrainState:
+    """Returns the state before the first step, from `params` or the stage's initial values."""
+    places = jax.tree.map(lambda x: x.sharding, self.state)
+    if params is not None:
+      return jax.jit(self._new, out_shardings=places)(params)
+    key = jax.random.key(self.run.training.seed)
+    made = jax.jit(lambda key: self._new(self.stage.init(key)), out_shardings=places)
+    return made(key)
+
+  def compiled_step(self) -> jax.stages.Compiled:
+    """Returns the step: (state, frozen, batch, signals) -> (state, metrics)."""
+    return self.lowered_step().compile()
+
+  def lowered_step(self) -> jax.stages.Lowered:
+    """Returns the step before it is compiled."""
+    take = step.make_step(self.stage.loss, self.run.optimizer, self.run.training)
+    places = jax.tree.map(lambda x: x.sharding, self.state)
+    jitted = jax.jit(take, out_shardings=(places, self._everywhere), donate_argnums=0)
+    return jitted.lower(self.state, self.frozen, self.batch, self.signals)

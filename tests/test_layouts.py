@@ -1,0 +1,137 @@
+"""Claims about layouts: on eight devices every mesh computes what one device does."""
+
+import dataclasses
+import itertools
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from calm_jax import config, errors, workdir
+from calm_jax.parallel import mesh as mesh_lib
+from calm_jax.parallel import rules
+from calm_jax.training import (
+  autoencoder_stage,
+  calm_stage,
+  program,
+  stages,
+  step,
+  transformer_stage,
+)
+
+STEPS, VOCAB = 5, 320
+# Sizes that every axis of eight devices divides.
+SIZES = dict(layers=2, width=32, ffn=64, heads=8, kv_heads=8, init="fan_in")
+CODEC = config.Autoencoder(width=32, ffn=64, latent=8, init="fan_in")
+# Adam divides by the root of the mean square, which would turn the rounding of a gradient
+# near zero into a whole step: eps is above it.
+OPTIMIZER = config.Optimizer(learning_rate=1e-2, warmup_steps=2, eps=1e-3)
+TRAINING = config.Training(steps=STEPS, batch=16, compute_dtype="float32")
+COMMON = dict(data=config.Data("", 32), optimizer=OPTIMIZER, training=TRAINING)
+
+RUNS: dict[str, config.Run] = {
+  "autoencoder": config.AutoencoderRun(model=CODEC, **COMMON),
+  "transformer": config.TransformerRun(model=config.Transformer(**SIZES), **COMMON),
+} | {
+  kind: config.CalmRun(
+    model=config.Backbone(**SIZES, input="both"),
+    head=config.Head(kind=kind, blocks=1, noise=8),
+    loss=config.CalmLoss(samples=4, posterior_draws=8),
+    **COMMON,
+  )
+  for kind in ("energy", "flow", "diffusion")
+}
+
+MESHES = [
+  config.Mesh(*shape)
+  for shape in itertools.product((1, 2, 4, 8), repeat=4)
+  if math.prod(shape) == 8
+]
+# Each mesh with one stage here, and all with all by `pytest -m exhaustive`.
+PAIRS = [
+  pytest.param(name, mesh, marks=[] if (i + j) % len(RUNS) == 0 else pytest.mark.exhaustive)
+  for i, name in enumerate(RUNS)
+  for j, mesh in enumerate(MESHES)
+]
+
+
+def built(run: config.Run) -> stages.Stage:
+  if isinstance(run, config.AutoencoderRun):
+    return autoencoder_stage.build(run, VOCAB)
+  if isinstance(run, config.TransformerRun):
+    return transformer_stage.build(run, VOCAB)
+  codec = workdir.autoencoder.Autoencoder(CODEC, VOCAB)
+  return calm_stage.build(run, codec, codec.initial(jax.random.key(7)), VOCAB)
+
+
+def batch(number: int, rows: np.ndarray) -> dict[str, np.ndarray]:
+  generator = np.random.default_rng(number)
+  token_BS = generator.integers(0, VOCAB, (TRAINING.batch, 32), dtype=np.int32)
+  index_B = np.arange(number * TRAINING.batch, (number + 1) * TRAINING.batch, dtype=np.int32)
+  return {"tokens": token_BS[rows], "index": index_B[rows]}
+
+
+def trained(run: config.Run):
+  """Losses, parameters on the host and the program after STEPS steps on the run's mesh."""
+  mesh = mesh_lib.build(run.mesh)
+  with jax.set_mesh(mesh):
+    made = program.Program(run, built(run), mesh)
+    state, take = made.initial(), made.compiled_step()
+    frozen = jax.device_put(made.stage.frozen, jax.tree.map(lambda x: x.sharding, made.frozen))
+    losses = []
+    for number in range(STEPS):
+      own = mesh_lib.own_rows(mesh, TRAINING.batch)
+      placed = mesh_lib.place_rows(mesh, batch(number, own), own, TRAINING.batch)
+      before = state
+      state, figures = take(state, frozen, placed, made.place_signals())
+      losses.append(float(figures["loss"]))
+      assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
+  return np.array(losses), jax.device_get(state), state
+
+
+@pytest.fixture(scope="module")
+def one_device():
+  """What one device computes, a stage once."""
+  found = {}
+
+  def get(name: str):
+    if name not in found:
+      run = dataclasses.replace(RUNS[name], mesh=config.Mesh(fsdp=1))
+      found[name] = trained(run)[:2]
+    return found[name]
+
+  return get
+
+
+def assert_equal(name: str, run: config.Run, one_device) -> step.TrainState:
+  losses, found, state = trained(run)
+  expected_losses, expected = one_device(name)
+  np.testing.assert_allclose(losses, expected_losses, rtol=2e-6)
+
+  def close(a, b):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=3e-6)
+
+  jax.tree.map(close, found.params, expected.params)
+  moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), expected.params, found.params)
+  assert max(jax.tree.leaves(moved)) < 1e-5
+  return state
+
+
+@pytest.mark.parametrize(("name", "mesh"), PAIRS)
+def test_every_mesh_gives_the_losses_and_parameters_of_one_device(name, mesh, one_device):
+  accumulation = 1 + MESHES.index(mesh) % 2
+  training = dataclasses.replace(TRAINING, accumulation=accumulation)
+  run = dataclasses.replace(RUNS[name], mesh=mesh, training=training)
+  state = assert_equal(name, run, one_device)
+  places = rules.shardings(state, mesh_lib.build(mesh))
+  for leaf, place in zip(jax.tree.leaves(state), jax.tree.leaves(places), strict=True):
+    assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
+
+
+@pytest.mark.parametrize("remat", ["dots", "named", "full"])
+@pytest.mark.parametrize("unroll", [False, True])
+def test_remat_and_unrolling_change_no_number(remat, unroll, one_device):
+  execution = config.Execution(remat=remat, unroll=unroll)
+  run = dataclasses.replace(RUNS["energy"], mesh=config.Mesh(fsdp=1), execution=execution)
+  assert_equal("energy", run, one_device)
