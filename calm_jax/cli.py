@@ -8,13 +8,13 @@ from absl import app, flags, logging
 
 from calm_jax import errors
 
-EXIT_BAD_INPUT = 2
-# What a shell reports for a process ended by Ctrl-C, and by a reader that left.
-EXIT_INTERRUPTED, EXIT_UNREAD = 130, 141
-
 
 def run(main: Callable[[], None]) -> None:
-  """Parses flags, runs `main` and exits: 0, 2 for bad input, 130 after Ctrl-C, 141 unread."""
+  """Parses flags, runs `main` and exits.
+
+  The code is 0, 2 for bad input, 75 where the same command is to be started again, 130
+  after Ctrl-C, 141 unread.
+  """
 
   def guarded(argv: Sequence[str]) -> int:
     try:
@@ -25,14 +25,16 @@ def run(main: Callable[[], None]) -> None:
       main()
     except errors.CalmError as error:
       print(f"error: {error}", file=sys.stderr)
-      return EXIT_BAD_INPUT
+      return errors.EXIT_BAD_INPUT
     except BrokenPipeError:  # Whoever read the output has enough, as `head` does.
       for stream in (sys.stdout, sys.stderr):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-      return EXIT_UNREAD
+      return errors.EXIT_UNREAD
+    except errors.Interrupted as stopped:
+      return stopped.code
     except KeyboardInterrupt:
       print("interrupted", file=sys.stderr)
-      return EXIT_INTERRUPTED
+      return errors.EXIT_INTERRUPTED
     return 0
 
   def parse(argv: Sequence[str]) -> Sequence[str]:
@@ -43,7 +45,7 @@ def run(main: Callable[[], None]) -> None:
       # file raises as the text of its traceback.
       reason = " ".join(str(error).split()).rpartition("CalmError: ")[2]
       print(f"error: {reason}", file=sys.stderr)
-      sys.exit(EXIT_BAD_INPUT)
+      sys.exit(errors.EXIT_BAD_INPUT)
     if flags.FLAGS["verbosity"].using_default_value:
       flags.FLAGS.verbosity = logging.FATAL  # --verbosity=0 shows what the libraries tell.
     return rest

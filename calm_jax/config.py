@@ -34,12 +34,15 @@ class Data:
   """What a stage reads.
 
   Attributes:
-    path: a token store written by `calm_jax.prepare`.
+    path: a token store written by `calm_jax.prepare`, or synthetic:V for random tokens of
+      a vocabulary of V, to measure without one.
     context: tokens an example (a block of the store); a multiple of K.
+    reuse_batch: train on the first batch again and again, to measure or to debug.
   """
 
   path: str = ""
   context: int = 8192
+  reuse_batch: bool = False
 
   def __post_init__(self):
     require_positive(self, "context")
@@ -253,6 +256,7 @@ class Training:
     compute_dtype: of activations; parameters and losses stay float32.
     log_every, eval_every, checkpoint_every: steps; 0 turns evaluation off.
     eval_blocks: held-out examples an evaluation.
+    checkpoint_minutes: save also when so many have passed since the last time; 0 for never.
     keep_latest: newest checkpoints kept. keep_every: steps whose checkpoints stay; 0 for none.
     max_skipped: non-finite steps in a row after which the run stops.
   """
@@ -266,6 +270,7 @@ class Training:
   eval_every: int = 1000
   eval_blocks: int = 64
   checkpoint_every: int = 1000
+  checkpoint_minutes: float = 0.0
   keep_latest: int = 3
   keep_every: int = 0
   max_skipped: int = 10
@@ -275,7 +280,7 @@ class Training:
       self, "steps", "batch", "accumulation", "log_every", "eval_blocks",
       "checkpoint_every", "keep_latest", "max_skipped",
     )  # fmt: skip
-    for name in ("eval_every", "keep_every"):
+    for name in ("eval_every", "keep_every", "checkpoint_minutes"):
       value = getattr(self, name)
       require(value >= 0, f"{name} must not be negative, got {value}")
     require(0 <= self.seed < 2**32, f"seed must lie in [0, 2**32), got {self.seed}")
@@ -326,6 +331,45 @@ class Execution:
 
 
 @dataclasses.dataclass(frozen=True)
+class Limits:
+  """Minutes after which a phase counts as stuck: the process ends, to be started again.
+
+  0 for none.
+
+  Attributes:
+    startup: from the first second to the first step. step: one step, one batch of an
+      evaluation or one save. shutdown: from the last step to the end.
+  """
+
+  startup_minutes: float = 60.0
+  step_minutes: float = 30.0
+  shutdown_minutes: float = 30.0
+
+  def __post_init__(self):
+    for name, value in dataclasses.asdict(self).items():
+      require(value >= 0, f"{name} must not be negative, got {value}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+  """What is recorded for a profiler, in the workdir's folder `profile`.
+
+  Attributes:
+    steps: how many steps are traced, 0 for none; after `skip` steps of the attempt. A
+      memory profile is written at their end.
+    port: of a server that a profiler can ask for a trace at any time; 0 for none.
+  """
+
+  steps: int = 0
+  skip: int = 10
+  port: int = 0
+
+  def __post_init__(self):
+    for name, value in dataclasses.asdict(self).items():
+      require(value >= 0, f"{name} must not be negative, got {value}")
+
+
+@dataclasses.dataclass(frozen=True)
 class AutoencoderRun:
   """Stage one: patches -> latents -> patches.
 
@@ -343,6 +387,8 @@ class AutoencoderRun:
   training: Training = dataclasses.field(default_factory=Training)
   mesh: Mesh = dataclasses.field(default_factory=Mesh)
   execution: Execution = dataclasses.field(default_factory=Execution)
+  limits: Limits = dataclasses.field(default_factory=Limits)
+  profile: Profile = dataclasses.field(default_factory=Profile)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -367,6 +413,8 @@ class CalmRun:
   training: Training = dataclasses.field(default_factory=Training)
   mesh: Mesh = dataclasses.field(default_factory=Mesh)
   execution: Execution = dataclasses.field(default_factory=Execution)
+  limits: Limits = dataclasses.field(default_factory=Limits)
+  profile: Profile = dataclasses.field(default_factory=Profile)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -385,6 +433,8 @@ class TransformerRun:
   training: Training = dataclasses.field(default_factory=lambda: Training(batch=1024))
   mesh: Mesh = dataclasses.field(default_factory=Mesh)
   execution: Execution = dataclasses.field(default_factory=Execution)
+  limits: Limits = dataclasses.field(default_factory=Limits)
+  profile: Profile = dataclasses.field(default_factory=Profile)
 
 
 Run = AutoencoderRun | CalmRun | TransformerRun
@@ -475,7 +525,7 @@ def to_json(run: Run) -> str:
 # What a run that has begun can't change: its parameters would no longer fit.
 FIXED = ("stage", "model", "head", "autoencoder", "start_from")
 # What it may change unasked: the numbers stay the same.
-FREE = ("mesh", "execution")
+FREE = ("mesh", "execution", "limits", "profile")
 
 
 def shapes(name: str, run: Run) -> bool:

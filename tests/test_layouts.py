@@ -50,7 +50,12 @@ MESHES = [
 ]
 # Each mesh with one stage here, and all with all by `pytest -m exhaustive`.
 PAIRS = [
-  pytest.param(name, mesh, marks=[] if (i + j) % len(RUNS) == 0 else pytest.mark.exhaustive)
+  pytest.param(
+    name,
+    mesh,
+    id=f"{name}-" + "x".join(str(size) for size in dataclasses.astuple(mesh)),
+    marks=[] if (i + j) % len(RUNS) == 0 else pytest.mark.exhaustive,
+  )
   for i, name in enumerate(RUNS)
   for j, mesh in enumerate(MESHES)
 ]

@@ -6,6 +6,7 @@ from jax import numpy as jnp
 
 from calm_jax import config
 from calm_jax.models import layers, llama, memory
+from calm_jax.parallel import mesh
 
 
 class InputProjection(nn.Module):
@@ -64,5 +65,6 @@ class Backbone(nn.Module):
       x_BPD.append(InputProjection(sizes, self.dtype, name="input")(embed(token_BPK)))
     if sizes.reads_latents:
       assert latent_BPZ is not None
+      latent_BPZ = mesh.constrain(latent_BPZ, "batch", "position", None)
       x_BPD.append(layers.linear("latent_in", sizes.width, sizes.init, self.dtype)(latent_BPZ))
     return llama.Llama(sizes, self.dtype, self.execution, name="llama")(sum(x_BPD), known)

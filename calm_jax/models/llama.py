@@ -71,14 +71,14 @@ class Layer(nn.Module):
 
   @nn.compact
   def __call__(self, x_BPD, position_P, known, layer):
-    x_BPD = mesh.constrain(x_BPD, "batch", "position", None)
     y_BPD = layers.rms_norm("attention_norm", self.dtype)(x_BPD)
     attending = Attention(self.sizes, self.dtype, self.execution, name="attention")
     y_BPD, written = attending(y_BPD, position_P, known, layer)
     x_BPD = mesh.constrain(x_BPD + y_BPD, "batch", "position", None)
     y_BPD = layers.rms_norm("mlp_norm", self.dtype)(x_BPD)
     mlp = layers.SwiGLU(self.sizes.ffn, "reference", self.dtype, name="mlp")
-    return x_BPD + remat.named(mlp(y_BPD), "mlp"), written
+    x_BPD = x_BPD + remat.named(mlp(y_BPD), "mlp")
+    return mesh.constrain(x_BPD, "batch", "position", None), written
 
 
 class Llama(nn.Module):
@@ -99,6 +99,8 @@ class Llama(nn.Module):
     P must not exceed the free slots of a `Cache` unless P is 1: a longer prefill
     would overwrite positions that its first rows still attend to.
     """
+    # As each layer leaves it: where the two differed, XLA's partitioner computed wrong numbers.
+    x_BPD = mesh.constrain(x_BPD, "batch", "position", None)
     count = x_BPD.shape[1]
     position_P = jnp.arange(count) if known is None else known.positions(count)
     held, shared = (None, None) if known is None else (known.layers, known._replace(layers=None))

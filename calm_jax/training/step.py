@@ -9,7 +9,7 @@ import optax
 from jax import numpy as jnp
 
 from calm_jax import config
-from calm_jax.parallel import rules
+from calm_jax.parallel import mesh, rules
 from calm_jax.training import optimizer
 
 Params = Any
@@ -47,6 +47,12 @@ def new_state(params: Params, settings: config.Optimizer) -> TrainState:
   )
 
 
+def _split(x_B: jax.Array, parts: int) -> jax.Array:
+  """[B, ...] -> [parts, B / parts, ...]."""
+  split = x_B.reshape(-1, parts, *x_B.shape[1:]).swapaxes(0, 1)
+  return mesh.constrain(split, None, "batch", *(None,) * (x_B.ndim - 1))
+
+
 def accumulated_gradients(
   loss: Loss, params: Params, frozen: Params, batch: Batch, key: jax.Array, parts: int
 ) -> tuple[Params, Metrics]:
@@ -66,7 +72,7 @@ def accumulated_gradients(
   if parts == 1:
     sums, weight = gradients(batch)
   else:
-    split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+    split = jax.tree.map(lambda x: _split(x, parts), batch)
     zeros = jax.tree.map(
       lambda x: jnp.zeros(x.shape, x.dtype),
       jax.eval_shape(gradients, jax.tree.map(lambda x: x[0], split)),

@@ -1,0 +1,114 @@
+"""Where a run's wall-clock time went, attempt by attempt: its goodput."""
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from etils import epath
+
+import calm_jax
+from calm_jax import files
+
+FOLDER = "ledger"
+# Kinds of time beside the steps themselves.
+KINDS = ("startup", "data_wait", "evaluation", "save", "shutdown")
+# Seconds between writes of the book.
+WRITE_SECONDS = 10
+
+
+class Ledger:
+  """Books the seconds of one attempt, from the start of its process.
+
+  What is booked nowhere is time of steps.
+  """
+
+  def __init__(self):
+    self._started = calm_jax.STARTED
+    self._mark = time.time()
+    self._parts = {"imports": self._mark - self._started}
+    self._seconds = dict.fromkeys(KINDS, 0.0)
+    self._path: epath.Path | None = None
+    self._written = 0.0
+    self._steps = (0, 0)
+
+  def part(self, name: str) -> None:
+    """Books the time since the last call as a part of the startup."""
+    now = time.time()
+    self._parts[name] = self._parts.get(name, 0.0) + now - self._mark
+    self._mark = now
+
+  def first_step(self) -> str:
+    """Ends the startup; returns what a person is told of it."""
+    self.part("first step")
+    total = sum(self._parts.values())
+    parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self._parts.items())
+    self._seconds["startup"] = total
+    return f"first step after {total:.1f} s: {parts}"
+
+  @contextlib.contextmanager
+  def timed(self, kind: str, *books: Callable[[float], None]) -> Iterator[None]:
+    """Books the time of a block, here and in `books`."""
+    start = time.perf_counter()
+    yield
+    seconds = time.perf_counter() - start
+    self._seconds[kind] += seconds
+    for book in books:
+      book(seconds)
+
+  def open(self, directory: epath.Path, first_step: int) -> None:
+    """Gives the attempt its file in a workdir's ledger: a number after the last one's."""
+    folder = directory / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers = [int(path.stem) for path in folder.glob("*.json")]
+    self._path = folder / f"{max(numbers, default=0) + 1:04d}.json"
+    self._steps = (first_step, first_step)
+    self.write(first_step)
+
+  def write(self, step: int, now: bool = True) -> None:
+    """Writes the book with the last step taken; without `now`, only every WRITE_SECONDS."""
+    if self._path is None or not (now or time.time() - self._written > WRITE_SECONDS):
+      return
+    self._written, self._steps = time.time(), (self._steps[0], step)
+    files.write(self._path, files.to_json(self._record()))
+
+  def _record(self) -> dict[str, Any]:
+    return {
+      "started": round(self._started, 3),
+      "written": round(self._written, 3),
+      "first_step": self._steps[0],
+      "last_step": self._steps[1],
+      "startup": {name: round(x, 3) for name, x in self._parts.items()},
+      "seconds": {name: round(x, 3) for name, x in self._seconds.items()},
+    }
+
+
+def goodput(directory: epath.Path) -> dict[str, Any] | None:
+  """Returns how all attempts at a run spent the time from the first one's start, in seconds.
+
+  `productive` is the time of steps that count; `lost` that of steps which a later
+  attempt took again; `down` the time between attempts. `goodput` is the productive
+  share of all. None where there is no ledger.
+  """
+  paths = sorted((directory / FOLDER).glob("*.json"))
+  attempts = [json.loads(path.read_text()) for path in paths]
+  if not attempts:
+    return None
+  result = dict.fromkeys(("productive", "lost", "down", *KINDS), 0.0)
+  for attempt, after in zip(attempts, [*attempts[1:], None], strict=True):
+    whole = attempt["written"] - attempt["started"]
+    steps = attempt["last_step"] - attempt["first_step"]
+    stepping = max(0.0, whole - sum(attempt["seconds"].values()))
+    kept = steps if after is None else min(steps, after["first_step"] - attempt["first_step"])
+    share = kept / steps if steps else 0.0
+    result["productive"] += stepping * share
+    result["lost"] += stepping * (1 - share)
+    for kind in KINDS:
+      result[kind] += attempt["seconds"][kind]
+    if after is not None:
+      result["down"] += max(0.0, after["started"] - attempt["written"])
+  total = sum(result.values())
+  seconds = {name: round(x, 3) for name, x in result.items()}
+  return {"attempts": len(attempts), "total": round(total, 3), **seconds,
+          "goodput": round(result["productive"] / total, 4)}  # fmt: skip

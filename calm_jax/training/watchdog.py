@@ -1,0 +1,49 @@
+"""A clock over every phase of a run: what takes too long ends, to be started again."""
+
+import faulthandler
+import sys
+import threading
+import time
+
+from calm_jax import config, distributed, errors
+
+
+class Watchdog:
+  """Ends the process, with the stacks of all threads, when a phase outlasts its limit.
+
+  The process exits with errors.EXIT_RESTART. A limit of 0 is none.
+  """
+
+  def __init__(self, limits: config.Limits):
+    self._minutes = {
+      "startup": limits.startup_minutes,
+      "step": limits.step_minutes,
+      "shutdown": limits.shutdown_minutes,
+    }
+    self._lock = threading.Lock()
+    self._over = threading.Event()
+    self.begin("startup")
+    self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+    self._thread.start()
+
+  def begin(self, phase: str) -> None:
+    """Starts the clock of a phase anew: startup, step (of training or evaluation) or shutdown."""
+    with self._lock:
+      self._phase, self._since = phase, time.monotonic()
+
+  def end(self) -> None:
+    """Stops watching."""
+    self._over.set()
+    self._thread.join()
+
+  def _watch(self) -> None:
+    while not self._over.wait(0.5):
+      with self._lock:
+        phase, minutes, taken = self._phase, self._minutes[self._phase], time.monotonic() - self._since
+      if minutes and taken > 60 * minutes:
+        distributed.say(
+          f"{phase} has taken more than config.limits.{phase}_minutes={minutes:g}: stopping, to be "
+          "started again; what each thread was doing:"
+        )
+        faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
+        distributed.exit_now(errors.EXIT_RESTART)
