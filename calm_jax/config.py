@@ -7,6 +7,7 @@ range is refused with the range.
 
 import dataclasses
 import difflib
+import hashlib
 import math
 import typing
 from typing import Any, Literal
@@ -520,6 +521,11 @@ def to_config_dict(run: Run) -> ml_collections.ConfigDict:
 def to_json(run: Run) -> str:
   """Returns `run` as indented JSON, the form it is stored in."""
   return files.to_json(dataclasses.asdict(run))
+
+
+def digest(run: Run) -> str:
+  """Returns 8 hex digits that identify the settings of a run."""
+  return hashlib.sha256(to_json(run).encode()).hexdigest()[:8]
 
 
 # What a run that has begun can't change: its parameters would no longer fit.

@@ -11,7 +11,7 @@ from absl import flags
 from etils import epath
 
 from calm_jax import cli, config, errors, files, workdir
-from calm_jax.data import pipeline
+from calm_jax.data import pipeline, synthetic
 from calm_jax.data import store as store_lib
 from calm_jax.objectives import brier
 from calm_jax.parallel import mesh as mesh_lib
@@ -51,7 +51,7 @@ def evaluate(directory: str) -> dict[str, Any]:
     f"{directory} was trained on no token store of ours: give --data=DIR, written by "
     "calm_jax.prepare",
   )
-  store = store_lib.TokenStore.open(_DATA.value or run.data.path)
+  store = synthetic.open_store(_DATA.value or run.data.path)
   workdir.require_same_tokenizer(origin, store, directory)
   context = _CONTEXT.value or run.data.context
   config.require(

@@ -3,6 +3,7 @@
 Run again with the same flags, it goes on from the newest good checkpoint.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -12,21 +13,25 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from calm_jax import cli, config, errors, workdir
+from calm_jax import cli, config, distributed, errors, workdir
 from calm_jax.data import store as store_lib
-from calm_jax.models import flops
+from calm_jax.data import synthetic
+from calm_jax.models import attention, flops
 from calm_jax.parallel import mesh as mesh_lib
+from calm_jax.parallel import rules
 from calm_jax.training import (
   autoencoder_stage,
   calm_stage,
   checkpoint,
   evaluation,
+  metrics,
   optimizer,
   program,
   stages,
   train,
   transformer_stage,
 )
+from calm_jax.training import guard as guard_lib
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Settings: configs/STAGE.py, with :SIZE where the file has sizes.",
@@ -38,6 +43,15 @@ _WORKDIR = flags.DEFINE_string(
 _ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
   "allow_config_change", False, "Go on in a workdir whose stored config differs."
 )
+_DRY_RUN = flags.DEFINE_bool(
+  "dry_run", False, "Check everything and compile the step, then end: nothing is written."
+)
+_PRINT_SHARDINGS = flags.DEFINE_bool(
+  "print_shardings", False, "Print how every parameter lies on the devices."
+)
+
+# Folder of a workdir for compiled programs, where JAX is not told another place.
+COMPILED = "compiled"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,41 +193,108 @@ def _require_same_config(run: config.Run, directory: str, allow_change: bool) ->
   )
 
 
-def train_run(run: config.Run, directory: str, allow_config_change: bool = False) -> None:
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """What of a run is asked besides its settings: the flags of the same names."""
+
+  allow_config_change: bool = False
+  dry_run: bool = False
+  print_shardings: bool = False
+
+
+def train_run(
+  run: config.Run,
+  directory: str,
+  options: Options = Options(),
+  guard: guard_lib.Guard | None = None,
+) -> None:
   """Trains `run` in a workdir, new or to be continued.
 
   Raises:
-    CalmError: for settings, data or a workdir that don't fit each other; nothing
-      is written then.
+    CalmError: for settings, data, devices or a workdir that don't fit each other;
+      nothing is written then.
     Interrupted: after Ctrl-C or SIGTERM, once the state is saved.
   """
-  with jax.set_mesh(mesh_lib.build(run.mesh)):
-    _train_on_mesh(run, directory, allow_config_change)
+  around = contextlib.nullcontext(guard) if guard else guard_lib.Guard(run.limits)
+  with around as guard, jax.set_mesh(mesh_lib.build(run.mesh)):
+    _train_on_mesh(run, directory, options, guard)
 
 
-def _train_on_mesh(run: config.Run, directory: str, allow_config_change: bool) -> None:
-  begun = workdir.exists(directory)
-  if begun:
+def _store_of(run: config.Run, directory: str, allow_change: bool) -> store_lib.TokenStore:
+  """Returns the data of a run that may begin, or go on, in a workdir."""
+  if workdir.exists(directory):
     workdir.require_trainable(directory)
-    _require_same_config(run, directory, allow_config_change)
+    _require_same_config(run, directory, allow_change)
   config.require(
     bool(run.data.path),
     "config.data.path is empty: give --config.data.path=DIR, written by calm_jax.prepare",
   )
-  store = store_lib.TokenStore.open(run.data.path)
+  return synthetic.open_store(run.data.path)
+
+
+def _built(run: config.Run, directory: str, allow_change: bool) -> tuple[Built, Any]:
+  """Returns a run and its data, found to fit each other on all processes."""
+  store = distributed.together("input", lambda: _store_of(run, directory, allow_change))
+  distributed.require_same("config", config.digest(run))
+  distributed.require_same("data", store.hash)
+  begun = workdir.exists(directory)
+  distributed.require_same("--workdir", f"{directory} ({'begun' if begun else 'new'})")
   built = BUILDERS[run.stage](run, Given.of(run, store, directory))
   _require_fitting(run, built.codec.patch_size if built.codec else 1)
   if begun:
     workdir.require_same_data(directory, built.origin)
+  return built, store
+
+
+def _describe(
+  run: config.Run, built: Built, stage_program: program.Program, print_shardings: bool
+) -> None:
+  """Says on what the run is computed, and refuses what is not divided."""
+  mesh, params = stage_program.mesh, stage_program.state.params
+  whole = rules.require_sharded(params, mesh)
+  count = sum(x.size for x in jax.tree.leaves(params))
+  axes = " ".join(f"{name}={size}" for name, size in mesh.shape.items())
+  patch = built.codec.patch_size if built.codec and run.stage == "calm" else 1
+  kernel = attention.choose(run.execution.attention, run.data.context // patch)
+  metrics.show(
+    f"mesh {axes}, {mesh.size} of {jax.device_count()} devices; attention {kernel}, remat "
+    f"{run.execution.remat}; {count:,} parameters, {whole:.2%} of their bytes whole on each device"
+  )
+  if print_shardings:
+    metrics.show(rules.table(rules.placed(params, mesh)))
+
+
+def _train_on_mesh(
+  run: config.Run, directory: str, options: Options, guard: guard_lib.Guard
+) -> None:
+  built, store = _built(run, directory, options.allow_config_change)
+  stage_program = program.Program(run, built.stage, mesh_lib.current())
+  _describe(run, built, stage_program, options.print_shardings)
+  guard.ledger.part("read input")
+  if options.dry_run:
+    metrics.show(program.memory_line(stage_program.compiled_step()))
+    metrics.show(f"dry run: nothing was trained or written; {run.training.steps} steps would be")
+    return
   per_token = flops.train_per_token(run, built.codec, built.origin.vocab_size)
   record = {"config": dataclasses.asdict(run), "origin": dataclasses.asdict(built.origin)}
-  trainer = train.Trainer(run, built.stage, store, directory, per_token, record, built.initial)
+  trainer = train.Trainer(
+    run, built.stage, store, directory, per_token, record, built.initial, guard
+  )
   built = dataclasses.replace(built, initial=None)  # Held by the trainer alone, until it begins.
-  if not begun:
+  if not workdir.exists(directory):
     built.copy()
-  tokenizer = epath.Path(run.data.path) / store.manifest.tokenizer.file
-  workdir.create(directory, run, built.origin, tokenizer)
+  tokenizer = epath.Path(store.path) / store.manifest.tokenizer.file
+  distributed.on_first("workdir", lambda: workdir.create(directory, run, built.origin, tokenizer))
+  distributed.together("workdir seen", lambda: _require_shared(directory))
   trainer.train()
+
+
+def _require_shared(directory: str) -> None:
+  config.require(
+    workdir.exists(directory),
+    f"--workdir={directory}, which process 0 has written, can't be seen from here: give a folder "
+    "that all machines share, or a bucket",
+  )
 
 
 def main() -> None:
@@ -225,7 +306,22 @@ def main() -> None:
     reason = " ".join(str(error).partition("Attempted")[2].split())
     raise errors.CalmError(f"can't load --config: {reason}") from error
   run = config.from_mapping(values)
-  train_run(run, _WORKDIR.value, _ALLOW_CONFIG_CHANGE.value)
+  if jax.config.jax_compilation_cache_dir is None:
+    jax.config.update("jax_compilation_cache_dir", f"{_WORKDIR.value}/{COMPILED}")
+  options = Options(_ALLOW_CONFIG_CHANGE.value, _DRY_RUN.value, _PRINT_SHARDINGS.value)
+  with guard_lib.Guard(run.limits) as guard:
+    guard.stop.unsaved = False
+    distributed.initialize()
+    distributed.watch_peers(errors.EXIT_RESTART)
+    distributed.say(distributed.describe(config.digest(run)))
+    guard.ledger.part("join")
+    try:
+      train_run(run, _WORKDIR.value, options, guard)
+    except (errors.CalmError, KeyboardInterrupt):
+      raise
+    except Exception:
+      distributed.await_verdict()  # Another process's end shows here as any error of a collective.
+      raise
 
 
 if __name__ == "__main__":

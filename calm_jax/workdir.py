@@ -18,7 +18,7 @@ import jax
 from etils import epath
 from jax import numpy as jnp
 
-from calm_jax import config, errors, files
+from calm_jax import config, distributed, errors, files
 from calm_jax.data import store as store_lib
 from calm_jax.data import tokenizer as tokenizer_lib
 from calm_jax.models import autoencoder, calm, transformer
@@ -319,7 +319,7 @@ def write_weights(
   checkpoints.close()
   if not saved:
     raise errors.CalmError(f"can't write the weights to {target}")
-  create(target, run, origin, tokenizer)
+  distributed.on_first("weights", lambda: create(target, run, origin, tokenizer))
 
 
 def copy_autoencoder(trained: TrainedAutoencoder, source: str, target: str) -> None:
@@ -328,7 +328,11 @@ def copy_autoencoder(trained: TrainedAutoencoder, source: str, target: str) -> N
   Raises:
     CalmError: if it can't be written.
   """
-  if epath.Path(target).exists():  # Left by a start that was cut short.
-    epath.Path(target).rmtree()
+
+  def clear() -> None:
+    if epath.Path(target).exists():  # Left by a start that was cut short.
+      epath.Path(target).rmtree()
+
+  distributed.on_first("clear", clear)
   tokenizer = epath.Path(source) / trained.origin.tokenizer_file
   write_weights(target, trained.run, trained.origin, trained.params, trained.step, tokenizer)

@@ -104,7 +104,7 @@ def test_another_model_is_refused_even_where_changes_are_allowed(
     with pytest.raises(
       errors.CalmError, match=rf"{name}: .*Give a new --workdir or the stored settings$"
     ):
-      main.train_run(run, str(trained_autoencoder), allow_config_change=True)
+      main.train_run(run, str(trained_autoencoder), main.Options(allow_config_change=True))
   assert (trained_autoencoder / "config.json").read_text() == before
 
 
@@ -151,7 +151,7 @@ def test_other_data_for_a_run_that_has_begun(
   shutil.copytree(trained_autoencoder, tmp_path / "copy")
   run = changed(autoencoder_run, data={"path": other_tokens})
   with pytest.raises(errors.CalmError, match="was trained with tokenizer_hash"):
-    main.train_run(run, str(tmp_path / "copy"), allow_config_change=True)
+    main.train_run(run, str(tmp_path / "copy"), main.Options(allow_config_change=True))
   for name in ("config.json", "origin.json"):
     assert (tmp_path / "copy" / name).read_text() == (trained_autoencoder / name).read_text()
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from calm_jax import config, errors, workdir
+from calm_jax import config, workdir
 from calm_jax.parallel import mesh as mesh_lib
 from calm_jax.parallel import rules
 from calm_jax.training import (

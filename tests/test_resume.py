@@ -73,7 +73,7 @@ def test_a_stopped_run_saves_and_goes_on_to_the_same_end(
   run, whole = run_and_whole
   with monkeypatch.context() as patch:
     at_step(patch, 3, lambda: signal.raise_signal(number))
-    with pytest.raises(train.Interrupted):
+    with pytest.raises(errors.Interrupted):
       main.train_run(run, str(tmp_path))
   assert weights(tmp_path)["step"] == 3
   main.train_run(run, str(tmp_path))
@@ -87,7 +87,7 @@ def test_a_damaged_checkpoint_costs_steps_not_the_run(
   run, whole = run_and_whole
   with monkeypatch.context() as patch:
     at_step(patch, 5, lambda: signal.raise_signal(signal.SIGINT))
-    with pytest.raises(train.Interrupted):
+    with pytest.raises(errors.Interrupted):
       main.train_run(run, str(tmp_path))
   for file in (tmp_path / "checkpoints/5/params/d").iterdir():
     file.write_bytes(b"")
@@ -122,22 +122,22 @@ def test_a_full_disk_stops_the_run_and_spares_the_last_good_checkpoint(
   assert_same(tmp_path, whole)
 
 
-def test_a_signal_during_an_evaluation_is_heeded_after_the_next_step(
+def test_an_evaluation_is_given_up_for_a_signal_and_made_up_after_the_resume(
   calm_run, trained_calm, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ):
-  """Nothing is said to be saved that is not: step 3 is evaluated, step 4 saved."""
+  """Step 3 is to be evaluated, and saved in place of that."""
   evaluate = evaluation.Evaluator.__call__
 
-  def interrupted(self, params):
+  def interrupted(self, params, stopped):
     signal.raise_signal(signal.SIGINT)
-    return evaluate(self, params)
+    return evaluate(self, params, stopped)
 
   with monkeypatch.context() as patch:
     patch.setattr(evaluation.Evaluator, "__call__", interrupted)
-    with pytest.raises(train.Interrupted):
+    with pytest.raises(errors.Interrupted):
       main.train_run(calm_run, str(tmp_path))
-  assert weights(tmp_path)["step"] == 4
-  assert [record["step"] for record in figures(tmp_path, "evaluation")] == [3]
+  assert weights(tmp_path)["step"] == 3
+  assert not figures(tmp_path, "evaluation")
   main.train_run(calm_run, str(tmp_path))
   assert_same(tmp_path, trained_calm)
 

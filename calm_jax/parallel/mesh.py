@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from calm_jax import config, errors
 
@@ -108,16 +108,27 @@ def row_parts(mesh: jax.sharding.Mesh) -> int:
   return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def on_each(mesh: jax.sharding.Mesh) -> NamedSharding:
+  """Returns how an array lies that has a row a device."""
+  return NamedSharding(mesh, PartitionSpec(AXES))
+
+
+def place_on_each(mesh: jax.sharding.Mesh, row: np.ndarray) -> jax.Array:
+  """Returns [devices, *row.shape] with this process's row at each of its devices."""
+  shape = (mesh.size, *row.shape)
+  return jax.make_array_from_callback(shape, on_each(mesh), lambda _: row[None])
+
+
 def own_rows(mesh: jax.sharding.Mesh, batch: int) -> np.ndarray:
   """Returns the rows of a batch that this process's devices hold, sorted."""
-  sharding = jax.sharding.NamedSharding(mesh, spec("batch"))
+  sharding = NamedSharding(mesh, spec("batch"))
   slices = sharding.addressable_devices_indices_map((batch,)).values()
   return np.unique(np.concatenate([np.arange(batch)[index] for index in slices if index]))
 
 
 def place_rows(mesh: jax.sharding.Mesh, tree: Any, rows: np.ndarray, batch: int) -> Any:
   """Returns arrays of `batch` rows over the mesh, from the rows of it that this process has."""
-  sharding = jax.sharding.NamedSharding(mesh, spec("batch"))
+  sharding = NamedSharding(mesh, spec("batch"))
 
   def place(local: np.ndarray) -> jax.Array:
     def part(index):

@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax import numpy as jnp
 
-from calm_jax import errors, files
+from calm_jax import distributed, errors, files
 from calm_jax.training import metrics
 
 DIRECTORY = "checkpoints"
@@ -204,16 +204,19 @@ class Checkpoints:
 
   def set_aside_after(self, step: int) -> None:
     """Moves checkpoints newer than `step` out of the way, so that the run can write them anew."""
-    for newer in self.steps():
-      if newer > step:
-        place = self._workdir / UNREADABLE
-        place.mkdir(parents=True, exist_ok=True)
-        target = place / str(newer)
-        if target.exists():
-          target.rmtree()
-        (self._workdir / DIRECTORY / str(newer)).rename(target)
-        self._report(f"moved the checkpoint of step {newer} to {target}")
+    newer = [other for other in self.steps() if other > step]
+    distributed.on_first("set aside", lambda: self._set_aside(newer))
     self._manager.reload()
+
+  def _set_aside(self, steps: list[int]) -> None:
+    for step in steps:
+      place = self._workdir / UNREADABLE
+      place.mkdir(parents=True, exist_ok=True)
+      target = place / str(step)
+      if target.exists():
+        target.rmtree()
+      (self._workdir / DIRECTORY / str(step)).rename(target)
+      self._report(f"moved the checkpoint of step {step} to {target}")
 
   def close(self) -> None:
     """Ends the background threads; call `wait` first."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from calm_jax import config, workdir
 from calm_jax.data import pipeline
@@ -76,21 +77,56 @@ class Evaluator:
     self._mesh = mesh_lib.current()
     parts = mesh_lib.row_parts(self._mesh)
     self._stage = stage
-    everywhere = jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec())
-    self._evaluate = jax.jit(stage.evaluate, out_shardings=everywhere)
     self._heldout = (store, context, -(-batch // parts) * parts, limit)
+    self._key = jax.random.key(seed)
     self._seed = seed
+    self._compiled: jax.stages.Compiled | None = None
 
-  def __call__(self, params: Any) -> dict[str, Any]:
-    """Returns the stage's figures, with the context and the counts they rest on."""
+  def lowered(self, params: Any, frozen: Any) -> jax.stages.Lowered:
+    """Returns the program that scores a batch, before it is compiled, for abstract trees."""
+    _, context, rows, _ = self._heldout
+    place = NamedSharding(self._mesh, mesh_lib.spec("batch"))
+    batch = {
+      "tokens": jax.ShapeDtypeStruct((rows, context), np.int32, sharding=place),
+      "index": jax.ShapeDtypeStruct((rows,), np.int32, sharding=place),
+    }
+    devices = mesh_lib.on_each(self._mesh)
+    stop = jax.ShapeDtypeStruct((self._mesh.size,), np.int32, sharding=devices)
+
+    def evaluate(params, frozen, batch, key, stop):
+      return self._stage.evaluate(params, frozen, batch, key), jax.numpy.max(stop)
+
+    everywhere = NamedSharding(self._mesh, PartitionSpec())
+    jitted = jax.jit(evaluate, out_shardings=everywhere)
+    with jax.set_mesh(self._mesh):
+      return jitted.lower(params, frozen, batch, self._key, stop)
+
+  def compile(self, params: Any) -> None:
+    """Compiles for parameters of these shapes and places, which may be abstract."""
+    if self._compiled is None:
+      self._compiled = self.lowered(params, self._stage.frozen).compile()
+
+  def __call__(
+    self, params: Any, stopped: Callable[[], bool] = lambda: False
+  ) -> dict[str, Any] | None:
+    """Returns the stage's figures, with the context and the counts they rest on.
+
+    Args:
+      stopped: asked before every batch. Once it says so on any process, all give up,
+        and None is returned.
+    """
     store, context, batch_size, limit = self._heldout
-    key = jax.random.key(self._seed)
+    self.compile(params)
+    assert self._compiled is not None
     own, parts = mesh_lib.own_rows(self._mesh, batch_size), []
     for batch, rows in pipeline.heldout_batches(store, context, batch_size, limit, own):
       batch = mesh_lib.place_rows(self._mesh, batch, own, batch_size)
-      with jax.set_mesh(self._mesh):
-        scores = self._evaluate(params, self._stage.frozen, batch, key)
-      scores = jax.device_get(scores)
+      stop = mesh_lib.place_on_each(self._mesh, np.int32(stopped()))
+      scores, given_up = jax.device_get(
+        self._compiled(params, self._stage.frozen, batch, self._key, stop)
+      )
+      if given_up:
+        return None
       parts.append(jax.tree.map(lambda x, rows=rows: x[:rows], scores))
     scores = jax.tree.map(lambda *x: np.concatenate(x), *parts)
     blocks = len(next(iter(scores.values())))

@@ -11,17 +11,19 @@ from typing import Any
 from etils import epath
 from tqdm import tqdm
 
-from calm_jax import files
+from calm_jax import distributed, files
 
 
 def show(line: str) -> None:
-  """Prints a line for a person, on standard error, past a progress bar."""
+  """Prints a line for a person, on standard error, past a progress bar; by process 0 alone."""
+  if not distributed.is_first():
+    return
   tqdm.write(line, file=sys.stderr)
   sys.stderr.flush()
 
 
 class Writer:
-  """Writes figures as they come, process-wide once.
+  """Writes figures as they come, process-wide once, by process 0 alone.
 
   On a terminal a progress bar shows rate and time left; elsewhere each report is
   a plain line.
@@ -31,12 +33,12 @@ class Writer:
     self._path = path
     self._steps, self._first_step = steps, first_step
     self._started = time.monotonic()
-    self._kept = self._drop_after(first_step)
-    self._bar = tqdm(
-      total=steps, initial=first_step, unit="step", disable=not sys.stderr.isatty(), leave=True
-    )
+    self._writes = distributed.is_first()
+    self._kept = self._drop_after(first_step) if self._writes else set()
+    quiet = not (self._writes and sys.stderr.isatty())
+    self._bar = tqdm(total=steps, initial=first_step, unit="step", disable=quiet, leave=True)
     self._board = None
-    if importlib.util.find_spec("tensorboardX"):
+    if self._writes and importlib.util.find_spec("tensorboardX"):
       board = importlib.import_module("tensorboardX")
       self._board = board.SummaryWriter(str(path.parent / "tensorboard"))
 
@@ -57,8 +59,8 @@ class Writer:
     return kept
 
   def has(self, kind: str, step: int) -> bool:
-    """Tells whether the run wrote this report before it was resumed."""
-    return (kind, step) in self._kept
+    """Tells, on every process, whether the run wrote this report before it was resumed."""
+    return distributed.from_first("has", str((kind, step) in self._kept)) == "True"
 
   def write(
     self, kind: str, step: int, values: Mapping[str, Any], shown: Sequence[str] = ()
@@ -71,6 +73,8 @@ class Writer:
     Raises:
       CalmError: if it can't be written.
     """
+    if not self._writes:
+      return
     record = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
     files.append(self._path, json.dumps(files.finite(record)) + "\n")
     if self._board:

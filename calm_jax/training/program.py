@@ -1,6 +1,7 @@
 """A stage on a mesh: what is compiled, and where every argument and result lies."""
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -14,6 +15,19 @@ from calm_jax.parallel import rules
 from calm_jax.training import stages, step
 
 Tree = Any
+
+
+def memory_line(compiled: jax.stages.Compiled) -> str:
+  """Returns what a compiled step takes of each device's memory, for people."""
+  found = compiled.memory_analysis()
+  if found is None:
+    return "this platform does not tell a program's memory"
+  giga = {
+    "arguments": found.argument_size_in_bytes,
+    "temporaries": found.temp_size_in_bytes,
+    "results in place of arguments": found.alias_size_in_bytes,
+  }
+  return "memory a device: " + ", ".join(f"{name} {x / 2**30:.3f} GiB" for name, x in giga.items())
 
 
 def require_divisible(run: config.Run, positions: int, mesh: jax.sharding.Mesh) -> None:
@@ -56,10 +70,6 @@ class Program:
   def _everywhere(self) -> NamedSharding:
     return NamedSharding(self.mesh, PartitionSpec())
 
-  @property
-  def _a_row_a_device(self) -> NamedSharding:
-    return NamedSharding(self.mesh, PartitionSpec(mesh_lib.AXES))
-
   def _new(self, params: Tree) -> step.TrainState:
     return step.new_state(params, self.run.optimizer)
 
@@ -84,13 +94,19 @@ class Program:
   @property
   def signals(self) -> jax.ShapeDtypeStruct:
     shape = (self.mesh.size, len(step.SIGNALS))
-    return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self._a_row_a_device)
+    return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=mesh_lib.on_each(self.mesh))
 
-  def place_signals(self, *raised: str) -> jax.Array:
+  def place_signals(self, raised: Collection[str] = ()) -> jax.Array:
     """Returns the signals array with those that this process raises."""
-    row = np.array([[name in raised for name in step.SIGNALS]], np.int32)
-    abstract = self.signals
-    return jax.make_array_from_callback(abstract.shape, abstract.sharding, lambda _: row)
+    return mesh_lib.place_on_each(
+      self.mesh, np.array([name in raised for name in step.SIGNALS], np.int32)
+    )
+
+  def blank_batch(self) -> dict[str, jax.Array]:
+    """Returns a batch of zeros, for void steps."""
+    rows, batch = mesh_lib.own_rows(self.mesh, self.run.training.batch), self.batch
+    zeros = {name: np.zeros((len(rows), *x.shape[1:]), x.dtype) for name, x in batch.items()}
+    return mesh_lib.place_rows(self.mesh, zeros, rows, self.run.training.batch)
 
   def initial(self, params: Tree = None) -> step.TrainState:
     """Returns the state before the first step, from `params` or the stage's initial values."""

@@ -20,6 +20,9 @@ class Reporter:
 
   The step before is read when the next one has been dispatched, so reporting
   never stalls the device.
+
+  Attributes:
+    voids: steps of those read that were void: taken, but not counted.
   """
 
   def __init__(
@@ -30,6 +33,7 @@ class Reporter:
     self._flops_per_step = flops_per_token * self._tokens_per_step
     self._lap_step = first_step
     self._pending: tuple[int, Mapping[str, jax.Array], np.ndarray] | None = None
+    self.voids = 0
     self._lap_start = time.perf_counter()
     self._waited_for_data = 0.0
     self._paused = 0.0
@@ -42,15 +46,19 @@ class Reporter:
     """Books seconds that were not training: compiling, evaluating, saving."""
     self._paused += seconds
 
-  def push(self, done: int, figures: Mapping[str, jax.Array], indices: np.ndarray) -> None:
+  def push(
+    self, done: int, figures: Mapping[str, jax.Array], indices: np.ndarray
+  ) -> frozenset[str]:
     """Takes step number `done` (from 1) and finishes the one before.
+
+    Returns:
+      The signals (see `step.SIGNALS`) that any process raised with the step before.
 
     Raises:
       CalmError: see `flush`.
     """
     pending, self._pending = self._pending, (done, figures, indices)
-    if pending:
-      self._finish(*pending)
+    return self._finish(*pending) if pending else frozenset()
 
   def flush(self) -> None:
     """Waits for the last step taken and finishes it.
@@ -62,10 +70,19 @@ class Reporter:
       pending, self._pending = self._pending, None
       self._finish(*pending)
 
-  def _finish(self, done: int, figures: Mapping[str, jax.Array], indices: np.ndarray) -> None:
+  def _finish(
+    self, done: int, figures: Mapping[str, jax.Array], indices: np.ndarray
+  ) -> frozenset[str]:
+    """Reports a step; returns the signals raised with it."""
     values = {name: float(value) for name, value in jax.device_get(dict(figures)).items()}
-    for name in step.SIGNALS:
-      values.pop(name)
+    told = frozenset(name for name in step.SIGNALS if values.pop(name))
+    if "void" in told:
+      self.voids += 1
+    else:
+      self._report(done, values, indices)
+    return told
+
+  def _report(self, done: int, values: dict[str, float], indices: np.ndarray) -> None:
     self._writer.advance(1)
     settings = self._run.training
     if not values.pop("finite"):

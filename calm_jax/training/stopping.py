@@ -31,6 +31,11 @@ class Stop:
     threading.Thread(target=self._watch, name="signals", daemon=True).start()
     return self
 
+  @property
+  def code(self) -> int:
+    """What the process exits with after the stop; one that stops for another restarts."""
+    return CODES[self.signal] if self.signal else errors.EXIT_RESTART
+
   def _note(self, number: int, _) -> None:
     self.signal = signal.Signals(number)
     self._restore_handlers()

@@ -1,18 +1,28 @@
-"""The loop, one for all stages: read, step, report, evaluate, save."""
+"""The loop, one for all stages and any number of processes: read, step, report, evaluate, save."""
 
-import contextlib
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+import jax
 from etils import epath
 
-from calm_jax import config, errors, workdir
+from calm_jax import config, distributed, errors, workdir
 from calm_jax.data import pipeline
 from calm_jax.data import store as store_lib
 from calm_jax.parallel import mesh as mesh_lib
-from calm_jax.training import checkpoint, evaluation, metrics, program, reporter, stages, step
+from calm_jax.training import (
+  checkpoint,
+  evaluation,
+  feed,
+  metrics,
+  profiling,
+  program,
+  reporter,
+  stages,
+  step,
+)
+from calm_jax.training import guard as guard_lib
 
 EVALUATION_BATCH = 16
 SHOWN = (
@@ -20,40 +30,8 @@ SHOWN = (
 )  # fmt: skip
 
 
-class Interrupted(KeyboardInterrupt):
-  """Ctrl-C or SIGTERM, after the state was saved."""
-
-
-class _Stop:
-  """Turns the first SIGINT or SIGTERM into a flag; the second acts as usual."""
-
-  def __init__(self):
-    self.signal = ""
-    self._previous: dict[int, Any] = {}
-
-  def __enter__(self):
-    for number in (signal.SIGINT, signal.SIGTERM):
-      self._previous[number] = signal.signal(number, self._note)
-    return self
-
-  def _note(self, number, _):
-    self.signal = signal.Signals(number).name
-    self.__exit__()
-
-  def __exit__(self, *_):
-    while self._previous:
-      signal.signal(*self._previous.popitem())
-
-
-@contextlib.contextmanager
-def _timed(book: Callable[[float], None]) -> Iterator[None]:
-  start = time.perf_counter()
-  yield
-  book(time.perf_counter() - start)
-
-
 class Trainer:
-  """A run of one stage in one workdir."""
+  """A run of one stage in one workdir, on the mesh that is set."""
 
   def __init__(
     self,
@@ -63,16 +41,17 @@ class Trainer:
     directory: str,
     flops_per_token: float,
     record: Mapping[str, Any],
-    initial: Any = None,
+    initial: Any,
+    guard: guard_lib.Guard,
   ):
     """Takes the parts of a run.
 
     Args:
       record: goes into every checkpoint.
-      initial: parameters to start from, by default the stage's initial values.
+      initial: parameters to start from; None for the stage's initial values.
     """
-    self._initial = initial
-    self._run, self._stage, self._flops_per_token = run, stage, flops_per_token
+    self._initial, self._guard, self._stage = initial, guard, stage
+    self._run, self._flops_per_token = run, flops_per_token
     settings, context = run.training, run.data.context
     self._directory = epath.Path(directory)
     self._program = program.Program(run, stage, mesh_lib.current())
@@ -85,6 +64,7 @@ class Trainer:
     )
     self._record = record
     self._checkpoints = checkpoint.Checkpoints(directory, settings.keep_latest, settings.keep_every)
+    self._saved, self._saved_at = -1, time.monotonic()
 
   def train(self) -> None:
     """Trains to the last step, from the newest good checkpoint if there is one.
@@ -92,22 +72,29 @@ class Trainer:
     Raises:
       CalmError: after too many non-finite steps in a row, or if the last state
         can't be saved.
-      Interrupted: after Ctrl-C or SIGTERM, once the state is saved.
+      Interrupted: after Ctrl-C or SIGTERM on any process, once the state is saved.
     """
+    guard = self._guard
+    guard.stop.unsaved = False
     state = self._restore_or_init()
-    start, steps = int(state.step), self._run.training.steps
-    writer = metrics.Writer(self._directory / workdir.METRICS, steps, start)
+    start = int(state.step)
+    self._position = self._batches.get_state()
+    guard.ledger.part("restore or init")
+    writer = metrics.Writer(self._directory / workdir.METRICS, self._run.training.steps, start)
+    batches = feed.Feed(
+      self._batches, self._program.mesh, self._run.training.batch, self._rows,
+      self._run.data.reuse_batch,
+    )  # fmt: skip
     try:
-      if start and self._evaluation_is_due(start) and not writer.has("evaluation", start):
-        self._write_evaluation(start, state, writer)  # The run was cut before it came to that.
-      with _Stop() as stop:
-        self._loop(state, start, writer, stop)
+      distributed.on_first("ledger", lambda: guard.ledger.open(self._directory, start))
+      self._loop(state, start, writer, batches)
     except errors.CalmError as error:
       self._checkpoints.wait()
       good = self._checkpoints.steps()
       where = f"step {good[-1]}" if good else "none"
       raise errors.CalmError(f"{error}; the last good checkpoint is {where}") from error
     finally:
+      batches.close()
       writer.close()
       self._checkpoints.close()
 
@@ -118,53 +105,121 @@ class Trainer:
       return self._program.initial(params)
     self._checkpoints.set_aside_after(restored.step)
     self._batches.set_state(restored.meta["data"])
+    self._saved = restored.step
     metrics.show(f"going on after step {restored.step}")
     return step.TrainState(params=restored.params, **restored.rest)
 
-  def _loop(self, state: step.TrainState, start: int, writer: metrics.Writer, stop: _Stop) -> None:
-    settings = self._run.training
+  def _loop(
+    self, state: step.TrainState, start: int, writer: metrics.Writer, batches: feed.Feed
+  ) -> None:
+    settings, guard = self._run.training, self._guard
+    stop, ledger = guard.stop, guard.ledger
+    if start and self._evaluation_is_due(start) and not writer.has("evaluation", start):
+      self._write_evaluation(start, state, writer)  # The run was cut before it came to that.
+      ledger.part("evaluation made up")
+    if start >= settings.steps:
+      return
+    take = self._program.compiled_step()
+    ledger.part("compile")
+    if settings.eval_every:  # Now, so that a signal never has to wait for the compiler.
+      self._evaluate.compile(self._program.state.params)
+      ledger.part("compile evaluation")
     report = reporter.Reporter(self._run, writer, self._flops_per_token, start)
-    take: Callable[..., Any] | None = None
-    for done in range(start + 1, settings.steps + 1):
-      with _timed(report.wait_for_data):
-        read = next(self._batches)
-      if take is None:
-        with _timed(report.pause):
-          take = self._program.compiled_step()
-      batch = mesh_lib.place_rows(self._program.mesh, read, self._rows, settings.batch)
-      state, figures = take(state, self._stage.frozen, batch, self._program.place_signals())
-      report.push(done, figures, read["index"])
-      stopping = stop.signal  # A signal that comes later is heeded after the next step.
-      last = done == settings.steps or bool(stopping)
+    profile = profiling.Window(self._run.profile, self._directory)
+    positions, done, agreed = {start: self._position}, start, frozenset()
+    while done < settings.steps and "stop" not in agreed:
+      with ledger.timed("data_wait", report.wait_for_data):
+        fed = batches.take(lambda: stop.signal is None)
+      raised = self._raised(fed is None)
+      stop.unsaved = True
+      arrays = self._program.blank_batch() if fed is None else fed.arrays
+      profile.before_step()
+      state, figures = take(state, self._stage.frozen, arrays, self._program.place_signals(raised))
+      done += 1
+      agreed = report.push(done, figures, self._rows[:0] if fed is None else fed.index)
+      if distributed.count() == 1:  # It need not wait to hear of itself.
+        agreed = raised | self._raised(no_batch=False)
+      if done == start + 1:
+        jax.block_until_ready(figures)
+        metrics.show(ledger.first_step())
+      profile.after_step(figures)
+      guard.watchdog.begin("step")
+      if fed is not None:
+        positions[done] = fed.position
+      stopping = "stop" in agreed
+      last = done == settings.steps or stopping
+      save = last or "save" in agreed or done % settings.checkpoint_every == 0
       evaluate = self._evaluation_is_due(done) and not stopping
-      save = last or done % settings.checkpoint_every == 0
-      if evaluate or save:
+      if save or evaluate:
         report.flush()  # What is scored or saved is known to be good.
-        with _timed(report.pause):
-          if save:
-            self._save(done, state, wait=last)
-          if evaluate:
-            self._write_evaluation(done, state, writer)
-      if stopping:
-        metrics.show(f"{stopping}: saved step {done}; the same command goes on from it")
-        raise Interrupted()
+        done -= report.voids
+        position = positions[done]
+        if save:
+          with ledger.timed("shutdown" if last else "save", report.pause):
+            self._save(done, state, position, wait=last)
+        if evaluate:
+          with ledger.timed("evaluation", report.pause):
+            agreed = self._write_evaluation(done, state, writer)
+          if "stop" in agreed:
+            with ledger.timed("shutdown", report.pause):
+              self._save(done, state, position, wait=True)
+        positions = {done: position}
+      ledger.write(done, now=last)
+    profile.close()
+    if "stop" in agreed:
+      raise self._interrupted(done)
+
+  def _raised(self, no_batch: bool) -> frozenset[str]:
+    """Returns what this process tells the others with the next step."""
+    minutes = self._run.training.checkpoint_minutes
+    due = bool(minutes) and time.monotonic() - self._saved_at > 60 * minutes
+    told = {
+      "stop": self._guard.stop.signal is not None,
+      "save": due and distributed.is_first(),
+      "void": no_batch,
+    }
+    return frozenset(name for name, raised in told.items() if raised)
+
+  def _interrupted(self, done: int) -> errors.Interrupted:
+    stopped = self._guard.stop
+    name = stopped.signal.name if stopped.signal else "stopped as another process was"
+    message = f"{name}: saved step {done}; the same command goes on from it"
+    metrics.show(message)
+    return errors.Interrupted(message, stopped.code)
 
   def _evaluation_is_due(self, done: int) -> bool:
     settings = self._run.training
     return bool(settings.eval_every) and (done == settings.steps or done % settings.eval_every == 0)
 
-  def _write_evaluation(self, done: int, state: step.TrainState, writer: metrics.Writer) -> None:
-    run = self._run
-    tokens = done * run.data.context * run.training.batch
-    figures = self._evaluate(state.params) | {"flops": tokens * self._flops_per_token}
-    writer.write("evaluation", done, figures, SHOWN)
+  def _write_evaluation(
+    self, done: int, state: step.TrainState, writer: metrics.Writer
+  ) -> frozenset[str]:
+    """Returns what was agreed meanwhile: `stop` where the evaluation was given up for one."""
+    run, guard = self._run, self._guard
 
-  def _save(self, done: int, state: step.TrainState, wait: bool) -> None:
-    params, rest = step.parts(state)
-    meta = {**self._record, "data": self._batches.get_state()}
-    saved = self._checkpoints.save(done, params, rest, meta)
+    def stopped() -> bool:
+      guard.watchdog.begin("step")
+      return guard.stop.signal is not None
+
+    figures = self._evaluate(state.params, stopped)
+    if figures is None:
+      return frozenset({"stop"})
+    tokens = done * run.data.context * run.training.batch
+    writer.write("evaluation", done, figures | {"flops": tokens * self._flops_per_token}, SHOWN)
+    return frozenset()
+
+  def _save(
+    self, done: int, state: step.TrainState, position: Mapping[str, Any], wait: bool
+  ) -> None:
+    self._guard.watchdog.begin("shutdown" if wait else "step")
+    saved = True
+    if done != self._saved:
+      params, rest = step.parts(state)
+      saved = self._checkpoints.save(done, params, rest, {**self._record, "data": dict(position)})
+      self._saved, self._saved_at = done, time.monotonic()
     if wait and not (self._checkpoints.wait() and saved):
       raise errors.CalmError(
         f"step {done} could not be saved in {self._directory}: make room there and run the same "
         "command again"
       )
+    self._guard.stop.unsaved = not wait

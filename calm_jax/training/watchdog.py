@@ -39,7 +39,8 @@ class Watchdog:
   def _watch(self) -> None:
     while not self._over.wait(0.5):
       with self._lock:
-        phase, minutes, taken = self._phase, self._minutes[self._phase], time.monotonic() - self._since
+        phase, taken = self._phase, time.monotonic() - self._since
+      minutes = self._minutes[phase]
       if minutes and taken > 60 * minutes:
         distributed.say(
           f"{phase} has taken more than config.limits.{phase}_minutes={minutes:g}: stopping, to be "
