@@ -106,6 +106,8 @@ def initialize() -> None:
     # Our own watch, see `watch_peers`, is to speak first: JAX's would end us without a word.
     heartbeat_timeout_seconds=100 + 2 * _HEARTBEAT_TIMEOUT.value,
   )
+  # Several devices on few cores would wait for each other's programs. Of CPUs alone.
+  jax.config.update("jax_cpu_enable_async_dispatch", False)
   # Its handler would take SIGTERM away from ours; see `training.stopping`.
   jax.config.update("jax_enable_preemption_service", False)
   try:

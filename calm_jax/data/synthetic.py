@@ -42,6 +42,7 @@ def _write(vocab_size: int) -> store.TokenStore:
   atexit.register(shutil.rmtree, folder, ignore_errors=True)
   words = {"<unk>": 0, "</s>": 1, **{f"w{i}": i for i in range(2, vocab_size)}}
   model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+  model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
   model.add_special_tokens(["</s>"])
   model.save(str(folder / "words.json"))
   generator = np.random.default_rng(0)
