@@ -1,0 +1,93 @@
+#!/usr/bin/env bash
+# Runs a command, and again each time it exits with 75, which asks for another start.
+#
+#   launch/restart.sh [--attempts=10] [--wait=10] -- COMMAND...
+#
+#   --attempts   restarts without progress before it gives up, with exit code 1
+#   --wait       seconds before a restart, times the restarts without progress so far
+#   --progress   a folder, local or gs://, where a new name is progress; by default the folder
+#                checkpoints of the command's --workdir
+#   --dry_run    print the command and run nothing
+#
+# Any other exit code ends it and is passed on. SIGTERM and SIGINT go to the command, once; after
+# them there is no restart, and 75 is passed on: whoever sent the signal starts again.
+set -uo pipefail
+# shellcheck source=launch/flags.sh
+source "$(dirname "${BASH_SOURCE[0]}")/flags.sh"
+
+attempts=10 wait=10 progress=""
+parse "attempts wait progress" "" "$@"
+[[ $attempts =~ ^[0-9]+$ ]] || fail "--attempts must be a whole number, got $attempts"
+[[ $wait =~ ^[0-9]+$ ]] || fail "--wait must be a whole number of seconds, got $wait"
+[ ${#REST[@]} -gt 0 ] || fail "give the command to run behind --"
+command -v "${REST[0]}" >/dev/null || fail "no such command: ${REST[0]}"
+for word in "${REST[@]}"; do
+  case $word in --workdir=*) progress=${progress:-${word#--workdir=}/checkpoints} ;; esac
+done
+
+# The names in the folder of --progress; nothing where it can't be read.
+names() {
+  case $progress in
+    "") ;;
+    gs://*) gcloud storage ls "$progress/" 2>/dev/null ;;
+    *) ls -A "$progress" 2>/dev/null ;;
+  esac
+}
+
+stopped="" passed="" child=""
+pass_on() {
+  stopped=$1 again=1
+  if [ -n "$child" ]; then
+    passed=1
+    kill -s "$1" "$child" 2>/dev/null
+  fi
+}
+trap 'pass_on TERM' TERM
+trap 'pass_on INT' INT
+
+# Runs in the background, where a signal can be passed on, and in a group of its own: Ctrl-C then
+# reaches it through us alone, and is not ignored as in other background commands.
+run() {
+  local seen
+  set -m
+  "$@" &
+  child=$!
+  set +m
+  # A signal that came before there was a child to have it.
+  [ -z "$stopped" ] || [ -n "$passed" ] || kill -s "$stopped" "$child"
+  code=127 again=1
+  while [ -n "$again" ]; do # A signal ends wait before the command ends.
+    again=""
+    wait "$child"
+    seen=$?
+    [ "$seen" = 127 ] || code=$seen
+  done
+  child=""
+}
+
+if [ -n "$dry_run" ]; then
+  echo "+ $(quoted "${REST[@]}")" >&2
+  exit 0
+fi
+restarts=0
+before=$(names)
+while true; do
+  run "${REST[@]}"
+  [ "$code" = 75 ] && [ -z "$stopped" ] || exit "$code"
+  now=$(names)
+  [ "$now" = "$before" ] || restarts=0
+  before=$now
+  restarts=$((restarts + 1))
+  if [ "$restarts" -gt "$attempts" ]; then
+    echo "error: exit code 75 again and no progress in $attempts restarts: given up" >&2
+    exit 1
+  fi
+  echo "exit code 75: restart $restarts of $attempts without progress," \
+    "in $((wait * restarts)) s" >&2
+  sleep $((wait * restarts)) &
+  wait $!
+  if [ -n "$stopped" ]; then
+    kill $!
+    exit 75
+  fi
+done
