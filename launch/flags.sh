@@ -13,7 +13,7 @@ fail() {
 # parse "NAMES" "SWITCHES" ARGUMENTS...: sets the variable of each --name=value and --switch, and
 # REST to what comes behind the flags.
 parse() {
-  local values=" $1 " switches=" $2 dry_run " name
+  local values=" $1 " switches=" $2 dry_run " flag
   shift 2
   while [ $# -gt 0 ]; do
     case $1 in
@@ -26,16 +26,16 @@ parse() {
         exit 0
         ;;
       --*=*)
-        name=${1%%=*} && name=${name#--}
-        [[ $values == *" $name "* ]] || fail "unknown flag --$name: see --help"
-        [ -n "${1#*=}" ] || fail "--$name is empty"
-        printf -v "$name" %s "${1#*=}"
+        flag=${1%%=*} && flag=${flag#--}
+        [[ $values == *" $flag "* ]] || fail "unknown flag --$flag: see --help"
+        [ -n "${1#*=}" ] || fail "--$flag is empty"
+        printf -v "$flag" %s "${1#*=}"
         ;;
       --*)
-        name=${1#--}
-        [[ $values != *" $name "* ]] || fail "--$name needs a value: --$name=..."
-        [[ $switches == *" $name "* ]] || fail "unknown flag $1: see --help"
-        printf -v "$name" 1
+        flag=${1#--}
+        [[ $values != *" $flag "* ]] || fail "--$flag needs a value: --$flag=..."
+        [[ $switches == *" $flag "* ]] || fail "unknown flag $1: see --help"
+        printf -v "$flag" 1
         ;;
       *) break ;;
     esac
@@ -47,29 +47,36 @@ parse() {
 
 # require NAME...: each variable was set.
 require() {
-  local name
-  for name in "$@"; do
-    [ -n "${!name}" ] || fail "give --$name=...; see --help"
+  local flag
+  for flag in "$@"; do
+    [ -n "${!flag}" ] || fail "give --$flag=...; see --help"
   done
 }
 
 # whole NAME...: each variable is a whole number of at least 1.
 whole() {
-  local name
-  for name in "$@"; do
-    [[ ${!name} =~ ^[1-9][0-9]*$ ]] || fail "--$name must be a whole number from 1, got ${!name}"
+  local flag
+  for flag in "$@"; do
+    [[ ${!flag} =~ ^[1-9][0-9]*$ ]] || fail "--$flag must be a whole number from 1, got ${!flag}"
   done
 }
 
 # The words as one line that a shell reads as the same words.
 quoted() {
-  local line
-  printf -v line ' %q' "$@"
+  local line="" word
+  for word in "$@"; do
+    [[ $word =~ ^[-A-Za-z0-9_./:=,@%+]+$ ]] || word=${word@Q}
+    line+=" $word"
+  done
   echo "${line# }"
 }
 
-# Prints a command, and runs it unless --dry_run was given.
-act() {
-  echo "+ $(quoted "$@")" >&2
-  [ -n "$dry_run" ] || "$@"
+# Prints a command and runs it; with --dry_run prints it alone, to standard output.
+do_or_print() {
+  if [ -n "$dry_run" ]; then
+    quoted "$@"
+  else
+    echo "+ $(quoted "$@")" >&2
+    "$@"
+  fi
 }

@@ -66,7 +66,7 @@ run() {
 }
 
 if [ -n "$dry_run" ]; then
-  echo "+ $(quoted "${REST[@]}")" >&2
+  quoted "${REST[@]}"
   exit 0
 fi
 restarts=0
