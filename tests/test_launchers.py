@@ -1,193 +1,135 @@
-"""Claims about the launchers: what they run, print and end with. No cluster is needed."""
+"""Claims about the launchers: what they print, call and end with. No cluster is needed."""
 
-import importlib.util
+import json
 import os
 import pathlib
+import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
-import time
 
+import jsonschema
 import pytest
+import yaml
+from processes import ON_SIGNAL, ROOT, finish, refused, start, wait_for
 
-ROOT = pathlib.Path(__file__).parent.parent
 PYTHON = sys.executable
+SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
+WITH_FLAGS = [path for path in SCRIPTS if "\nparse " in path.read_text()]
+RESTART, DETACHED, POD = "launch/restart.sh", "launch/detached.sh", "launch/tpu_pod.sh"
+GKE, SLURM, GPU_NODE = "launch/gke.sh", "launch/slurm.sh", "launch/gpu_node.sh"
+TRAIN = ("python", "-m", "calm_jax.main", "--config=configs/calm.py:xl", "--workdir=gs://b/w")
+PLACE = ("--name=n", "--zone=z")
+CLUSTER = (
+  "--topology=v5p:4x4x8", "--slices=2", "--image=r/i:1", "--config=configs/calm.py:xl",
+  "--workdir=gs://b/w",
+)  # fmt: skip
 
 
-def load(name: str):
-  """A script of launch/ as a module."""
-  spec = importlib.util.spec_from_file_location(name, ROOT / f"launch/{name}.py")
-  assert spec and spec.loader
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
+@pytest.fixture
+def fakes(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
+  """A folder first on PATH, where every tool of a cluster notes that it was called, and fails."""
+  folder = tmp_path / "fakes"
+  folder.mkdir()
+  for name in ("gcloud", "kubectl", "xpk", "sbatch", "srun", "scontrol", "nvidia-smi"):
+    fake(folder, name, "exit 99")
+  monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+  return folder
 
 
-local_processes = load("local_processes")
+def fake(folder: pathlib.Path, name: str, lines: str) -> None:
+  """Makes the tool `name` note its words and then run bash lines in the folder of the fakes."""
+  note = 'printf "%s\\n" "${0##*/} $*" >>called'
+  path = folder / name
+  path.write_text(f'#!/usr/bin/env bash\ncd "$(dirname "$0")" || exit\n{note}\n{lines}\n')
+  path.chmod(0o755)
 
 
-def start(*words: object, **environment: str) -> subprocess.Popen:
-  return subprocess.Popen(
-    [str(word) for word in words], cwd=ROOT, env=os.environ | environment,
-    stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-  )  # fmt: skip
+def called(folder: pathlib.Path) -> list[str]:
+  """What the fakes were called with, in order."""
+  path = folder / "called"
+  return path.read_text().splitlines() if path.exists() else []
 
 
-def finish(process: subprocess.Popen) -> tuple[int, str, str]:
-  """The exit code and what was written to standard output and standard error."""
-  output, errors = process.communicate(timeout=60)
-  return process.returncode, output, errors
+def printed(*words: object) -> list[list[str]]:
+  """The words of each command that a dry run prints; comments are left out."""
+  code, output, errors = finish(start(*words, "--dry_run"))
+  assert code == 0, errors
+  return [shlex.split(line) for line in output.splitlines() if not line.startswith("#")]
 
 
-def wait_for(path: pathlib.Path) -> None:
-  deadline = time.monotonic() + 30
-  while not path.exists():
-    assert time.monotonic() < deadline, path
-    time.sleep(0.02)
+def dry(*words: object) -> list[list[str]]:
+  """As `printed`, for a command with a command of its own behind --."""
+  place = words.index("--")
+  code, output, errors = finish(start(*words[:place], "--dry_run", *words[place:]))
+  assert code == 0, errors
+  return [shlex.split(line) for line in output.splitlines() if not line.startswith("#")]
 
 
-# Local processes.
-
-LOCAL = (PYTHON, "launch/local_processes.py")
-# Exits with the code at the place of its process id.
-CODES = "import sys; sys.exit([{}][int(sys.argv[-1].split('=')[1])])"
-# Notes each SIGTERM in a file named for its process id, ends with 75 after one.
-ON_TERM = """
-import pathlib, signal, sys, time
-own = pathlib.Path(sys.argv[1]) / sys.argv[-1].split("=")[1]
-seen = []
-signal.signal(signal.SIGTERM, lambda *_: seen.append(1))
-own.touch()
-while not seen:
-  time.sleep(0.02)
-time.sleep(0.3)
-own.write_text("TERM" * len(seen))
-sys.exit(75)
-"""
+# Every script.
 
 
-def test_every_process_gets_its_place_and_its_devices():
-  code = (
-    "import os, sys; print(sys.argv[1:], file=sys.stderr); print(os.environ['JAX_PLATFORMS']);"
-    "print(os.environ['XLA_FLAGS'])"
-  )
-  flags = "--xla_force_host_platform_device_count=8 --xla_cpu_enable_fast_math=false"
-  got, output, errors = finish(
-    start(*LOCAL, "--processes=2", "--devices=3", "--", PYTHON, "-c", code, "a b", XLA_FLAGS=flags)
-  )
-  assert got == 0
-  wanted = "--xla_cpu_enable_fast_math=false --xla_force_host_platform_device_count=3"
-  assert sorted(output.splitlines()) == sorted(
-    f"[{index}] {line}" for index in (0, 1) for line in ("cpu", wanted)
-  )
-  lines = sorted(errors.splitlines())
-  ports = {line.split("127.0.0.1:")[1].split("'")[0] for line in lines}
-  assert len(ports) == 1 and 1024 < int(*ports) < 65536
-  assert lines == [
-    f"[{index}] ['a b', '--coordinator_address=127.0.0.1:{port}', '--num_processes=2', "
-    f"'--process_id={index}']"
-    for index in (0, 1)
-    for port in ports
-  ]
+@pytest.mark.parametrize("path", [*SCRIPTS, ROOT / ".ci/run"], ids=lambda path: path.name)
+def test_shellcheck_finds_nothing(path: pathlib.Path):
+  tool = shutil.which("shellcheck", path=f"{pathlib.Path(PYTHON).parent}:{os.environ['PATH']}")
+  assert tool
+  done = subprocess.run([tool, "-x", path], cwd=ROOT, capture_output=True, text=True)
+  assert done.returncode == 0, done.stdout
 
 
-def test_each_process_has_gpus_of_its_own():
-  assert local_processes.settings(2, 2, "cuda") == {
-    "JAX_PLATFORMS": "cuda", "CUDA_VISIBLE_DEVICES": "4,5",
-  }  # fmt: skip
-
-
-@pytest.mark.parametrize(
-  ("codes", "one"),
-  [
-    ([0, 0], 0),
-    ([0, 75, 75], 75),
-    ([75, 2, 3], 2),
-    ([0, 3, 75], 3),
-    ([0, -9], 137),
-    ([-9, 75], 75),
-    ([-9, 75, 1], 1),
-    ([130, 130], 130),
-  ],
-)
-def test_one_exit_code_tells_what_became_of_all(codes: list[int], one: int):
-  assert local_processes.exit_code(codes) == one
-
-
-def test_exit_codes_are_those_of_the_processes():
-  code = "import os, sys; own = sys.argv[-1][-1]; own == '2' and os.kill(os.getpid(), 9);"
-  command = [PYTHON, "-c", f"{code} sys.exit([0, 75][int(own)])"]
-  assert local_processes.run(command, 3) == [0, 75, -9]
-  got, _, _ = finish(start(*LOCAL, "--processes=2", "--", PYTHON, "-c", CODES.format("0, 3")))
-  assert got == 3
-
-
-def test_sigterm_reaches_every_process_once(tmp_path: pathlib.Path):
-  launcher = start(*LOCAL, "--processes=2", "--", PYTHON, "-c", ON_TERM, tmp_path)
-  wait_for(tmp_path / "0")
-  wait_for(tmp_path / "1")
-  launcher.send_signal(signal.SIGTERM)
-  assert finish(launcher)[0] == 75
-  assert [(tmp_path / name).read_text() for name in "01"] == ["TERM", "TERM"]
-
-
-def test_a_failure_gives_the_others_their_grace_and_no_more(capsys: pytest.CaptureFixture):
-  code = "import sys, time; own = int(sys.argv[-1][-1]); time.sleep([0, 0.5, 60][own]); {}"
-  command = [PYTHON, "-c", code.format("sys.exit([75, 0, 0][own])")]
-  began = time.monotonic()
-  assert local_processes.run(command, 3, grace_seconds=2) == [75, 0, -signal.SIGKILL]
-  assert 2 <= time.monotonic() - began < 20
-  assert "process 2 still running 2 s after another failed: killed" in capsys.readouterr().err
-
-
-def test_what_a_process_leaves_behind_is_ended(tmp_path: pathlib.Path):
-  code = (
-    "import subprocess, sys, pathlib; child = subprocess.Popen(['sleep', '600']);"
-    "pathlib.Path(sys.argv[1]).write_text(str(child.pid))"
-  )
-  assert local_processes.run([PYTHON, "-c", code, str(tmp_path / "pid")], 1) == [0]
-  pid = int((tmp_path / "pid").read_text())
-  state = pathlib.Path(f"/proc/{pid}/stat")
-  deadline = time.monotonic() + 10
-  while state.exists() and state.read_text().split()[2] != "Z":
-    assert time.monotonic() < deadline
-    time.sleep(0.02)
-
-
-def test_a_dry_run_of_local_processes_prints_every_command(tmp_path: pathlib.Path):
-  got, output, errors = finish(
-    start(*LOCAL, "--processes=2", "--dry_run", "--", "touch", tmp_path / "made", XLA_FLAGS="")
-  )
-  assert got == 0 and not errors and not list(tmp_path.iterdir())
-  words = [shlex.split(line) for line in output.splitlines()]
-  assert [line[0] for line in words] == ["[0]", "[1]"]
-  assert words[1][1:3] == [
-    "JAX_PLATFORMS=cpu", "XLA_FLAGS=--xla_force_host_platform_device_count=1",
-  ]  # fmt: skip
-  assert words[1][-2:] == ["--num_processes=2", "--process_id=1"]
+@pytest.mark.parametrize("path", WITH_FLAGS, ids=lambda path: path.name)
+def test_help_tells_every_flag(path: pathlib.Path, fakes: pathlib.Path):
+  code, output, errors = finish(start(path, "--help"))
+  assert code == 0 and not errors and not called(fakes)
+  found = re.search(r'^parse "(.*?)" "(.*?)"', path.read_text(), re.MULTILINE | re.DOTALL)
+  assert found
+  names = f"{found[1]} {found[2]} dry_run".replace("\\\n", "").split()
+  assert [name for name in names if f"--{name}" not in output] == []
 
 
 @pytest.mark.parametrize(
   ("words", "told"),
   [
-    (("--", "true"), "--processes"),
-    (("--processes=0", "--", "true"), "--processes"),
-    (("--processes=2",), "command"),
-    (("--processes=2", "--", "no-such-command"), "no-such-command"),
-    (("--proceses=2", "--", "true"), "proceses"),
-    (("--processes=2", "--platform=tpu", "--", "true"), "platform"),
+    ((RESTART,), "command"),
+    ((RESTART, "--attempts=x", "--", "true"), "--attempts"),
+    ((RESTART, "--attemps=1", "--", "true"), "--attemps"),
+    ((RESTART, "--attempts", "--", "true"), "--attempts=..."),
+    ((RESTART, "--", "no-such-command"), "no-such-command"),
+    ((DETACHED,), "command"),
+    ((DETACHED, "--follow", "--folder=/nowhere"), "/nowhere"),
+    ((DETACHED, "--stop", "--folder=/nowhere"), "nothing runs"),
+    ((POD,), "create"),
+    ((POD, "crate", *PLACE), "create"),
+    ((POD, "create", *PLACE), "--type"),
+    ((POD, "create", "--name=n", "--type=v5p-8"), "--zone"),
+    ((POD, "create", *PLACE, "--type=v9-8"), "--runtime"),
+    ((POD, "create", *PLACE, "--type=v5p-8", "--slices=0"), "--slices"),
+    ((POD, "run", *PLACE), "command"),
+    ((POD, "delete", *PLACE, "now"), "now"),
+    ((GKE,), "--topology"),
+    ((GKE, "aply", *CLUSTER), "apply"),
+    ((GKE, *CLUSTER, "xpk"), "xpk"),
+    ((GKE, *CLUSTER, "--topology=v5p-128"), "v5p-128"),
+    ((GKE, *CLUSTER, "--topology=v7:2x2"), "v7"),
+    ((GKE, *CLUSTER, "--chips_per_host=3"), "--chips_per_host"),
+    ((GKE, *CLUSTER, "--workdir=/tmp/w"), "gs://"),
+    ((GKE, *CLUSTER, "--name=Calm_JAX"), "Calm_JAX"),
+    ((GKE, "xpk", *CLUSTER), "--cluster"),
+    ((SLURM, "--gpus_per_node=8", "--", "true"), "--nodes"),
+    ((SLURM, "--nodes=2", "--gpus_per_node=8"), "command"),
+    ((SLURM, "--nodes=2", "--gpus_per_node=8", "--per=host", "--", "true"), "host"),
+    ((GPU_NODE,), "command"),
+    ((GPU_NODE, "--", "true"), "nvidia-smi"),
   ],
 )
-def test_local_processes_refuses_bad_flags_in_one_line(words: tuple[str, ...], told: str):
-  got, output, errors = finish(start(*LOCAL, *words))
-  assert got == 2 and not output
-  assert errors.startswith("error: ") and errors.count("\n") == 1 and told in errors
+def test_bad_flags_are_refused_in_one_line(fakes: pathlib.Path, words: tuple[str, ...], told: str):
+  refused(words, told)
+  assert [line for line in called(fakes) if not line.startswith("nvidia-smi")] == []
 
 
 # Restarts.
-
-RESTART = "launch/restart.sh"
 
 
 @pytest.fixture
@@ -243,14 +185,14 @@ def test_a_new_checkpoint_is_progress(script, tmp_path: pathlib.Path):
 def test_a_signal_is_passed_on_once_and_ends_the_restarts(
   script, tmp_path: pathlib.Path, number: signal.Signals
 ):
-  code = ON_TERM.replace("SIGTERM", signal.Signals(number).name)
+  code = ON_SIGNAL.replace("NAME", number.name)
   (tmp_path / "notes").mkdir()
   command = script(f"exec {PYTHON} -c {shlex.quote(code)} notes --process_id=0")
   launcher = start(RESTART, "--wait=0", "--", command)
   wait_for(tmp_path / "notes/0")
   launcher.send_signal(number)
   assert finish(launcher)[0] == 75
-  assert runs(command) == 1 and (tmp_path / "notes/0").read_text() == "TERM"
+  assert runs(command) == 1 and (tmp_path / "notes/0").read_text() == "seen 1"
 
 
 def test_a_signal_between_two_runs_ends_the_restarts(script, tmp_path: pathlib.Path):
@@ -260,3 +202,349 @@ def test_a_signal_between_two_runs_ends_the_restarts(script, tmp_path: pathlib.P
   assert launcher.stderr and "restart 1" in launcher.stderr.readline()
   launcher.send_signal(signal.SIGTERM)
   assert finish(launcher)[0] == 75 and runs(command) == 1
+
+
+def test_a_dry_run_of_restart_prints_the_command(script):
+  command = script("exit 75")
+  assert dry(RESTART, "--", command, "a b") == [[str(command), "a b"]]
+  assert not (command.parent / "runs").exists()
+
+
+# Runs that go on without their terminal.
+
+
+def test_a_detached_run_goes_on_and_is_followed_to_its_exit_code(script, tmp_path: pathlib.Path):
+  command = script("echo begun; until [ -e go ]; do sleep 0.05; done; echo done; exit 3")
+  folder = f"--folder={tmp_path}/run"
+  code, _, errors = finish(start(DETACHED, folder, "--", command))
+  assert code == 0 and "started" in errors
+  wait_for(tmp_path / "runs")
+  assert "running" in finish(start(DETACHED, folder, "--status"))[1]
+  assert "under way" in finish(start(DETACHED, folder, "--", command))[2]
+  follower = start(DETACHED, folder, "--follow")
+  (tmp_path / "go").touch()
+  code, output, _ = finish(follower)
+  assert code == 3 and output == "begun\ndone\n" and runs(command) == 1
+  assert finish(start(DETACHED, folder, "--status"))[1].endswith("ended with 3: done\n")
+  assert finish(start(DETACHED, folder, "--follow"))[:2] == (3, "begun\ndone\n")
+
+
+def test_a_detached_run_is_stopped_by_sigterm(script, tmp_path: pathlib.Path):
+  (tmp_path / "notes").mkdir()
+  code = shlex.quote(ON_SIGNAL.replace("NAME", "SIGTERM"))
+  command = script(f"exec {PYTHON} -c {code} notes --process_id=0")
+  folder = f"--folder={tmp_path}/run"
+  finish(start(DETACHED, folder, "--", RESTART, "--", command))
+  wait_for(tmp_path / "notes/0")
+  assert finish(start(DETACHED, folder, "--stop"))[0] == 0
+  assert finish(start(DETACHED, folder, "--follow"))[0] == 75
+  assert (tmp_path / "notes/0").read_text() == "seen 1"
+
+
+# TPU VMs.
+
+
+def test_a_slice_is_asked_for_as_one_node(fakes: pathlib.Path):
+  [words] = printed(POD, "create", *PLACE, "--type=v5p-128", "--spot")
+  assert " ".join(words) == (
+    "gcloud compute tpus queued-resources create n --zone=z --accelerator-type=v5p-128 "
+    "--runtime-version=v2-alpha-tpuv5 --node-id=n --spot"
+  )
+  assert not called(fakes)
+
+
+def test_several_slices_are_asked_for_in_one_request(fakes: pathlib.Path):
+  flags = ("--type=v6e-256", "--slices=4", "--project=p", "--create_flags=--reserved --tags=a")
+  [words] = printed(POD, "create", *PLACE, *flags)
+  assert {"--node-count=4", "--node-prefix=n", "--project=p", "--reserved", "--tags=a"} < {*words}
+  assert "--runtime-version=v2-alpha-tpuv6e" in words and not {"--node-id=n", "--spot"} & {*words}
+  assert not called(fakes)
+
+
+@pytest.mark.parametrize(
+  ("slices", "service", "all_", "first"),
+  [
+    (1, "tpu-vm", {"--worker=all"}, {"--worker=0"}),
+    (2, "queued-resources", {"--worker=all", "--node=all"}, {"--worker=0", "--node=0"}),
+  ],
+)
+def test_a_run_starts_everywhere_and_follows_the_first_worker(
+  fakes: pathlib.Path, slices: int, service: str, all_: set[str], first: set[str]
+):
+  started, followed = dry(POD, "run", *PLACE, f"--slices={slices}", "--", *TRAIN, "--x=a b")
+  for words, where in ((started, all_), (followed, first)):
+    assert words[3:5] == [service, "ssh"] and "n" in words and where | {"--zone=z"} < {*words}
+  inner = shlex.split(started[-1].removeprefix("--command="))
+  assert inner[:2] == ["cd", "~/calm_jax"]
+  place = inner.index("launch/detached.sh")
+  assert inner[place:] == [
+    "launch/detached.sh", "--", "launch/restart.sh", "--attempts=10", "--", *TRAIN, "--x=a b",
+  ]  # fmt: skip
+  assert followed[-1].endswith("launch/detached.sh --follow") and not called(fakes)
+
+
+def test_the_commit_that_is_checked_out_is_installed(fakes: pathlib.Path):
+  commit = subprocess.check_output(
+    ["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, text=True
+  ).strip()
+  archive, copy, remote = printed(POD, "install", *PLACE)
+  assert archive[:2] == ["git", "archive"] and archive[-1] == commit
+  assert copy[3:5] == ["tpu-vm", "scp"] and "--worker=all" in copy
+  assert archive[3].removeprefix("--output=") in copy and "n:" in copy
+  assert f"tar -xzf ~/calm_jax-{commit}.tar.gz" in remote[-1]
+  assert "source launch/environment.sh tpu" in remote[-1]
+  [remote] = printed(POD, "install", *PLACE, "--slices=2", "--clone=https://host/calm_jax")
+  assert "git clone --quiet https://host/calm_jax" in remote[-1]
+  assert f"checkout --quiet {commit}" in remote[-1] and "--node=all" in remote
+  assert not called(fakes)
+
+
+@pytest.mark.parametrize(
+  ("act", "told"),
+  [
+    ("follow", "--follow"),
+    ("stop", "--stop"),
+    ("status", "--status"),
+    ("delete", "queued-resources delete n --zone=z --force --quiet"),
+  ],
+)
+def test_other_acts_on_a_pod_print_their_command(fakes: pathlib.Path, act: str, told: str):
+  assert " ".join(printed(POD, act, *PLACE)[-1]).endswith(told)
+  assert not called(fakes)
+
+
+def test_a_dry_run_of_watch_prints_every_command(fakes: pathlib.Path):
+  words = dry(POD, "watch", *PLACE, "--type=v5p-128", "--", *TRAIN)
+  acts = [line[4] if line[0] == "gcloud" else line[1] for line in words]
+  assert acts == ["describe", "delete", "create", "archive", "scp", "ssh", "ssh", "ssh"]
+  assert not called(fakes)
+
+
+# A TPU whose states are the lines of a file, each told once; following it ends with the codes of
+# another.
+GCLOUD = r"""
+next() { head -n 1 "$1"; sed -i 1d "$1"; }
+case "$*" in
+  *describe*)
+    state=$(next states)
+    [ "$state" != ABSENT ] || { echo "ERROR: NOT_FOUND: no n" >&2; exit 1; }
+    echo "$state" ;;
+  *--follow*) exit "$(next codes)" ;;
+esac
+"""
+
+
+def watched(fakes: pathlib.Path, states: str, codes: str) -> tuple[int, list[str]]:
+  """The exit code of watch over a TPU of these states, and the acts that it called."""
+  (fakes / "states").write_text("\n".join([*states.split(), *["FAILED"] * 9]) + "\n")
+  (fakes / "codes").write_text("\n".join(codes.split()) + "\n")
+  fake(fakes, "gcloud", GCLOUD)
+  fake(fakes, "sleep", "")
+  code, _, _ = finish(start(POD, "watch", *PLACE, "--type=v5p-8", "--spot", "--", *TRAIN))
+  names = {"--follow": "follow", "detached.sh --": "run", "environment.sh": "install"}
+  acts = []
+  for line in called(fakes):
+    found = [name for part, name in names.items() if part in line]
+    acts += found[:1] or re.findall(r"queued-resources (create|delete) n", line)
+  return code, acts
+
+
+def test_watch_makes_the_tpu_again_after_a_preemption(fakes: pathlib.Path):
+  states = "ABSENT WAITING_FOR_RESOURCES ACTIVE SUSPENDING SUSPENDED PROVISIONING ACTIVE"
+  assert watched(fakes, states, "255 0") == (
+    0,
+    ["create", "install", "run", "follow", "delete", "create", "install", "run", "follow"],
+  )
+
+
+def test_watch_starts_again_what_asks_for_it_on_the_same_tpu(fakes: pathlib.Path):
+  assert watched(fakes, "ACTIVE ACTIVE ACTIVE", "75 255 0") == (
+    0,
+    ["install", *["run", "follow"] * 3],
+  )
+
+
+@pytest.mark.parametrize("code", [2, 1])
+def test_watch_ends_with_what_no_restart_mends(fakes: pathlib.Path, code: int):
+  assert watched(fakes, "ACTIVE ACTIVE", str(code)) == (code, ["install", "run", "follow"])
+
+
+def test_watch_takes_a_crash_of_a_tpu_that_goes_away_for_a_preemption(fakes: pathlib.Path):
+  assert watched(fakes, "ACTIVE SUSPENDING SUSPENDED ACTIVE", "134 0") == (
+    0,
+    ["install", "run", "follow", "delete", "create", "install", "run", "follow"],
+  )
+
+
+# GKE.
+
+
+def manifest(*words: str) -> dict:
+  """The JobSet that a dry run prints."""
+  code, output, errors = finish(start(GKE, *CLUSTER, "--dry_run", *words))
+  assert code == 0, errors
+  assert output.startswith("# kubectl apply -f -\n") and "${" not in output
+  return yaml.safe_load(output)
+
+
+SCHEMA = json.loads((ROOT / "tests/jobset_schema.json").read_text())
+
+
+@pytest.mark.parametrize("words", [(), ("--spot", "--service_account=trainer")])
+def test_the_jobset_has_the_fields_that_the_controller_knows(
+  fakes: pathlib.Path, words: tuple[str, ...]
+):
+  jsonschema.Draft202012Validator.check_schema(SCHEMA)
+  jsonschema.validate(manifest(*words), SCHEMA)
+  assert not called(fakes)
+
+
+@pytest.mark.parametrize("wrong", ["maxRestart", "terminationGracePeriod", "google.com/tpus"])
+def test_a_misspelled_field_does_not_pass_the_schema(wrong: str):
+  text = json.dumps(manifest())
+  right = {"maxRestart": "maxRestarts", "google.com/tpus": "google.com/tpu"}
+  right = right.get(wrong, "terminationGracePeriodSeconds")
+  assert f'"{right}"' in text
+  with pytest.raises(jsonschema.ValidationError):
+    jsonschema.validate(json.loads(text.replace(f'"{right}"', f'"{wrong}"')), SCHEMA)
+
+
+def test_the_jobset_has_a_job_a_slice_and_a_pod_a_host():
+  data = manifest("--spot", "--", "--config.data.path=gs://b/d", '--x=a "b" \\')
+  [slices] = data["spec"]["replicatedJobs"]
+  job = slices["template"]["spec"]
+  pod = job["template"]["spec"]
+  [container] = pod["containers"]
+  assert slices["replicas"] == 2
+  assert job["parallelism"] == job["completions"] == 4 * 4 * 8 / 4
+  assert container["resources"]["limits"] == {"google.com/tpu": 4}
+  assert container["command"] == [*TRAIN, "--config.data.path=gs://b/d", '--x=a "b" \\']
+  assert container["image"] == "r/i:1"
+  assert pod["nodeSelector"] == {
+    "cloud.google.com/gke-tpu-accelerator": "tpu-v5p-slice",
+    "cloud.google.com/gke-tpu-topology": "4x4x8",
+    "cloud.google.com/gke-spot": "true",
+  }
+  assert "cloud.google.com/gke-spot" not in str(manifest())
+
+
+@pytest.mark.parametrize(
+  ("topology", "hosts", "chips"),
+  [("v6e:1x1", 1, 1), ("v6e:2x2", 1, 4), ("v5e:4x8", 8, 4), ("v4:2x2x4", 4, 4)],
+)
+def test_hosts_follow_from_the_topology(topology: str, hosts: int, chips: int):
+  [slices] = manifest(f"--topology={topology}")["spec"]["replicatedJobs"]
+  job = slices["template"]["spec"]
+  limits = job["template"]["spec"]["containers"][0]["resources"]["limits"]
+  assert (job["completions"], limits["google.com/tpu"]) == (hosts, chips)
+
+
+def test_75_and_preemption_restart_the_set_and_other_codes_end_it():
+  spec = manifest()["spec"]
+  job = spec["replicatedJobs"][0]["template"]["spec"]
+  disrupted, final = job["podFailurePolicy"]["rules"]
+  assert disrupted["action"] == "Count" and job["backoffLimit"] == 0
+  assert disrupted["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
+  assert final["action"] == "FailJob" and final["onExitCodes"]["operator"] == "NotIn"
+  assert final["onExitCodes"]["values"] == [75, 134]
+  [rule] = spec["failurePolicy"]["rules"]
+  assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
+  assert spec["failurePolicy"]["maxRestarts"] == 50
+
+
+def test_the_manifest_is_applied(fakes: pathlib.Path):
+  fake(fakes, "kubectl", "cat >applied")
+  assert finish(start(GKE, *CLUSTER))[0] == 0
+  assert called(fakes) == ["kubectl apply -f -"]
+  assert yaml.safe_load((fakes / "applied").read_text()) == manifest()
+
+
+@pytest.mark.parametrize(
+  ("topology", "kind"),
+  [("v5p:4x4x8", "v5p-256"), ("v5e:4x8", "v5litepod-32"), ("v6e:4x4", "v6e-16")],
+)
+def test_xpk_gets_the_same_run(fakes: pathlib.Path, topology: str, kind: str):
+  code, output, _ = finish(start(GKE, "xpk", *CLUSTER, f"--topology={topology}", "--cluster=c"))
+  words = shlex.split(output)
+  assert code == 0 and words[:3] == ["xpk", "workload", "create"]
+  assert {
+    "--cluster=c", f"--tpu-type={kind}", "--num-slices=2", "--docker-image=r/i:1",
+    "--max-restarts=50", "--restart-on-exit-codes=75", f"--command={shlex.join(TRAIN)}",
+  } < {*words}  # fmt: skip
+  assert not called(fakes)
+
+
+def test_status_and_delete_name_the_set(fakes: pathlib.Path):
+  assert printed(GKE, "status")[0][:4] == ["kubectl", "get", "jobset", "calm-jax"]
+  assert printed(GKE, "delete", "--name=a", "--namespace=b") == [
+    ["kubectl", "delete", "jobset", "a", "--namespace=b"]
+  ]
+  assert not called(fakes)
+
+
+# Slurm.
+
+NODES = ("--nodes=2", "--gpus_per_node=8")
+
+
+@pytest.mark.parametrize(("per", "tasks"), [("gpu", 8), ("node", 1)])
+def test_a_slurm_job_has_a_task_a_gpu_or_a_node(fakes: pathlib.Path, per: str, tasks: int):
+  flags = (f"--per={per}", "--time=1:00", "--cpus_per_task=4", "--sbatch_flags=--partition=p -A a")
+  batch, step = dry(SLURM, *NODES, *flags, "--", *TRAIN)
+  assert batch[0] == "sbatch" and {
+    "--nodes=2", f"--ntasks-per-node={tasks}", "--gpus-per-node=8", "--time=1:00",
+    "--cpus-per-task=4", "--partition=p", "-A", "a",
+  } < {*batch}  # fmt: skip
+  assert batch[batch.index(SLURM) :] == [SLURM, "job", per, "8", "4", "50", *TRAIN]
+  flags = "--kill-on-bad-exit=0 --wait=120 --gpu-bind=none --cpus-per-task=4"
+  assert shlex.join(step) == f"srun {flags} {shlex.join(TRAIN)}"
+  assert not called(fakes)
+  directives = re.findall(r"^#SBATCH (.*)", (ROOT / SLURM).read_text(), re.MULTILINE)
+  assert {"--requeue", "--signal=TERM@120", "--open-mode=append"} < {*directives}
+
+
+@pytest.mark.parametrize(
+  ("code", "count", "ended", "requeued"),
+  [(0, 0, 0, False), (75, 49, 0, True), (75, 50, 1, False), (2, 0, 2, False), (1, 0, 1, False)],
+)
+def test_a_slurm_job_is_queued_again_on_75_alone(
+  fakes: pathlib.Path, code: int, count: int, ended: int, requeued: bool
+):
+  fake(fakes, "srun", f"exit {code}")
+  fake(fakes, "scontrol", "")
+  places = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(count)}
+  job = start("bash", SLURM, "job", "gpu", "8", "0", "50", *TRAIN, **places)
+  assert finish(job)[0] == ended
+  step, *after = called(fakes)
+  assert step.endswith(" ".join(TRAIN)) and after == ["scontrol requeue 7"] * requeued
+
+
+@pytest.mark.parametrize(("per", "devices"), [("gpu", "unset"), ("node", "0,1,2,3")])
+def test_one_process_a_node_gets_all_its_gpus(fakes: pathlib.Path, per: str, devices: str):
+  fake(fakes, "srun", 'echo "${JAX_LOCAL_DEVICE_IDS:-unset}"')
+  assert finish(start("bash", SLURM, "job", per, "4", "0", "50", "true"))[1] == f"{devices}\n"
+
+
+# A machine with GPUs.
+
+
+@pytest.mark.parametrize(
+  ("driver", "flags", "extra"),
+  [("580.65.06", (), "cuda"), ("570.10", (), "cuda12"), ("590.1", ("--cuda=12",), "cuda12")],
+)
+def test_the_driver_decides_which_cuda_is_installed(
+  fakes: pathlib.Path, driver: str, flags: tuple[str, ...], extra: str
+):
+  fake(fakes, "nvidia-smi", f"echo '{driver}, NVIDIA H100, 81559 MiB'")
+  install, run = dry(GPU_NODE, *flags, "--", *TRAIN)
+  assert install == ["source", "launch/environment.sh", extra]
+  assert run == ["launch/restart.sh", "--attempts=10", "--", *TRAIN]
+  assert {line.split()[0] for line in called(fakes)} == {"nvidia-smi"}
+
+
+@pytest.mark.parametrize("told", ["470.82, Tesla K80, 1 MiB", "No devices were found"])
+def test_a_machine_that_cannot_run_cuda_12_is_refused(fakes: pathlib.Path, told: str):
+  fake(fakes, "nvidia-smi", f"echo '{told}'")
+  code, output, errors = finish(start(GPU_NODE, "--", "true"))
+  assert code == 2 and not output
+  assert errors.splitlines()[-1].startswith("error: ")
