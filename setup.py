@@ -40,7 +40,7 @@ setuptools.setup(
     "matplotlib>=3.10.7",
   ],
   extras_require={
-    "tpu": ["jax[tpu]"],
+    "tpu": ["jax[tpu]", "etils[epath-gcs]>=1.13"],
     "cuda": ["jax[cuda13]"],
     "cuda12": ["jax[cuda12]"],
     "tensorboard": ["tensorboardX>=2.6.4"],

@@ -3,6 +3,8 @@
 #
 #   launch/restart.sh [--attempts=10] [--wait=10] -- COMMAND...
 #
+#   --codes      exit codes that ask for another start, 75; 134 as well, as in --codes=75,134,
+#                where JAX aborts the processes whose peer is gone
 #   --attempts   restarts without progress before it gives up, with exit code 1
 #   --wait       seconds before a restart, times the restarts without progress so far
 #   --progress   a folder, local or gs://, where a new name is progress; by default the folder
@@ -15,10 +17,11 @@ set -uo pipefail
 # shellcheck source=launch/flags.sh
 source "$(dirname "${BASH_SOURCE[0]}")/flags.sh"
 
-attempts=10 wait=10 progress=""
-parse "attempts wait progress" "" "$@"
+attempts=10 wait=10 progress="" codes=75
+parse "attempts wait progress codes" "" "$@"
 [[ $attempts =~ ^[0-9]+$ ]] || fail "--attempts must be a whole number, got $attempts"
 [[ $wait =~ ^[0-9]+$ ]] || fail "--wait must be a whole number of seconds, got $wait"
+[[ $codes =~ ^[0-9]+(,[0-9]+)*$ ]] || fail "--codes must be numbers with commas, got $codes"
 [ ${#REST[@]} -gt 0 ] || fail "give the command to run behind --"
 command -v "${REST[0]}" >/dev/null || fail "no such command: ${REST[0]}"
 for word in "${REST[@]}"; do
@@ -73,16 +76,16 @@ restarts=0
 before=$(names)
 while true; do
   run "${REST[@]}"
-  [ "$code" = 75 ] && [ -z "$stopped" ] || exit "$code"
+  [[ ,$codes, == *",$code,"* && -z $stopped ]] || exit "$code"
   now=$(names)
   [ "$now" = "$before" ] || restarts=0
   before=$now
   restarts=$((restarts + 1))
   if [ "$restarts" -gt "$attempts" ]; then
-    echo "error: exit code 75 again and no progress in $attempts restarts: given up" >&2
+    echo "error: exit code $code again and no progress in $attempts restarts: given up" >&2
     exit 1
   fi
-  echo "exit code 75: restart $restarts of $attempts without progress," \
+  echo "exit code $code: restart $restarts of $attempts without progress," \
     "in $((wait * restarts)) s" >&2
   sleep $((wait * restarts)) &
   wait $!

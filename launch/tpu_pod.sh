@@ -83,7 +83,8 @@ install() {
 HERE='cd ~/calm_jax && PATH="$PWD/.venv/bin:$PATH" launch/detached.sh'
 
 run() {
-  on all "$HERE -- launch/restart.sh --attempts=$attempts -- $(quoted "${REST[@]}")" &&
+  local again="launch/restart.sh --attempts=$attempts --codes=75,134"
+  on all "$HERE -- $again -- $(quoted "${REST[@]}")" &&
     on 0 "$HERE --follow"
 }
 

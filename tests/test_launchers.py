@@ -94,6 +94,7 @@ def test_help_tells_every_flag(path: pathlib.Path, fakes: pathlib.Path):
   [
     ((RESTART,), "command"),
     ((RESTART, "--attempts=x", "--", "true"), "--attempts"),
+    ((RESTART, "--codes=75;134", "--", "true"), "--codes"),
     ((RESTART, "--attemps=1", "--", "true"), "--attemps"),
     ((RESTART, "--attempts", "--", "true"), "--attempts=..."),
     ((RESTART, "--", "no-such-command"), "no-such-command"),
@@ -162,6 +163,12 @@ def test_any_other_code_is_final(script, code: int):
   command = script(f"exit {code}")
   assert finish(start(RESTART, "--wait=0", "--", command))[0] == code
   assert runs(command) == 1
+
+
+def test_other_codes_may_ask_for_another_start(script):
+  command = script('[ "$(wc -l <runs)" = 2 ] || exit 134')
+  assert finish(start(RESTART, "--wait=0", "--codes=75,134", "--", command))[0] == 0
+  assert runs(command) == 2
 
 
 def test_restarts_without_progress_are_counted(script):
@@ -278,7 +285,8 @@ def test_a_run_starts_everywhere_and_follows_the_first_worker(
   assert inner[:2] == ["cd", "~/calm_jax"]
   place = inner.index("launch/detached.sh")
   assert inner[place:] == [
-    "launch/detached.sh", "--", "launch/restart.sh", "--attempts=10", "--", *TRAIN, "--x=a b",
+    "launch/detached.sh", "--", "launch/restart.sh", "--attempts=10", "--codes=75,134", "--",
+    *TRAIN, "--x=a b",
   ]  # fmt: skip
   assert followed[-1].endswith("launch/detached.sh --follow") and not called(fakes)
 
