@@ -1,5 +1,6 @@
 """Claims about the launchers: what they print, call and end with. No cluster is needed."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -202,6 +203,16 @@ def test_a_signal_is_passed_on_once_and_ends_the_restarts(
   assert runs(command) == 1 and (tmp_path / "notes/0").read_text() == "seen 1"
 
 
+def test_ctrl_c_is_not_ignored_in_a_command_that_is_restarted(script, tmp_path: pathlib.Path):
+  code = "import pathlib, time; pathlib.Path('begun').touch(); time.sleep(60)"
+  command = script(f"exec {PYTHON} -c {shlex.quote(code)}")
+  launcher = start(RESTART, "--", command)
+  wait_for(tmp_path / "begun")
+  launcher.send_signal(signal.SIGINT)
+  code, _, errors = finish(launcher)
+  assert code == 130 and "KeyboardInterrupt" in errors
+
+
 def test_a_signal_between_two_runs_ends_the_restarts(script, tmp_path: pathlib.Path):
   command = script("exit 75")
   launcher = start(RESTART, "--wait=60", "--", command)
@@ -223,9 +234,12 @@ def test_a_dry_run_of_restart_prints_the_command(script):
 def test_a_detached_run_goes_on_and_is_followed_to_its_exit_code(script, tmp_path: pathlib.Path):
   command = script("echo begun; until [ -e go ]; do sleep 0.05; done; echo done; exit 3")
   folder = f"--folder={tmp_path}/run"
-  code, _, errors = finish(start(DETACHED, folder, "--", command))
+  terminal = start("setsid", DETACHED, folder, "--", command)
+  code, _, errors = finish(terminal)
   assert code == 0 and "started" in errors
   wait_for(tmp_path / "runs")
+  with contextlib.suppress(ProcessLookupError):
+    os.killpg(terminal.pid, signal.SIGKILL)
   assert "running" in finish(start(DETACHED, folder, "--status"))[1]
   assert "under way" in finish(start(DETACHED, folder, "--", command))[2]
   follower = start(DETACHED, folder, "--follow")
