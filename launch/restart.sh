@@ -87,10 +87,10 @@ while true; do
   fi
   echo "exit code $code: restart $restarts of $attempts without progress," \
     "in $((wait * restarts)) s" >&2
-  sleep $((wait * restarts)) &
-  wait $!
-  if [ -n "$stopped" ]; then
-    kill $!
-    exit 75
-  fi
+  for _ in $(seq $((wait * restarts))); do # A signal between two words is heeded in a second.
+    [ -z "$stopped" ] || break
+    sleep 1 &
+    wait $!
+  done
+  [ -z "$stopped" ] || exit 75
 done
