@@ -75,7 +75,7 @@ def _names(values: dict, prefix: str = "") -> list[str]:
 
 def test_the_page_on_launching_names_flags_that_the_launchers_have():
   text = re.sub(r"\\\n\s*", " ", (ROOT / "launch/README.md").read_text())
-  calls = re.findall(r"launch/(\w+\.(?:sh|py))((?: [\w.]+)?(?: --\w[^\n`]*?)?)(?= -- |\n|`)", text)
+  calls = re.findall(r"launch/(\w+\.(?:sh|py))([^\n`]*?)(?= -- | --$|\n|`)", text, re.MULTILINE)
   assert {name for name, _ in calls} >= {"tpu_pod.sh", "gke.sh", "slurm.sh", "gpu_node.sh"}
   for name, words in calls:
     code = (ROOT / f"launch/{name}").read_text()
