@@ -127,7 +127,7 @@ watch() {
         ;;
       SUSPENDED | FAILED)
         installed=""
-        delete && create || true
+        ! delete || create || true
         ;;
       ABSENT)
         installed=""
