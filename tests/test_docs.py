@@ -12,8 +12,10 @@ def files() -> set[str]:
   """Every file that a reader of the tree looks for: all but tests and empty packages."""
   found = {path for path in ROOT.iterdir() if path.suffix in (".md", ".py", ".toml")}
   found |= {ROOT / "LICENSE", ROOT / ".ci/run"}
-  for folder in ("calm_jax", "configs", "launch"):
+  for folder in ("calm_jax", "configs"):
     found |= {path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".sh")}
+  kinds = (".py", ".sh", ".yaml", ".md")
+  found |= {path for path in (ROOT / "launch").rglob("*") if path.suffix in kinds}
   return {str(path.relative_to(ROOT)) for path in found if path.name != "__init__.py"}
 
 
@@ -69,3 +71,13 @@ def _names(values: dict, prefix: str = "") -> list[str]:
       _names(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}"]
     )
   ]
+
+
+def test_the_page_on_launching_names_flags_that_the_launchers_have():
+  text = re.sub(r"\\\n\s*", " ", (ROOT / "launch/README.md").read_text())
+  calls = re.findall(r"launch/(\w+\.(?:sh|py))([^\n`]*?)(?= -- | --$|\n|`)", text, re.MULTILINE)
+  assert {name for name, _ in calls} >= {"tpu_pod.sh", "gke.sh", "slurm.sh", "gpu_node.sh"}
+  for name, words in calls:
+    code = (ROOT / f"launch/{name}").read_text()
+    for flag in re.findall(r"--(\w+)", words):
+      assert re.search(rf"\b{flag}\b", code), (name, flag)

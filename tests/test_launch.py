@@ -44,16 +44,18 @@ def checkout(tmp_path: pathlib.Path) -> pathlib.Path:
   return tmp_path / "repo"
 
 
-def launch(checkout: pathlib.Path, script: str) -> tuple[int, list[str]]:
-  """Runs a script; returns its exit code and what it had run."""
+def launch(checkout: pathlib.Path, script: str, *words: str) -> tuple[int, list[str]]:
+  """Runs a script, the stand-ins before everything; returns its exit code and what it had run."""
   fake = checkout.parent / "fake"
   (fake / "ran").write_text("")
   environment = os.environ | {
     "FAKE": str(fake), "PYTHON": f"{fake}/python", "QUICKSTART_DIR": f"{checkout}/out",
+    "PATH": f"{fake}:{os.environ['PATH']}",
   }  # fmt: skip
   done = subprocess.run(
-    [f"{checkout}/launch/{script}"], env=environment, capture_output=True, text=True, timeout=60
-  )
+    [f"{checkout}/launch/{script}", *words],
+    env=environment, capture_output=True, text=True, timeout=60,
+  )  # fmt: skip
   return done.returncode, (fake / "ran").read_text().split("\n")[:-1]
 
 
@@ -80,3 +82,15 @@ def test_the_tests_get_their_own_extra_and_another_python_a_new_environment(
   assert launch(checkout, "test.sh") == (0, ["pip .[dev]", "pytest"])
   (checkout.parent / "version").write_text("3.12.1")
   assert launch(checkout, "test.sh") == (0, ["venv", "pip .[dev]", "pytest"])
+
+
+def test_a_gpu_machine_is_installed_for_its_driver_and_runs_until_it_is_done(
+  checkout: pathlib.Path,
+):
+  driver = checkout.parent / "fake/nvidia-smi"
+  driver.write_text("#!/usr/bin/env bash\necho '570.10, NVIDIA H100, 81559 MiB'\n")
+  driver.chmod(0o755)
+  words = ("--", "python", "-m", "calm_jax.main", "--workdir=W")
+  assert launch(checkout, "gpu_node.sh", *words) == (0, ["venv", "pip .[cuda12]", *acts("main")])
+  (checkout.parent / "fake/fail_calm_jax.main").touch()
+  assert launch(checkout, "gpu_node.sh", *words) == (3, acts("main"))

@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# Runs one command that goes on when the connection to this machine ends.
+#
+#   launch/detached.sh [--folder=~/calm_jax_run] -- COMMAND...   starts it, unless one is under way
+#   launch/detached.sh --follow    shows its output until it ends; exits with its exit code
+#   launch/detached.sh --status    one line: what became of it and the last line of its output
+#   launch/detached.sh --stop      sends it SIGTERM
+#   --dry_run                      print what would be started and start nothing
+#
+# The folder holds log, the output; pid; and exit_code, once it ended.
+set -euo pipefail
+# shellcheck source=launch/flags.sh
+source "$(dirname "${BASH_SOURCE[0]}")/flags.sh"
+
+folder=$HOME/calm_jax_run follow="" status="" stop=""
+parse "folder" "follow status stop" "$@"
+
+under_way() { [ -e "$folder/pid" ] && kill -0 "$(cat "$folder/pid")" 2>/dev/null; }
+
+if [ -n "$follow" ]; then
+  [ -e "$folder/pid" ] || fail "nothing was started: there is no $folder/pid"
+  tail -n 100 -f --pid="$(cat "$folder/pid")" "$folder/log"
+  for _ in $(seq 50); do # The exit code is written just after the process is gone.
+    [ ! -e "$folder/exit_code" ] || exit "$(cat "$folder/exit_code")"
+    sleep 0.1
+  done
+  echo "the run ended without an exit code, as when a machine is restarted: start it again" >&2
+  exit 75
+elif [ -n "$status" ]; then
+  if under_way; then
+    told="running"
+  elif [ -e "$folder/exit_code" ]; then
+    told="ended with $(cat "$folder/exit_code")"
+  else
+    told="nothing runs"
+  fi
+  echo "$(hostname): $told: $(tail -n 1 "$folder/log" 2>/dev/null)"
+elif [ -n "$stop" ]; then
+  under_way || fail "nothing runs"
+  kill -TERM "$(cat "$folder/pid")"
+else
+  [ ${#REST[@]} -gt 0 ] || fail "give the command to run behind --"
+  if under_way; then
+    echo "under way already: process $(cat "$folder/pid")" >&2
+    exit 0
+  fi
+  if [ -n "$dry_run" ]; then
+    quoted "${REST[@]}"
+    exit 0
+  fi
+  mkdir -p "$folder"
+  rm -f "$folder/pid" "$folder/exit_code"
+  # shellcheck disable=SC2016 # For the inner shell.
+  setsid nohup bash -c '
+    folder=$1
+    shift
+    "$@" &
+    echo $! >"$folder/pid.new" && mv "$folder/pid.new" "$folder/pid"
+    wait $!
+    echo $? >"$folder/exit_code.new" && mv "$folder/exit_code.new" "$folder/exit_code"
+  ' detached "$folder" "${REST[@]}" </dev/null >"$folder/log" 2>&1 &
+  until [ -e "$folder/pid" ]; do sleep 0.05; done
+  echo "started: process $(cat "$folder/pid"), output in $folder/log" >&2
+fi
