@@ -41,6 +41,7 @@ setuptools.setup(
   ],
   extras_require={
     "tpu": ["jax[tpu]"],
+    "ahead": ["libtpu>=0.0.52"],
     "cuda": ["jax[cuda13]"],
     "tensorboard": ["tensorboardX>=2.6.4"],
     "torch": ["torch>=2.6", "transformers>=4.57"],
