@@ -17,6 +17,7 @@ import dataclasses
 import importlib.util
 import math
 import os
+import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,6 +25,7 @@ from typing import Any
 from calm_jax import errors
 
 GIB = 2**30
+_LOCK = pathlib.Path("/tmp/libtpu_lockfile")
 # libtpu asks the cloud's metadata server and the environment who it is: it is nobody.
 _ENVIRONMENT = {
   "TPU_SKIP_MDS_QUERY": "1",
@@ -192,12 +194,26 @@ def devices(topology: Topology) -> Sequence[Any]:
   return found
 
 
+def _holder() -> str:
+  """Returns who holds libtpu's lock, as far as Linux tells."""
+  try:
+    inode = _LOCK.stat().st_ino
+    for line in pathlib.Path("/proc/locks").read_text().splitlines():
+      *_, process, place, _, _ = line.split()
+      if int(place.rpartition(":")[2]) == inode:
+        command = pathlib.Path(f"/proc/{process}/cmdline").read_text().replace("\0", " ").strip()
+        return f"process {process} ({command})"
+  except (OSError, ValueError):
+    pass
+  return "training, or compiling as this does"
+
+
 def _told(topology: Topology, reason: str) -> errors.CalmError:
   """Returns what libtpu's refusal means."""
   if "lockfile" in reason:
     return errors.CalmError(
-      "another process on this machine has loaded libtpu (training, or compiling as this does): "
-      "wait for it to end, or set ALLOW_MULTIPLE_LIBTPU_LOAD=1 where no TPU is attached"
+      f"another process on this machine has loaded libtpu, {_holder()}: wait for it to end, or "
+      "set ALLOW_MULTIPLE_LIBTPU_LOAD=1 where no TPU is attached"
     )
   examples = ", ".join(f"{topology.chip.name}:{example}" for example in topology.chip.examples)
   first = reason.strip().splitlines()[0]
