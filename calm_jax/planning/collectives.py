@@ -228,9 +228,7 @@ def _shares(kind: str, group: int) -> float:
   return _SHARES.get(kind, lambda n: 1.0)(group)
 
 
-def _wire(
-  kind: str, whole: int, group: Sequence[int], placement: Placement
-) -> tuple[str, float]:
+def _wire(kind: str, whole: int, group: Sequence[int], placement: Placement) -> tuple[str, float]:
   slices = {placement.slices[index] for index in group}
   if len(slices) > 1:
     # The slices exchange what the devices of one hold of it, each device a part.

@@ -218,13 +218,13 @@ def _instruction(line: str) -> Instruction | None:
   operands: list[str] = []
   if opcode not in ("parameter", "constant", "iota"):
     operands = re.findall(r"%([^\s,()]+)", inside) if "%" in inside else _last_words(inside)
-  return Instruction(
-    found.group(1), opcode, _arrays(shape), tuple(operands), inside, attributes
-  )
+  return Instruction(found.group(1), opcode, _arrays(shape), tuple(operands), inside, attributes)
 
 
 def _last_words(inside: str) -> list[str]:
-  return [part.split()[-1] for part in re.sub(r"[\[{(][^\]})]*[\]})]", "", inside).split(",") if part]
+  return [
+    part.split()[-1] for part in re.sub(r"[\[{(][^\]})]*[\]})]", "", inside).split(",") if part
+  ]
 
 
 def _closing(text: str, start: int) -> int:
@@ -342,9 +342,7 @@ class _Frame:
     return _element(self.value(source.name), index)
 
   def _called(self, one: Instruction) -> "_Frame":
-    return _Frame(
-      self._computations, one.calls[0], lambda index: self.value(one.operands[index])
-    )
+    return _Frame(self._computations, one.calls[0], lambda index: self.value(one.operands[index]))
 
 
 def _element(value: Value, index: int | None) -> Value:

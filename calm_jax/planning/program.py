@@ -1,0 +1,71 @@
+"""A lowered step -> its program for a topology, its text and its memory, fitting or not.
+
+The text comes from libtpu's own dump: `Compiled.as_text()` fails for 7x, whose
+asynchronous collectives jaxlib 0.10.2 can't read ("async-update instruction should
+have 1 operands but sees 2"), and gives nothing for a program that is refused,
+where it is wanted most.
+"""
+
+import dataclasses
+import pathlib
+import tempfile
+import time
+from typing import Any
+
+import jax
+
+from calm_jax.planning import hlo
+from calm_jax.planning import memory as memory_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """What the compiler made.
+
+  Attributes:
+    overflow: None for a program that fits.
+    largest: its largest buffers, where libtpu told.
+    seconds: that compiling took.
+  """
+
+  module: hlo.Module
+  memory: memory_lib.Memory
+  overflow: memory_lib.Overflow | None
+  largest: tuple[memory_lib.Buffer, ...]
+  seconds: float
+
+
+def compile_lowered(lowered: Any, options: dict[str, Any] | None = None) -> Program:
+  """Compiles a `jax.stages.Lowered`.
+
+  Args:
+    options: more of XLA's options, as `Lowered.compile` takes them.
+
+  Raises:
+    JaxRuntimeError: for anything but too little memory.
+  """
+  start = time.perf_counter()
+  with tempfile.TemporaryDirectory(prefix="calm_jax_hlo_") as name:
+    folder = pathlib.Path(name)
+    dump = {"xla_dump_to": name, "xla_dump_hlo_as_text": True}
+    compiled = overflow = None
+    try:
+      compiled = lowered.compile(compiler_options={**(options or {}), **dump})
+    except jax.errors.JaxRuntimeError as error:
+      overflow = memory_lib.overflow(str(error))
+      if overflow is None:
+        raise
+    seconds = time.perf_counter() - start
+    module = hlo.read(_text(folder, compiled))
+    reports = [path.read_text() for path in folder.glob("*-memory-usage-report.txt")]
+  if overflow:
+    holds = memory_lib.memory_of_refused(module, overflow)
+  else:
+    holds = memory_lib.memory_of(compiled)
+  return Program(module, holds, overflow, tuple(memory_lib.largest("\n".join(reports))), seconds)
+
+
+def _text(folder: pathlib.Path, compiled: Any) -> str:
+  """The last dump is the program; helpers that are compiled before it have theirs too."""
+  dumps = sorted(folder.glob("*after_optimizations.txt"), key=lambda path: path.stat().st_size)
+  return dumps[-1].read_text() if dumps else compiled.as_text()
