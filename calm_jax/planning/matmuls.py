@@ -23,7 +23,8 @@ from calm_jax.planning import hlo
 _IDLE = {
   "AllocateBuffer", "AsyncCollectiveStart", "AsyncCollectiveDone", "ConcatBitcast",
   "MoveToHost", "MoveToDevice", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape",
-  "TODO(b/522284627)", "annotate_device_placement", "ForceDelay",
+  "TODO(b/522284627)", "AssumeGatherIndicesInBound", "GatherScatterIndicesBitpacked",
+  "annotate_device_placement", "ForceDelay", "SliceId",
   "X64Combine", "X64SplitHigh", "X64SplitLow",
 }  # fmt: skip
 

@@ -9,6 +9,7 @@ def table(plan: result.Plan) -> str:
   """Returns all of it for people."""
   sections = [
     (f"{plan.facts.name} on {_where(plan)}", _rows_of_memory(plan)),
+    ("Largest buffers, by what they hold in turn", _rows_of_buffers(plan)),
     ("Collectives a step, of each device", _rows_of_collectives(plan)),
     ("One step", _rows_of_step(plan)),
     ("At published peaks; no latencies, nothing measured", _rows_of_speed(plan)),
@@ -38,8 +39,12 @@ def _rows_of_memory(plan: result.Plan) -> list[tuple[str, ...]]:
       result.gib(holds.peak),
       f"of {result.gib(available)} that a program gets: {holds.peak / available:.0%}",
     ),
-    *((f"  {result.gib(buffer.bytes)}", _cut(buffer.shapes), "") for buffer in plan.largest[:3]),
   ]
+
+
+def _rows_of_buffers(plan: result.Plan) -> list[tuple[str, ...]]:
+  rows = [(result.gib(buffer.bytes), _cut(buffer.shapes)) for buffer in plan.largest[:5]]
+  return rows or [("not told",)]
 
 
 def _rows_of_collectives(plan: result.Plan) -> list[tuple[str, ...]]:
@@ -97,7 +102,7 @@ def _notes(plan: result.Plan) -> list[str]:
   return notes
 
 
-def _cut(text: str, width: int = 60) -> str:
+def _cut(text: str, width: int = 80) -> str:
   return text if len(text) <= width else f"{text[: width - 1]}…"
 
 
