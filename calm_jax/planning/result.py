@@ -7,7 +7,7 @@ from typing import Any
 
 from calm_jax import files
 from calm_jax.planning import collectives as collectives_lib
-from calm_jax.planning import matmuls, topologies, traffic
+from calm_jax.planning import hlo, matmuls, topologies, traffic
 from calm_jax.planning import memory as memory_lib
 from calm_jax.planning import program as program_lib
 from calm_jax.planning import roofline as roofline_lib
@@ -53,6 +53,8 @@ class Plan:
     program_flops: of the matrix products that the program runs, recomputation included.
     kernels: custom calls whose FLOPs are not among them, and how often each runs.
     unknown_loops: loops whose length the program does not state, counted once.
+    rematerialized: values that XLA computes again, unasked, where memory is short: a
+      program near its limit has more FLOPs than the model and its recomputation.
     donated: whether every array of the state takes its predecessor's place.
   """
 
@@ -66,6 +68,7 @@ class Plan:
   hbm_bytes: int
   kernels: Mapping[str, int]
   unknown_loops: tuple[str, ...]
+  rematerialized: int
   donated: bool
   roofline: roofline_lib.Roofline
   compile_seconds: float
@@ -94,6 +97,7 @@ class Plan:
       hbm_bytes=moved,
       kernels=matmuls.kernels(module),
       unknown_loops=tuple(name for name, trips in module.trips.items() if trips is None),
+      rematerialized=_rematerialized(module),
       donated=len(memory_lib.aliases(module)) >= facts.state_arrays,
       roofline=roofline_lib.roofline(topology.chip, flops, moved, found),
       compile_seconds=program.seconds,
@@ -172,6 +176,13 @@ class Plan:
       "nothing_overlaps": serial,
     }
     return files.to_json(values)
+
+
+def _rematerialized(module: hlo.Module) -> int:
+  moves = ("get-tuple-element", "bitcast", "copy")
+  return sum(
+    count for _, one, count in module.running() if ".remat" in one.name and one.opcode not in moves
+  )
 
 
 def _version(package: str) -> str:

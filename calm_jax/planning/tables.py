@@ -93,6 +93,10 @@ def _rows_of_speed(plan: result.Plan) -> list[tuple[str, ...]]:
 def _notes(plan: result.Plan) -> list[str]:
   versions = ", ".join(f"{name} {version}" for name, version in plan.versions.items())
   notes = [f"Compiled in {plan.compile_seconds:.0f} s by {versions}."]
+  if plan.rematerialized:
+    notes.append(
+      f"Memory is short: XLA computes {plan.rematerialized:,} values a second time, unasked."
+    )
   if plan.kernels:
     kernels = ", ".join(f"{name} {count:,} times" for name, count in plan.kernels.items())
     notes.append(f"FLOPs of these kernels are not counted: {kernels}.")
