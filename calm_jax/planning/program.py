@@ -4,15 +4,21 @@ The text comes from libtpu's own dump: `Compiled.as_text()` fails for 7x, whose
 asynchronous collectives jaxlib 0.10.2 can't read ("async-update instruction should
 have 1 operands but sees 2"), and gives nothing for a program that is refused,
 where it is wanted most.
+
+JAX's compilation cache is left aside: it stores a program for a topology and fails
+to read it ("PjRtCompiler must be constructed with a Client").
 """
 
+import contextlib
 import dataclasses
 import pathlib
 import tempfile
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from calm_jax.planning import hlo
 from calm_jax.planning import memory as memory_lib
@@ -50,7 +56,8 @@ def compile_lowered(lowered: Any, options: dict[str, Any] | None = None) -> Prog
     dump = {"xla_dump_to": name, "xla_dump_hlo_as_text": True}
     compiled = overflow = None
     try:
-      compiled = lowered.compile(compiler_options={**(options or {}), **dump})
+      with _uncached():
+        compiled = lowered.compile(compiler_options={**(options or {}), **dump})
     except jax.errors.JaxRuntimeError as error:
       overflow = memory_lib.overflow(str(error))
       if overflow is None:
@@ -63,6 +70,18 @@ def compile_lowered(lowered: Any, options: dict[str, Any] | None = None) -> Prog
   else:
     holds = memory_lib.memory_of(compiled)
   return Program(module, holds, overflow, tuple(memory_lib.largest("\n".join(reports))), seconds)
+
+
+@contextlib.contextmanager
+def _uncached() -> Iterator[None]:
+  before = jax.config.values["jax_enable_compilation_cache"]
+  jax.config.update("jax_enable_compilation_cache", False)
+  compilation_cache.reset_cache()  # It asks the setting once.
+  try:
+    yield
+  finally:
+    jax.config.update("jax_enable_compilation_cache", before)
+    compilation_cache.reset_cache()
 
 
 def _text(folder: pathlib.Path, compiled: Any) -> str:
