@@ -112,6 +112,21 @@ def test_groups_that_cross_slices_go_through_the_network():
   assert one.seconds == pytest.approx(2 * 1 / 2 * WHOLE / 16 / (25e9 / 8))
 
 
+def test_a_program_for_one_slice_numbers_that_slices_devices():
+  topology = dataclasses.replace(FLAT, slices=2)
+  places = placement(topology)
+  turns = [index for pair in zip(range(16), range(16, 32), strict=True) for index in pair]
+  mixed = dataclasses.replace(
+    places,
+    coordinates=tuple(places.coordinates[index] for index in turns),
+    slices=tuple(places.slices[index] for index in turns),
+  )
+  line = "ROOT %c = f32[1024,256]{1,0} all-reduce(%p), replica_groups=[4,4]<=[16]"
+  (one,) = collectives.read(program(f"  {line}", partitions=16), mixed)
+  # Devices 0 to 3 of a slice are a row of four, an open axis.
+  assert one.network == "ICI" and one.seconds == pytest.approx(2 * 3 / 4 * WHOLE / LINK)
+
+
 def test_what_a_slice_sends_to_others_is_read():
   topology = dataclasses.replace(FLAT, slices=2)
   line = (

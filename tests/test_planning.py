@@ -264,6 +264,15 @@ def test_what_does_not_fit_is_told_by_how_much_and_what_to_change(tpu):
   assert refusal in tables.table(plan) and json.loads(plan.to_json())["refusal"] == refusal
 
 
+def test_another_failure_of_the_compiler_is_no_matter_of_memory():
+  class Broken:
+    def compile(self, compiler_options):
+      raise jax.errors.JaxRuntimeError("INTERNAL: a bug")
+
+  with pytest.raises(jax.errors.JaxRuntimeError, match="a bug"):
+    program.compile_lowered(Broken())
+
+
 def test_the_state_is_cut_first_where_it_is_the_larger_part(tpu):
   plan = plan_of(tpu, batch=2**26)
   large = dataclasses.replace(facts(), state_bytes=12 * GIB, fsdp=2, recomputes_all=True)
