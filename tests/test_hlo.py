@@ -98,6 +98,27 @@ def test_shapes_operands_and_attributes_are_read():
   assert constant.attribute("metadata") == '{op_name="a(b)/{c}" stack_frame_id=1}'
 
 
+def test_what_is_printed_over_several_lines_is_one_instruction():
+  text = """HloModule one
+
+ENTRY %main (p: f32[4]) -> f32[4] {
+  %p = f32[4]{0} parameter(0)
+  %constant.1 = f32[2,2]{1,0} constant({
+    { 1, 2 },
+    { 3, 4 }
+  })
+  ROOT %kernel = f32[4]{0} custom-call(%p, %constant.1), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block, q\\": 128}"
+}}, metadata={op_name="jit(f)"}
+}
+"""  # noqa: E501
+  module = hlo.read(text)
+  kernel = module.entry.root
+  assert kernel.operands == ("p", "constant.1") and kernel.target == "tpu_custom_call"
+  assert kernel.attribute("metadata") == '{op_name="jit(f)"}'
+  assert kernel.attribute("frontend_attributes").endswith("}}")
+
+
 def test_bytes_of_dtypes():
   sizes = {"pred": 1, "s4": 0.5, "u8": 1, "bf16": 2, "f32": 4, "f8e4m3fn": 1, "c64": 8, "token": 0}
   assert {dtype: hlo.Array(dtype, (8,)).bytes / 8 for dtype in sizes} == sizes

@@ -108,7 +108,8 @@ def test_convolutions_count_the_pairs_that_meet(shapes: dict[str, str], line: st
 
 
 def test_kernels_of_our_own_are_named():
-  line = '%c = f32[8]{0} custom-call(%a), custom_call_target="tpu_custom_call"'
-  assert matmuls.kernels(program(line, {"a": "f32[8]{0}"})) == {"tpu_custom_call": 1}
-  line = line.replace("tpu_custom_call", "AllocateBuffer")
-  assert matmuls.kernels(program(line, {"a": "f32[8]{0}"})) == {}
+  line = '%splash.12 = f32[8]{0} custom-call(%a), custom_call_target="tpu_custom_call"'
+  targets = {"tpu_custom_call": {"splash": 1}, "__cublas$gemm": {"__cublas$gemm": 1}}
+  for target, found in (*targets.items(), ("AllocateBuffer", {})):
+    called = line.replace("tpu_custom_call", target)
+    assert matmuls.kernels(program(called, {"a": "f32[8]{0}"})) == found

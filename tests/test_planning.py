@@ -239,6 +239,16 @@ def test_a_plan_tells_memory_donation_and_collectives(tpu):
   assert not plan.unknown_loops and not plan.kernels
 
 
+def test_kernels_have_the_flops_that_are_given(tpu):
+  topology, devices = tpu
+  made = program.compile_lowered(lowered(devices, scanned=True))
+  given = dataclasses.replace(facts(), kernel_flops=4e9)
+  plan = result.Plan.of(given, topology, devices, made)
+  assert plan.program_flops == pytest.approx(FLOPS + 1e9, rel=0.01)
+  with_kernel = dataclasses.replace(plan, kernels={"splash": 3})
+  assert "counted as they were given: splash 3 times" in tables.table(with_kernel)
+
+
 def test_a_plan_is_told_and_written(tpu):
   plan = plan_of(tpu)
   told = tables.table(plan)

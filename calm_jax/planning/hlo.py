@@ -191,24 +191,30 @@ def read(text: str) -> Module:
   return Module(header, computations, entry, walk.counts, walk.trips, frozenset(walk.fused))
 
 
+_BEGINS = re.compile(r"\s+(ROOT )?%?([^\s=]+) = ")
+
+
 def _computation(name: str, lines: Iterator[str]) -> Computation:
-  instructions, root = {}, None
+  written: list[str] = []
   for line in lines:
-    if line.startswith("}"):
+    if line == "}" or line.startswith("}, execution_thread"):
       break
+    if _BEGINS.match(line):
+      written.append(line)
+    else:  # Of a large constant, or of a kernel's metadata.
+      written[-1] += line
+  instructions, root = {}, None
+  for line in written:
     one = _instruction(line)
-    if one:
-      instructions[one.name] = one
-      root = one if line.lstrip().startswith("ROOT ") else root
+    instructions[one.name] = one
+    root = one if line.lstrip().startswith("ROOT ") else root
   assert root, f"{name} has no ROOT"
   return Computation(name, instructions, root)
 
 
-def _instruction(line: str) -> Instruction | None:
-  """None for a line of a constant that is printed over several."""
-  found = re.match(r"\s+(?:ROOT )?%?([^\s=]+) = ", line)
-  if not found:
-    return None
+def _instruction(line: str) -> Instruction:
+  found = _BEGINS.match(line)
+  assert found, line
   rest = line[found.end() :]
   end = _closing(rest, 0) if rest[0] == "(" else rest.index(" ")
   shape, rest = rest[:end], rest[end:].lstrip()
@@ -218,7 +224,7 @@ def _instruction(line: str) -> Instruction | None:
   operands: list[str] = []
   if opcode not in ("parameter", "constant", "iota"):
     operands = re.findall(r"%([^\s,()]+)", inside) if "%" in inside else _last_words(inside)
-  return Instruction(found.group(1), opcode, _arrays(shape), tuple(operands), inside, attributes)
+  return Instruction(found.group(2), opcode, _arrays(shape), tuple(operands), inside, attributes)
 
 
 def _last_words(inside: str) -> list[str]:
@@ -239,10 +245,11 @@ def _closing(text: str, start: int) -> int:
 
 def _value_end(text: str) -> int:
   """Returns where an attribute's value ends: at a comma outside of brackets and quotes."""
-  depth, quoted = 0, False
-  for place, letter in enumerate(text):
+  depth, quoted, letter = 0, False, ""
+  for place, letter_now in enumerate(text):
+    before, letter = letter, letter_now
     if letter == '"':
-      quoted = not quoted
+      quoted = quoted if before == "\\" else not quoted
     elif not quoted and letter in "({[":
       depth += 1
     elif not quoted and letter in ")}]":

@@ -27,6 +27,8 @@ class Facts:
     tokens: of a step, on all chips.
     model_flops: of a step, on all chips, by `models/flops.py`.
     steps: of the run.
+    kernel_flops: of a step, on all chips, in kernels of our own (attention), which the
+      program does not tell.
     fsdp: devices that the state is cut over. examples: of a device, in one part of a
       step. accumulation: parts of a step. recomputes_all: whether the backward pass
       keeps nothing of a layer but its input.
@@ -39,6 +41,7 @@ class Facts:
   tokens: int
   model_flops: float
   steps: int
+  kernel_flops: float = 0.0
   fsdp: int = 1
   examples: int = 1
   accumulation: int = 1
@@ -50,8 +53,9 @@ class Plan:
   """All that is told. Bytes and FLOPs are a device's; 7x has two devices a chip.
 
   Attributes:
-    program_flops: of the matrix products that the program runs, recomputation included.
-    kernels: custom calls whose FLOPs are not among them, and how often each runs.
+    program_flops: of the matrix products that the program runs, recomputation included,
+      and of `facts.kernel_flops`.
+    kernels: custom calls whose FLOPs the program does not tell, and how often each runs.
     unknown_loops: loops whose length the program does not state, counted once.
     rematerialized: values that XLA computes again, unasked, where memory is short: a
       program near its limit has more FLOPs than the model and its recomputation.
@@ -85,7 +89,8 @@ class Plan:
     """Takes `mesh.devices.flat` of the mesh that the step was lowered for."""
     module = program.module
     found = collectives_lib.read(module, collectives_lib.Placement.of(topology, devices))
-    flops, moved = matmuls.flops(module), traffic.hbm_bytes(module)
+    moved = traffic.hbm_bytes(module)
+    flops = matmuls.flops(module) + facts.kernel_flops / topology.devices
     return cls(
       facts=facts,
       topology=topology,

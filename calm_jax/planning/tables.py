@@ -99,7 +99,8 @@ def _notes(plan: result.Plan) -> list[str]:
     )
   if plan.kernels:
     kernels = ", ".join(f"{name} {count:,} times" for name, count in plan.kernels.items())
-    notes.append(f"FLOPs of these kernels are not counted: {kernels}.")
+    told = "as they were given" if plan.facts.kernel_flops else "not at all"
+    notes.append(f"FLOPs of these kernels are counted {told}: {kernels}.")
   if plan.unknown_loops:
     loops = ", ".join(plan.unknown_loops)
     notes.append(f"Loops of unknown length, counted once: {loops}.")
