@@ -9,7 +9,7 @@ from jax import numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from calm_jax.planning import collectives, hlo, topologies
+from calm_jax.planning import collectives, runs, topologies
 
 RING = topologies.parse("v5e:16x16")
 FLAT = topologies.parse("v5e:4x4")
@@ -25,9 +25,9 @@ def placement(topology: topologies.Topology) -> collectives.Placement:
   return collectives.Placement(topology, tuple(places), tuple(int(number) for number in slices))
 
 
-def program(lines: str, partitions: int) -> hlo.Module:
+def program(lines: str, partitions: int) -> runs.Module:
   head = f"HloModule one, num_partitions={partitions}, x=y\n\nENTRY %main () -> f32[] {{\n"
-  return hlo.read(f"{head}  %p = f32[1024,256]{{1,0}} parameter(0)\n{lines}\n}}")
+  return runs.read(f"{head}  %p = f32[1024,256]{{1,0}} parameter(0)\n{lines}\n}}")
 
 
 def read(line: str, topology: topologies.Topology, partitions: int | None = None):
@@ -171,7 +171,7 @@ ENTRY %main (p: f32[1024,256]) -> f32[64,256] {
 
 
 def test_starts_middles_and_ends_count_once():
-  found = collectives.read(hlo.read(ASYNC), placement(FLAT))
+  found = collectives.read(runs.read(ASYNC), placement(FLAT))
   assert {(one.kind, one.count, one.bytes) for one in found} == {
     ("all-gather", 1, 16 * WHOLE),
     ("all-reduce", 1, WHOLE),
@@ -194,7 +194,7 @@ def test_a_scanned_step_on_eight_devices_gathers_every_layer():
   x = jax.ShapeDtypeStruct((32, 64), jnp.float32, sharding=batch)
   compiled = jax.jit(loss).lower(ws, x).compile()
   topology = topologies.parse("v5e:2x4")
-  found = collectives.by_kind(collectives.read(hlo.read(compiled.as_text()), placement(topology)))
+  found = collectives.by_kind(collectives.read(runs.read(compiled.as_text()), placement(topology)))
   assert found[("all-gather", "ICI", 8)]["count"] == 5
   assert found[("all-gather", "ICI", 8)]["bytes"] == 5 * 64 * 64 * 4
   assert found[("all-reduce", "ICI", 8)]["bytes"] == 4

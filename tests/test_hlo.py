@@ -4,7 +4,7 @@ import jax
 import pytest
 from jax import numpy as jnp
 
-from calm_jax.planning import hlo
+from calm_jax.planning import hlo, runs
 
 # What the TPU compiler writes: no trip counts, constants carried by outer loops, comments.
 LOOPS = """HloModule jit_step, is_scheduled=true, num_partitions=4, entry_computation_layout={()->()}
@@ -68,7 +68,7 @@ ENTRY %main (param.1: bf16[8,4], param.2: s32[]) -> bf16[8,4] {
 
 
 def test_loops_without_stated_lengths_are_followed():
-  module = hlo.read(LOOPS)
+  module = runs.read(LOOPS)
   # From 1 to 5, once an iteration; within, from 0 to 6 by twos, the 6 being carried there.
   assert module.trips == {"while.2": 4, "while.1": 3}
   assert module.counts["outer_body"] == 4 and module.counts["inner_body"] == 12
@@ -78,7 +78,7 @@ def test_loops_without_stated_lengths_are_followed():
 
 
 def test_a_loop_whose_end_is_an_argument_is_told_as_unknown():
-  module = hlo.read(
+  module = runs.read(
     LOOPS.replace("tuple(%copy.1, %param.1, %constant.6)", "tuple(%copy.1, %param.1, %param.2)")
   )
   assert module.trips == {"while.2": 4, "while.1": None}
@@ -86,7 +86,7 @@ def test_a_loop_whose_end_is_an_argument_is_told_as_unknown():
 
 
 def test_shapes_operands_and_attributes_are_read():
-  module = hlo.read(LOOPS)
+  module = runs.read(LOOPS)
   one = module.computations["inner_body"].instructions["negate.1"]
   assert one.arrays == (hlo.Array("bf16", (8, 4), space=1),) and one.bytes == 64
   assert one.operands == ("get-tuple-element.3",)
@@ -112,7 +112,7 @@ ENTRY %main (p: f32[4]) -> f32[4] {
 }}, metadata={op_name="jit(f)"}
 }
 """  # noqa: E501
-  module = hlo.read(text)
+  module = runs.read(text)
   kernel = module.entry.root
   assert kernel.operands == ("p", "constant.1") and kernel.target == "tpu_custom_call"
   assert kernel.attribute("metadata") == '{op_name="jit(f)"}'
@@ -126,7 +126,7 @@ def test_bytes_of_dtypes():
 
 def test_text_without_a_program_is_refused():
   with pytest.raises(ValueError, match="no ENTRY"):
-    hlo.read("HloModule nothing")
+    runs.read("HloModule nothing")
 
 
 def test_the_backend_here_states_lengths_and_they_are_read():
@@ -134,5 +134,5 @@ def test_the_backend_here_states_lengths_and_they_are_read():
     return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, ws)[0]
 
   x, ws = jnp.ones((16, 32)), jnp.ones((7, 32, 32))
-  module = hlo.read(jax.jit(f).lower(x, ws).compile().as_text())
+  module = runs.read(jax.jit(f).lower(x, ws).compile().as_text())
   assert list(module.trips.values()) == [7]

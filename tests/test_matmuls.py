@@ -4,18 +4,18 @@ import jax
 import pytest
 from jax import numpy as jnp
 
-from calm_jax.planning import hlo, matmuls
+from calm_jax.planning import matmuls, runs
 
 LAYERS, BATCH, WIDTH, FFN = 6, 64, 32, 128
 
 
-def program(line: str, shapes: dict[str, str]) -> hlo.Module:
+def program(line: str, shapes: dict[str, str]) -> runs.Module:
   """A program of one line over parameters of these shapes."""
   parameters = [
     f"  %{name} = {shape} parameter({index})" for index, (name, shape) in enumerate(shapes.items())
   ]
   lines = ["HloModule one", "", "ENTRY %main () -> f32[] {", *parameters, f"  ROOT {line}", "}"]
-  return hlo.read("\n".join(lines))
+  return runs.read("\n".join(lines))
 
 
 def loss(ws, x, scanned: bool, checkpoint: bool):
@@ -37,7 +37,7 @@ def count(scanned: bool, checkpoint: bool = False) -> float:
   ws = (jnp.ones((LAYERS, WIDTH, FFN)), jnp.ones((LAYERS, FFN, WIDTH)))
   x = jnp.ones((BATCH, WIDTH))
   step = jax.jit(jax.value_and_grad(loss, (0, 1)), static_argnums=(2, 3))
-  return matmuls.flops(hlo.read(step.lower(ws, x, scanned, checkpoint).compile().as_text()))
+  return matmuls.flops(runs.read(step.lower(ws, x, scanned, checkpoint).compile().as_text()))
 
 
 def test_a_scanned_model_has_the_flops_of_an_unrolled_one_and_of_a_count_by_hand():
@@ -55,7 +55,7 @@ def test_recomputation_counts():
 def test_a_dot_with_a_batch_counts_every_product():
   x_BPD, y_BDF = jnp.ones((3, 5, 7)), jnp.ones((3, 7, 11))
   compiled = jax.jit(lambda x, y: jnp.einsum("bpd,bdf->bpf", x, y)).lower(x_BPD, y_BDF).compile()
-  assert matmuls.flops(hlo.read(compiled.as_text())) == 2 * 3 * 5 * 7 * 11
+  assert matmuls.flops(runs.read(compiled.as_text())) == 2 * 3 * 5 * 7 * 11
 
 
 @pytest.mark.parametrize(

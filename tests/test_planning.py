@@ -12,12 +12,12 @@ from jax.sharding import PartitionSpec as P
 
 from calm_jax.planning import (
   collectives,
-  hlo,
   matmuls,
   memory,
   program,
   result,
   roofline,
+  runs,
   tables,
   topologies,
   traffic,
@@ -58,7 +58,7 @@ def test_donation_and_arguments_are_read_from_the_text():
   state = {"a": jnp.zeros((8, 16)), "b": jnp.zeros(32)}
   lowered = jax.jit(step, donate_argnums=0).lower(state, jnp.ones(64))
   compiled = lowered.compile()
-  module = hlo.read(compiled.as_text())
+  module = runs.read(compiled.as_text())
   assert sorted(memory.aliases(module)) == [((0,), 0), ((1,), 1)]
   holds = memory.memory_of(compiled)
   assert holds.aliased == (8 * 16 + 32) * 4
@@ -70,7 +70,7 @@ def test_donation_and_arguments_are_read_from_the_text():
     (8 * 16 + 32) * 4,
   )
   assert read.peak == needed
-  kept = hlo.read(jax.jit(step).lower(state, jnp.ones(64)).compile().as_text())
+  kept = runs.read(jax.jit(step).lower(state, jnp.ones(64)).compile().as_text())
   assert memory.aliases(kept) == []
 
 
@@ -119,7 +119,7 @@ def test_slices_move_their_own_bytes_and_the_chips_own_memory_is_free():
   slicing = row + number + row  # The row and its number read, the row written.
   tanh = row  # Read; what is kept in the chip is neither written nor read.
   updating = number + row  # The number read, the row written: in place, from the chip.
-  assert traffic.hbm_bytes(hlo.read(MOVES)) == slicing + tanh + updating
+  assert traffic.hbm_bytes(runs.read(MOVES)) == slicing + tanh + updating
 
 
 # Roofline.

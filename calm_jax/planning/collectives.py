@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from calm_jax.planning import hlo, topologies
+from calm_jax.planning import hlo, runs, topologies
 
 ICI, DCN = "ICI", "DCN"
 # Links between the two devices of a 7x chip, in links of the interconnect: "six times faster
@@ -94,7 +94,7 @@ class Collective:
     return self.count * self.seconds
 
 
-def read(module: hlo.Module, placement: Placement) -> list[Collective]:
+def read(module: runs.Module, placement: Placement) -> list[Collective]:
   """Returns the collectives of one run, those that are alike together, the longest first."""
   local = placement.numbered(module.partitions)
   found: dict[Collective, int] = {}

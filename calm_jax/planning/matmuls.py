@@ -17,19 +17,19 @@ import math
 import re
 from collections.abc import Sequence
 
-from calm_jax.planning import hlo
+from calm_jax.planning import hlo, runs
 
 # Custom calls that compute nothing.
 _IDLE = {
   "AllocateBuffer", "AsyncCollectiveStart", "AsyncCollectiveDone", "ConcatBitcast",
   "MoveToHost", "MoveToDevice", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape",
   "TODO(b/522284627)", "AssumeGatherIndicesInBound", "GatherScatterIndicesBitpacked",
-  "annotate_device_placement", "ForceDelay", "SliceId",
+  "annotate_device_placement", "ForceDelay", "SliceId", "ZeroCrop",
   "X64Combine", "X64SplitHigh", "X64SplitLow",
 }  # fmt: skip
 
 
-def flops(module: hlo.Module) -> float:
+def flops(module: runs.Module) -> float:
   """Returns the FLOPs of one run on one device."""
   return float(
     sum(
@@ -40,7 +40,7 @@ def flops(module: hlo.Module) -> float:
   )
 
 
-def kernels(module: hlo.Module) -> dict[str, int]:
+def kernels(module: runs.Module) -> dict[str, int]:
   """Returns how often each custom call runs, whose FLOPs are not in `flops`.
 
   A Pallas kernel goes by its own name, all others by what they call.

@@ -11,7 +11,7 @@ import math
 import re
 from typing import Any
 
-from calm_jax.planning import hlo
+from calm_jax.planning import runs
 
 GIB = 2**30
 
@@ -72,7 +72,7 @@ def memory_of(compiled: Any) -> Memory:
   )
 
 
-def memory_of_refused(module: hlo.Module, overflow: Overflow) -> Memory:
+def memory_of_refused(module: runs.Module, overflow: Overflow) -> Memory:
   """Returns what a program would hold that was not compiled, from its text."""
   values = module.entry.root
   parts = [module.entry.instructions[name] for name in values.operands]
@@ -101,7 +101,7 @@ def _bytes(number: str, unit: str) -> int:
   return math.floor(float(number) * 1024 ** (" KMGT".index(unit or " ")))
 
 
-def aliases(module: hlo.Module) -> list[tuple[tuple[int, ...], int]]:
+def aliases(module: runs.Module) -> list[tuple[tuple[int, ...], int]]:
   """Returns (place in the values, number of the argument) of each donated array."""
   written = re.search(r"input_output_alias=\{(.*?)\}, \w+=", module.header)
   found = re.findall(r"\{([\d, ]*)\}: \((\d+),", written.group(1) if written else "")

@@ -5,6 +5,10 @@ asynchronous collectives jaxlib 0.10.2 can't read ("async-update instruction sho
 have 1 operands but sees 2"), and gives nothing for a program that is refused,
 where it is wanted most.
 
+How long it takes, on one busy core of two: CALM-M with layers written out for 256
+chips of v5e 69 s, CALM-XL for 512 of v5p in two slices 243 s; a small transformer of
+16 scanned layers for 256 chips 34 s. A step that does not fit is refused in less.
+
 JAX's compilation cache is left aside: it stores a program for a topology and fails
 to read it ("PjRtCompiler must be constructed with a Client").
 """
@@ -20,8 +24,8 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from calm_jax.planning import hlo
 from calm_jax.planning import memory as memory_lib
+from calm_jax.planning import runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Program:
     seconds: that compiling took.
   """
 
-  module: hlo.Module
+  module: runs.Module
   memory: memory_lib.Memory
   overflow: memory_lib.Overflow | None
   largest: tuple[memory_lib.Buffer, ...]
@@ -63,7 +67,7 @@ def compile_lowered(lowered: Any, options: dict[str, Any] | None = None) -> Prog
       if overflow is None:
         raise
     seconds = time.perf_counter() - start
-    module = hlo.read(_text(folder, compiled))
+    module = runs.read(_text(folder, compiled))
     reports = [path.read_text() for path in folder.glob("*-memory-usage-report.txt")]
   if overflow:
     holds = memory_lib.memory_of_refused(module, overflow)

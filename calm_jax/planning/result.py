@@ -7,7 +7,7 @@ from typing import Any
 
 from calm_jax import files
 from calm_jax.planning import collectives as collectives_lib
-from calm_jax.planning import hlo, matmuls, topologies, traffic
+from calm_jax.planning import matmuls, runs, topologies, traffic
 from calm_jax.planning import memory as memory_lib
 from calm_jax.planning import program as program_lib
 from calm_jax.planning import roofline as roofline_lib
@@ -183,7 +183,7 @@ class Plan:
     return files.to_json(values)
 
 
-def _rematerialized(module: hlo.Module) -> int:
+def _rematerialized(module: runs.Module) -> int:
   moves = ("get-tuple-element", "bitcast", "copy")
   return sum(
     count for _, one, count in module.running() if ".remat" in one.name and one.opcode not in moves

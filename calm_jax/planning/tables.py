@@ -93,6 +93,11 @@ def _rows_of_speed(plan: result.Plan) -> list[tuple[str, ...]]:
 def _notes(plan: result.Plan) -> list[str]:
   versions = ", ".join(f"{name} {version}" for name, version in plan.versions.items())
   notes = [f"Compiled in {plan.compile_seconds:.0f} s by {versions}."]
+  if plan.program_flops < plan.model_flops:
+    notes.append(
+      "The program computes less than the model's published count, which MFU goes by: an MFU "
+      "above what compute allows, even above 100 %, is no mistake."
+    )
   if plan.rematerialized:
     notes.append(
       f"Memory is short: XLA computes {plan.rematerialized:,} values a second time, unasked."

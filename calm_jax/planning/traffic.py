@@ -11,7 +11,7 @@ Tile padding is left out, and a kernel of our own counts as reading each operand
 import itertools
 from collections.abc import Iterable
 
-from calm_jax.planning import hlo
+from calm_jax.planning import hlo, runs
 
 _FREE = {
   "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call",
@@ -25,7 +25,7 @@ _FREE_CALLS = {"AllocateBuffer", "ConcatBitcast", "AsyncCollectiveDone"}
 _VIEWS = {"bitcast", "reshape"}
 
 
-def hbm_bytes(module: hlo.Module) -> int:
+def hbm_bytes(module: runs.Module) -> int:
   """Returns the bytes that one run moves on one device, reading and writing."""
   total = 0
   for computation, one, count in module.running():
@@ -34,7 +34,7 @@ def hbm_bytes(module: hlo.Module) -> int:
   return total
 
 
-def _moved(module: hlo.Module, computation: hlo.Computation, one: hlo.Instruction) -> int:
+def _moved(module: runs.Module, computation: hlo.Computation, one: hlo.Instruction) -> int:
   if one.opcode in _FREE or one.opcode.endswith("-done") or one.target in _FREE_CALLS:
     return 0
   if one.opcode == "fusion":
@@ -68,7 +68,7 @@ def _in_hbm(arrays: Iterable[hlo.Array]) -> bool:
   return any(array.space == 0 for array in arrays)
 
 
-def _read(module: hlo.Module, computation: hlo.Computation, name: str) -> int:
+def _read(module: runs.Module, computation: hlo.Computation, name: str) -> int:
   """Returns what a fused computation reads of its value `name`, a parameter or a view of one."""
   whole, total = computation.instructions[name].bytes, 0
   for user in computation.users[name]:
@@ -92,7 +92,7 @@ def _read(module: hlo.Module, computation: hlo.Computation, name: str) -> int:
   return min(total, whole)
 
 
-def _written(module: hlo.Module, called: hlo.Computation, arrays: tuple[hlo.Array, ...]) -> int:
+def _written(module: runs.Module, called: hlo.Computation, arrays: tuple[hlo.Array, ...]) -> int:
   root = called.root
   if root.opcode == "tuple" and len(root.operands) == len(arrays):
     parts = zip((called.instructions[name] for name in root.operands), arrays, strict=True)
@@ -104,7 +104,7 @@ def _written(module: hlo.Module, called: hlo.Computation, arrays: tuple[hlo.Arra
 
 
 def _written_part(
-  module: hlo.Module, called: hlo.Computation, one: hlo.Instruction, array: hlo.Array
+  module: runs.Module, called: hlo.Computation, one: hlo.Instruction, array: hlo.Array
 ) -> int:
   if array.space != 0 or one.opcode in ("parameter", "get-tuple-element"):
     return 0  # Kept in the chip, or handed on as it is.
