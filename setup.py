@@ -41,6 +41,7 @@ setuptools.setup(
   ],
   extras_require={
     "tpu": ["jax[tpu]", "etils[epath-gcs]>=1.13"],
+    "ahead": ["libtpu>=0.0.52"],
     "cuda": ["jax[cuda13]"],
     "cuda12": ["jax[cuda12]"],
     "tensorboard": ["tensorboardX>=2.6.4"],

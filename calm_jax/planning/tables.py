@@ -1,0 +1,125 @@
+"""A plan -> the tables that people read."""
+
+from collections.abc import Sequence
+
+from calm_jax.planning import collectives, result, roofline
+
+
+def table(plan: result.Plan) -> str:
+  """Returns all of it for people."""
+  sections = [
+    (f"{plan.facts.name} on {_where(plan)}", _rows_of_memory(plan)),
+    ("Largest buffers, by what they hold in turn", _rows_of_buffers(plan)),
+    ("Collectives a step, of each device", _rows_of_collectives(plan)),
+    ("One step", _rows_of_step(plan)),
+    ("At published peaks; no latencies, nothing measured", _rows_of_speed(plan)),
+  ]
+  text = "\n\n".join(f"{title}\n{_aligned(rows)}" for title, rows in sections)
+  notes = [*_notes(plan), plan.refusal()]
+  return "\n\n".join([text, *(note for note in notes if note)])
+
+
+def _where(plan: result.Plan) -> str:
+  topology = plan.topology
+  slices = f"{topology.slices} slices of " if topology.slices > 1 else ""
+  return f"{slices}{topology.name}, {topology.chips:,} chips"
+
+
+def _rows_of_memory(plan: result.Plan) -> list[tuple[str, ...]]:
+  holds, available = plan.memory, plan.topology.chip.usable
+  if plan.overflow:
+    available = plan.overflow.available
+  return [
+    ("parameters", f"{plan.facts.parameters:,}", "trained, on all chips"),
+    ("state", result.gib(plan.facts.state_bytes), f"a {plan.holder}"),
+    ("donated", "yes" if plan.donated else "NO", f"{result.gib(holds.aliased)} of the values"),
+    ("temporaries", result.gib(holds.temporaries), f"a {plan.holder}"),
+    (
+      "peak",
+      result.gib(holds.peak),
+      f"of {result.gib(available)} that a program gets: {holds.peak / available:.0%}",
+    ),
+  ]
+
+
+def _rows_of_buffers(plan: result.Plan) -> list[tuple[str, ...]]:
+  rows = [(result.gib(buffer.bytes), _cut(buffer.shapes)) for buffer in plan.largest[:5]]
+  return rows or [("not told",)]
+
+
+def _rows_of_collectives(plan: result.Plan) -> list[tuple[str, ...]]:
+  rows: list[tuple[str, ...]] = [("kind", "network", "group", "count", "GB", "ms on the wire")]
+  for (kind, network, group), sums in collectives.by_kind(plan.collectives).items():
+    gigabytes, milliseconds = sums["bytes"] / 1e9, sums["seconds"] * 1e3
+    counted = (f"{group:,}", f"{sums['count']:,}", f"{gigabytes:,.3f}", f"{milliseconds:,.3f}")
+    rows.append((kind, network, *counted))
+  return rows if len(rows) > 1 else [("none",)]
+
+
+def _rows_of_step(plan: result.Plan) -> list[tuple[str, ...]]:
+  chip, times = plan.topology.chip, plan.roofline
+  share = plan.program_flops / plan.model_flops if plan.model_flops else 0.0
+  busy = {
+    "compute": f"{chip.peak / 1e12:,.0f} TFLOP/s",
+    "memory": f"{chip.bandwidth / 1e9:,.0f} GB/s",
+    "interconnect": f"{chip.link / 1e9:,.0f} GB/s a link and direction, {2 * chip.axes} links",
+    "network": f"{chip.dcn / 1e9:,.2f} GB/s",
+  }
+  return [
+    ("FLOPs of the model", f"{plan.model_flops:.4g}", f"a {plan.holder}, analytic"),
+    ("FLOPs of the program", f"{plan.program_flops:.4g}", f"{share:.2f} of the model's"),
+    ("bytes of HBM", f"{plan.hbm_bytes:.4g}", f"a {plan.holder}"),
+    *(
+      (name, f"{getattr(times, name) * 1e3:,.3f} ms", f"a chip has {figure}")
+      for name, figure in busy.items()
+      if name != "network" or plan.topology.slices > 1
+    ),
+    ("bound by", times.bound, roofline.RESOURCES[times.bound]),
+  ]
+
+
+def _rows_of_speed(plan: result.Plan) -> list[tuple[str, ...]]:
+  rows: list[tuple[str, ...]] = [("", "all overlaps", "nothing overlaps")]
+  for label, form in (
+    ("ms a step", lambda speed: f"{speed.seconds * 1e3:,.2f}"),
+    ("tokens/s", lambda speed: f"{speed.tokens_per_second:,.0f}"),
+    ("MFU", lambda speed: f"{speed.mfu:.1%}"),
+    (f"days for {plan.facts.steps:,} steps", lambda speed: f"{speed.days:,.2f}"),
+  ):
+    rows.append((label, *(form(speed) for speed in plan.speeds)))
+  return rows
+
+
+def _notes(plan: result.Plan) -> list[str]:
+  versions = ", ".join(f"{name} {version}" for name, version in plan.versions.items())
+  notes = [f"Compiled in {plan.compile_seconds:.0f} s by {versions}."]
+  if plan.program_flops < plan.model_flops:
+    notes.append(
+      "The program computes less than the model's published count, which MFU goes by: an MFU "
+      "above what compute allows, even above 100 %, is no mistake."
+    )
+  if plan.rematerialized:
+    notes.append(
+      f"Memory is short: XLA computes {plan.rematerialized:,} values a second time, unasked."
+    )
+  if plan.kernels:
+    kernels = ", ".join(f"{name} {count:,} times" for name, count in plan.kernels.items())
+    told = "as they were given" if plan.facts.kernel_flops else "not at all"
+    notes.append(f"FLOPs of these kernels are counted {told}: {kernels}.")
+  if plan.unknown_loops:
+    loops = ", ".join(plan.unknown_loops)
+    notes.append(f"Loops of unknown length, counted once: {loops}.")
+  return notes
+
+
+def _cut(text: str, width: int = 80) -> str:
+  return text if len(text) <= width else f"{text[: width - 1]}…"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+  widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+  lines = (
+    "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+    for row in rows
+  )
+  return "\n".join(f"  {line}" for line in lines)
