@@ -90,7 +90,8 @@ def initialize() -> None:
   """Joins the job that the flags or the machine describe, else makes one of this process alone.
 
   Raises:
-    CalmError: if the flags are not complete, or not all processes come in time.
+    CalmError: if the flags are not complete. Where not all processes come in time,
+      those that came say so and exit with errors.EXIT_RESTART.
   """
   given = dict(
     coordinator_address=_COORDINATOR_ADDRESS.value,
@@ -101,7 +102,8 @@ def initialize() -> None:
     cluster_detection_method=_CLUSTER_DETECTION_METHOD.value,
   )
   limits = dict(
-    initialization_timeout=_INITIALIZATION_TIMEOUT.value,
+    # JAX ends the process by SIGABRT after it: `_give_up` comes before.
+    initialization_timeout=_INITIALIZATION_TIMEOUT.value + ANSWER_SECONDS,
     shutdown_timeout_seconds=_SHUTDOWN_TIMEOUT.value,
     # Our own watch, see `watch_peers`, is to speak first: JAX's would end us without a word.
     heartbeat_timeout_seconds=100 + 2 * _HEARTBEAT_TIMEOUT.value,
@@ -110,6 +112,9 @@ def initialize() -> None:
   jax.config.update("jax_cpu_enable_async_dispatch", False)
   # Its handler would take SIGTERM away from ours; see `training.stopping`.
   jax.config.update("jax_enable_preemption_service", False)
+  waiting = threading.Timer(_INITIALIZATION_TIMEOUT.value, _give_up)
+  waiting.daemon = True
+  waiting.start()
   try:
     jax.distributed.initialize(**given, **limits)
   except ValueError as error:
@@ -124,17 +129,23 @@ def initialize() -> None:
       address, 1, 0, cluster_detection_method="deactivate",
       coordinator_bind_address=address, **limits,
     )  # fmt: skip
-  except RuntimeError as error:
-    reason = str(error).splitlines()[0]
-    raise errors.CalmError(
-      f"not all {_NUM_PROCESSES.value or ''} processes came within "
-      f"--initialization_timeout={_INITIALIZATION_TIMEOUT.value} s, or "
-      f"{_COORDINATOR_ADDRESS.value} can't be reached: {reason}"
-    ) from error
+  finally:
+    waiting.cancel()
   if _EXPECTED_PROCESSES.value not in (0, count()):
     raise errors.CalmError(
       f"--expected_processes={_EXPECTED_PROCESSES.value}, but the job has {count()}"
     )
+
+
+def _give_up() -> NoReturn:
+  """Ends a process that waits for others that don't come; a later start may find them."""
+  print(
+    f"error: not all {_NUM_PROCESSES.value or ''} processes came within --initialization_timeout="
+    f"{_INITIALIZATION_TIMEOUT.value} s to {_COORDINATOR_ADDRESS.value or 'process 0'}: start all "
+    "of them, or give another --num_processes or --coordinator_address",
+    file=sys.stderr,
+  )
+  exit_now(errors.EXIT_RESTART)
 
 
 def describe(config_hash: str) -> str:

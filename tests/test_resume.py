@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from calm_jax import config, errors, main, workdir
-from calm_jax.training import evaluation, reporter, train
+from calm_jax.training import evaluation, reporter
 
 STAGES = ("autoencoder", "calm")
 

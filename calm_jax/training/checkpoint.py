@@ -179,13 +179,19 @@ class Checkpoints:
     """
     steps = self.steps()
     for step in reversed(steps):
+      found, problem = None, ""
       try:
-        return self._read(step, params, rest)
+        found = self._read(step, params, rest)
       except Exception as error:  # Damage shows as any error of Orbax or TensorStore.
-        self._report(
-          f"the checkpoint of step {step} in {self._workdir} can't be read ({_first_line(error)})"
-          + ("; falling back to the one before" if step != steps[0] else "")
-        )
+        problem = _first_line(error)
+      problem = next(filter(None, distributed.exchange("restored", problem)), "")
+      if not problem:
+        return found
+      found = None
+      self._report(
+        f"the checkpoint of step {step} in {self._workdir} can't be read ({problem})"
+        + ("; falling back to the one before" if step != steps[0] else "")
+      )
     if steps:
       raise errors.CalmError(
         f"none of the checkpoints in {self._workdir / DIRECTORY} can be read (steps {steps}): "
@@ -201,7 +207,7 @@ class Checkpoints:
     if rest is not None:
       items["rest"] = ocp.args.StandardRestore(rest)
     read = self._manager.restore(step, args=ocp.args.Composite(**items))
-    for name in items.keys() - {"meta"}:
+    for name in sorted(items.keys() - {"meta"}):  # The order is the same on all processes.
       expected, found = read["meta"][f"{name}_fingerprint"], fingerprint(read[name])
       if found != expected:
         raise ValueError(f"{name} have fingerprint {found}, {expected} was saved: damaged")
