@@ -1,0 +1,147 @@
+"""Kills a short run again and again, by SIGKILL at random moments, and compares what comes of it.
+
+    python tests/kill_run.py --kills=30
+
+Half of the kills wait for a save to be under way. The finished run must equal one that
+was left alone bit for bit: parameters, optimizer, and the figures of every step, each
+of them there once, so that no batch was lost or seen twice. Prints a report as JSON and
+exits with 1 unless all is equal.
+"""
+
+import collections
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+from absl import app, flags
+
+_KILLS = flags.DEFINE_integer("kills", 30, "How often the run is killed.", 1)
+_SEED = flags.DEFINE_integer("seed", 0, "Of the moments.")
+
+ROOT = pathlib.Path(__file__).parent.parent
+CHECKPOINT_EVERY, STEPS_A_KILL = 3, 12
+# What of a report depends on the clock.
+TIMED = {"time", "seconds", "data_wait_share", "tokens_per_second", "patches_per_second"}
+
+
+def command(directory: pathlib.Path, steps: int) -> list[str]:
+  """A run of stage one, so small that a step takes milliseconds."""
+  settings = {
+    "data.path": "synthetic:300", "data.context": 32,
+    "model.width": 16, "model.ffn": 32, "model.latent": 8, "model.init": "fan_in",
+    "training.steps": steps, "training.batch": 4, "training.compute_dtype": "float32",
+    "training.log_every": 1, "training.eval_every": 4 * CHECKPOINT_EVERY,
+    "training.eval_blocks": 4, "training.checkpoint_every": CHECKPOINT_EVERY,
+    "mesh.fsdp": 1, "optimizer.warmup_steps": 2,
+  }  # fmt: skip
+  given = [f"--config.{name}={value}" for name, value in settings.items()]
+  act = [sys.executable, "-m", "calm_jax.main", "--config=configs/autoencoder.py"]
+  return [*act, f"--workdir={directory}", *given]
+
+
+def start(directory: pathlib.Path, steps: int, cache: pathlib.Path) -> subprocess.Popen:
+  # Nothing is compiled twice, so that most of the time passes in steps and saves.
+  cached = {
+    "JAX_COMPILATION_CACHE_DIR": str(cache),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+  }
+  return subprocess.Popen(
+    command(directory, steps), cwd=ROOT, env=os.environ | cached, stderr=subprocess.PIPE,
+    stdout=subprocess.DEVNULL, text=True, start_new_session=True,
+  )  # fmt: skip
+
+
+def last_step(directory: pathlib.Path) -> int:
+  """The last step whose figures were written."""
+  try:
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    return json.loads(lines[-1])["step"] if lines else 0
+  except (OSError, ValueError):
+    return 0
+
+
+def saving(directory: pathlib.Path) -> bool:
+  """Whether a checkpoint is half-written now."""
+  return any("tmp" in path.name for path in (directory / "checkpoints").glob("*"))
+
+
+def kill_one(process: subprocess.Popen, directory: pathlib.Path, choice: random.Random) -> str:
+  """Kills an attempt; returns what it was in the middle of, "" if it ended before."""
+  in_save = choice.random() < 0.5
+  wanted = last_step(directory) + choice.randint(1, STEPS_A_KILL)
+  early = choice.random() < 0.1
+  until = time.monotonic() + choice.uniform(0.2, 4)
+  while process.poll() is None:
+    if early and time.monotonic() > until:
+      break
+    if not early and last_step(directory) >= wanted and (not in_save or saving(directory)):
+      break
+    time.sleep(0.001)
+  else:
+    return ""
+  moment = "save" if saving(directory) else "startup" if early else "step"
+  os.killpg(process.pid, signal.SIGKILL)
+  return moment
+
+
+def figures(directory: pathlib.Path) -> list[dict]:
+  records = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
+  return [{name: x for name, x in record.items() if name not in TIMED} for record in records]
+
+
+def fingerprints(directory: pathlib.Path, step: int) -> dict:
+  """What the last checkpoint tells of its bits, and the position of its data."""
+  folder = directory / "checkpoints" / str(step) / "meta"
+  (file,) = [path for path in folder.iterdir() if path.name == "metadata"]
+  meta = json.loads(file.read_text())
+  return {name: meta[name] for name in ("params_fingerprint", "rest_fingerprint", "data")}
+
+
+def run(kills: int, seed: int, root: pathlib.Path) -> dict:
+  """Returns the report."""
+  steps, choice = kills * STEPS_A_KILL, random.Random(seed)
+  alone, killed, cache = root / "alone", root / "killed", root / "cache"
+  process = start(alone, steps, cache)
+  said = process.communicate()[1]
+  assert process.returncode == 0, said
+  moments: collections.Counter[str] = collections.Counter()
+  resumed_after, ended = [], False
+  while not ended:
+    process = start(killed, steps, cache)
+    moment = kill_one(process, killed, choice) if sum(moments.values()) < kills else ""
+    said, ended = process.communicate()[1], not moment
+    assert not ended or process.returncode == 0, said
+    if moment:
+      moments[moment] += 1
+    if "going on after step" in said:
+      resumed_after.append(int(said.partition("going on after step ")[2].split()[0]))
+  found, expected = figures(killed), figures(alone)
+  order = [(record["kind"], record["step"]) for record in found]
+  return {
+    "steps": steps,
+    "kills": sum(moments.values()),
+    "moments": dict(moments),
+    "resumed_after": resumed_after,
+    "each_step_once": sorted(order) == sorted((r["kind"], r["step"]) for r in expected),
+    "figures_equal": sorted(map(json.dumps, found)) == sorted(map(json.dumps, expected)),
+    "state_equal": fingerprints(killed, steps) == fingerprints(alone, steps),
+  }
+
+
+def main(_) -> None:
+  with tempfile.TemporaryDirectory() as root:
+    began = time.monotonic()
+    report = run(_KILLS.value, _SEED.value, pathlib.Path(root))
+  print(json.dumps({**report, "seconds": round(time.monotonic() - began)}, indent=2))
+  sys.exit(not all(report[name] for name in ("each_step_once", "figures_equal", "state_equal")))
+
+
+if __name__ == "__main__":
+  app.run(main)
