@@ -178,6 +178,39 @@ def test_one_dead_of_four_stops_the_others_and_the_restarted_job_goes_on(tmp_pat
   np.testing.assert_allclose(losses(directory), losses(tmp_path / "alone"), rtol=1e-5)
 
 
+# A process whose second reads hang, so that it can take part in void steps alone.
+HANGING = """
+import sys, time
+from calm_jax import cli, main
+from calm_jax.data import pipeline
+read, taken = pipeline.TrainingBatches.__next__, []
+def hangs(self):
+  taken.append(1)
+  if len(taken) > 4 and "--process_id=1" in sys.argv:
+    time.sleep(1000)
+  return read(self)
+pipeline.TrainingBatches.__next__ = hangs
+cli.run(main.main)
+"""
+
+
+def test_a_process_without_data_stops_all_at_the_last_step_that_all_took(tmp_path: pathlib.Path):
+  directory = tmp_path / "run"
+  words = [sys.executable, "-c", HANGING, *flags(directory, eval_every=0, checkpoint_every=100)]
+  process = start(*command(2)[:-3], *words)
+  wait_for_step(directory, 3)
+  time.sleep(1)
+  process.send_signal(signal.SIGTERM)
+  _, said = process.communicate(timeout=60)
+  assert process.returncode == errors.EXIT_RESTART, said
+  assert "SIGTERM: saved step 4;" in said
+  changed = dict(eval_every=0, checkpoint_every=100)
+  ran(2, *flags(directory, **changed))
+  ran(1, *flags(tmp_path / "alone", **changed))
+  assert [record["step"] for record in records(directory)] == list(range(1, STEPS + 1))
+  np.testing.assert_allclose(losses(directory), losses(tmp_path / "alone"), rtol=1e-5)
+
+
 def each_says(said: str, processes: int, message: str) -> None:
   for index in range(processes):
     lines = [line for line in said.splitlines() if line.startswith(f"[{index}] error:")]

@@ -1,10 +1,12 @@
 """Claims about a run that was cut: the rest of it equals the uninterrupted run, bit for bit."""
 
+import dataclasses
 import json
 import pathlib
 import resource
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable
 
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 
 from calm_jax import config, errors, main, workdir
+from calm_jax.data import pipeline
 from calm_jax.training import evaluation, reporter
 
 STAGES = ("autoencoder", "calm")
@@ -140,6 +143,42 @@ def test_an_evaluation_is_given_up_for_a_signal_and_made_up_after_the_resume(
   assert not figures(tmp_path, "evaluation")
   main.train_run(calm_run, str(tmp_path))
   assert_same(tmp_path, trained_calm)
+
+
+def test_a_run_that_waits_for_data_stops_at_the_last_step(
+  run_and_whole, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+  """By a step that changes nothing: the next run reads the batch that never came."""
+  run, whole = run_and_whole
+  read, over = pipeline.TrainingBatches.__next__, threading.Event()
+  taken = []
+
+  def hangs_after_three(self):
+    if len(taken) == 3:
+      time.sleep(2)  # The loop has come to wait for this.
+      signal.raise_signal(signal.SIGTERM)
+      over.wait()
+    taken.append(1)
+    return read(self)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(pipeline.TrainingBatches, "__next__", hangs_after_three)
+    with pytest.raises(errors.Interrupted) as stopped:
+      main.train_run(run, str(tmp_path))
+    over.set()
+  assert stopped.value.code == errors.EXIT_RESTART
+  assert weights(tmp_path)["step"] == 3
+  assert len(figures(tmp_path, "train")) == 3
+  main.train_run(run, str(tmp_path))
+  assert_same(tmp_path, whole)
+
+
+def test_a_checkpoint_is_due_after_minutes_too(autoencoder_run, tmp_path: pathlib.Path):
+  training = dataclasses.replace(
+    autoencoder_run.training, checkpoint_every=100, checkpoint_minutes=1e-9, keep_latest=9
+  )
+  main.train_run(dataclasses.replace(autoencoder_run, training=training), str(tmp_path))
+  assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [*range(1, 7)]
 
 
 def test_an_evaluation_that_a_kill_cost_is_made_up(

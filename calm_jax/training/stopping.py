@@ -28,7 +28,8 @@ class Stop:
     self._previous_fd = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
     for number in CODES:
       self._previous[number] = signal.signal(number, self._note)
-    threading.Thread(target=self._watch, name="signals", daemon=True).start()
+    self._thread = threading.Thread(target=self._watch, name="signals", daemon=True)
+    self._thread.start()
     return self
 
   @property
@@ -55,4 +56,5 @@ class Stop:
     self._restore_handlers()
     signal.set_wakeup_fd(self._previous_fd)
     self._told.close()  # Ends the thread.
+    self._thread.join()
     self._hear.close()
