@@ -31,6 +31,7 @@ QUICKSTART = config.AutoencoderRun(
     eval_every=100,
     checkpoint_every=100,
   ),
+  mesh=config.Mesh(fsdp=1),  # Its batch is for one device.
 )
 
 SIZES = {"paper": PAPER, "quickstart": QUICKSTART}

@@ -32,6 +32,7 @@ QUICKSTART = config.CalmRun(
     eval_blocks=32,
     checkpoint_every=250,
   ),
+  mesh=config.Mesh(fsdp=1),  # Its batch is for one device.
 )
 
 SIZES = {"m": M, "l": L, "xl": XL, "quickstart": QUICKSTART}

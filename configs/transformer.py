@@ -29,6 +29,7 @@ QUICKSTART = config.TransformerRun(
     eval_blocks=32,
     checkpoint_every=250,
   ),
+  mesh=config.Mesh(fsdp=1),  # Its batch is for one device.
 )
 
 SIZES = {"s": S, "m": M, "l": L, "quickstart": QUICKSTART}

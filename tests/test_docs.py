@@ -5,7 +5,7 @@ import re
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = sorted(f"configs/{path.name}" for path in (ROOT / "configs").glob("*.py"))
-DOCUMENTS = ("README.md", "launch/quickstart.sh", *CONFIGS)
+DOCUMENTS = ("README.md", "launch/README.md", "launch/quickstart.sh", *CONFIGS)
 
 
 def files() -> set[str]:
@@ -48,6 +48,8 @@ def test_every_documented_flag_exists():
   assert len({act for act, _ in commands()}) == 7
   for act, rest in commands():
     code = (ROOT / f"calm_jax/{act}.py").read_text()
+    if "distributed.initialize()" in code:
+      code += (ROOT / "calm_jax/distributed.py").read_text()
     known = {*re.findall(r"DEFINE_\w+\(\s*\"(\w+)\"", code), "help", "verbosity"}
     for name in re.findall(r"--(\w+)", rest):
       assert name in known or name.removeprefix("no") in known, (act, name)

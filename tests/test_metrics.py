@@ -11,6 +11,7 @@ from jax import numpy as jnp
 
 from calm_jax import config, errors
 from calm_jax.training import metrics, reporter
+from calm_jax.training import step as step_lib
 
 
 @pytest.fixture
@@ -60,6 +61,7 @@ def test_a_record_that_cannot_be_written_is_told_in_one_line(path):
 def figures(step: int, loss: float = 1.0, in_a_row: int = 0) -> dict[str, jax.Array]:
   values = {"loss": loss, "gradient_norm": 2.0, "patches_per_token": 0.25, "step": step}
   values |= {"finite": np.isfinite(loss), "skipped_in_a_row": in_a_row}
+  values |= dict.fromkeys(step_lib.SIGNALS, 0)
   return {name: jnp.asarray(value) for name, value in values.items()}
 
 

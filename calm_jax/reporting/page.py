@@ -17,6 +17,7 @@ from calm_jax.reporting import (
   tables,
   training_pictures,
 )
+from calm_jax.training import ledger
 
 FILE = "report.html"
 
@@ -133,6 +134,7 @@ def _section(number: int, account: records.Account) -> str:
 {f'<div class="notes">{notes}</div>' if notes else ""}
 <h3>Settings</h3>
 {_pairs(tables.settings(account.run), "settings")}
+{_goodput(account)}
 <h3>Evaluation on held-out text</h3>
 {_evaluation(account)}
 <div class="pictures">{pictures}</div>
@@ -144,6 +146,13 @@ def _section(number: int, account: records.Account) -> str:
 def _pairs(rows: Iterable[tuple[str, str]], name: str) -> str:
   cells = (f"<div><dt>{_escape(k)}</dt><dd>{_escape(v)}</dd></div>" for k, v in rows)
   return f'<dl class="{name}">{"".join(cells)}</dl>'
+
+
+def _goodput(account: records.Account) -> str:
+  found = ledger.goodput(epath.Path(account.directory))
+  if found is None:
+    return ""
+  return f"<h3>Where the time went</h3>{_pairs(tables.goodput(found), 'settings')}"
 
 
 def _evaluation(account: records.Account) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from calm_jax import config
 from calm_jax.objectives import brier
 from calm_jax.reporting import records
+from calm_jax.training import ledger
 
 HIGHER, LOWER = "higher is better", "lower is better"
 
@@ -117,6 +118,27 @@ def totals(account: records.Account) -> list[tuple[str, str]]:
     rows.append(("Median speed", f"{speed:,.0f} tokens/s"))
   if account.patch_size:
     rows.append(("Patch size K", f"{account.patch_size} tokens"))
+  return rows
+
+
+def goodput(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
+  """Returns names and values of `training.ledger.goodput`, each kind with its share."""
+  rows = [
+    ("Goodput", f"{figures['goodput']:.1%}"),
+    ("From the first start", _duration(figures["total"])),
+    ("Attempts", str(figures["attempts"])),
+  ]
+  kinds = (
+    ("productive", "Steps that count"),
+    ("lost", "Steps taken again"),
+    ("down", "Between attempts"),
+  )
+  for name, label in (
+    *kinds,
+    *((kind, kind.replace("_", " ").capitalize()) for kind in ledger.KINDS),
+  ):
+    seconds = figures[name]
+    rows.append((label, f"{_duration(seconds)} ({seconds / figures['total']:.1%})"))
   return rows
 
 
