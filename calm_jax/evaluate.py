@@ -10,7 +10,7 @@ import jax
 from absl import flags
 from etils import epath
 
-from calm_jax import cli, config, errors, files, workdir
+from calm_jax import cli, config, distributed, errors, files, workdir
 from calm_jax.data import pipeline, synthetic
 from calm_jax.data import store as store_lib
 from calm_jax.objectives import brier
@@ -82,9 +82,12 @@ def _figures(directory: str, store: store_lib.TokenStore, context: int) -> dict[
 def main() -> None:
   if not _WORKDIR.value:
     raise errors.CalmError("give --workdir=DIR, the folder of a training run")
+  distributed.initialize()
+  distributed.watch_peers(errors.EXIT_RESTART)
   text = files.to_json(files.finite(evaluate(_WORKDIR.value)))
-  print(text, end="", flush=True)
-  files.write(epath.Path(_WORKDIR.value) / workdir.EVALUATION, text)
+  if distributed.is_first():
+    print(text, end="", flush=True)
+    files.write(epath.Path(_WORKDIR.value) / workdir.EVALUATION, text)
 
 
 if __name__ == "__main__":

@@ -59,3 +59,13 @@ def to_json(values: Mapping[str, Any]) -> str:
     ValueError: for NaN and infinities; see `finite`.
   """
   return json.dumps(values, indent=2, allow_nan=False) + "\n"
+
+
+def require_reachable(path: str) -> None:
+  """Raises CalmError where it can't even be told whether there is a file or folder at `path`."""
+  try:
+    epath.Path(path).exists()
+  except Exception as error:  # A bucket's client raises errors of its own.
+    reason = " ".join(str(error).split()) or type(error).__name__
+    advice = ": pip install 'etils[epath-gcs]'" if isinstance(error, ImportError) else ""
+    raise errors.CalmError(f"can't reach {path}: {reason}{advice}") from error

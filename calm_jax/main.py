@@ -13,7 +13,7 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from calm_jax import cli, config, distributed, errors, workdir
+from calm_jax import cli, config, distributed, errors, files, workdir
 from calm_jax.data import store as store_lib
 from calm_jax.data import synthetic
 from calm_jax.models import attention, flops
@@ -222,6 +222,7 @@ def train_run(
 
 def _store_of(run: config.Run, directory: str, allow_change: bool) -> store_lib.TokenStore:
   """Returns the data of a run that may begin, or go on, in a workdir."""
+  files.require_reachable(directory)
   if workdir.exists(directory):
     workdir.require_trainable(directory)
     _require_same_config(run, directory, allow_change)
@@ -306,9 +307,9 @@ def main() -> None:
     reason = " ".join(str(error).partition("Attempted")[2].split())
     raise errors.CalmError(f"can't load --config: {reason}") from error
   run = config.from_mapping(values)
-  if jax.config.jax_compilation_cache_dir is None:
-    jax.config.update("jax_compilation_cache_dir", f"{_WORKDIR.value}/{COMPILED}")
   options = Options(_ALLOW_CONFIG_CHANGE.value, _DRY_RUN.value, _PRINT_SHARDINGS.value)
+  if jax.config.jax_compilation_cache_dir is None and not options.dry_run:
+    jax.config.update("jax_compilation_cache_dir", f"{_WORKDIR.value}/{COMPILED}")
   with guard_lib.Guard(run.limits) as guard:
     guard.stop.unsaved = False
     distributed.initialize()

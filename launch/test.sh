@@ -4,4 +4,4 @@
 set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" dev
-JAX_PLATFORMS=cpu exec python -m pytest "$@"
+JAX_PLATFORMS=cpu exec python -m pytest --numprocesses=2 --dist=loadfile "$@"

@@ -134,8 +134,10 @@ def test_every_mesh_gives_the_losses_and_parameters_of_one_device(name, mesh, on
     assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
 
 
-@pytest.mark.parametrize("remat", ["dots", "named", "full"])
-@pytest.mark.parametrize("unroll", [False, True])
+@pytest.mark.parametrize(
+  ("remat", "unroll"),
+  [("none", True), ("dots", False), ("named", False), ("full", True), ("offload", False)],
+)
 def test_remat_and_unrolling_change_no_number(remat, unroll, one_device):
   execution = config.Execution(remat=remat, unroll=unroll)
   run = dataclasses.replace(RUNS["energy"], mesh=config.Mesh(fsdp=1), execution=execution)

@@ -5,8 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import NamedSharding, PartitionSpec
 
 from calm_jax import config, errors
@@ -36,6 +34,10 @@ def _splash(
   query_BPHC: jax.Array, key_BPGC: jax.Array, value_BPGC: jax.Array, interpret: bool = False
 ) -> jax.Array:
   """Splash attention, each device on its own examples, heads and queries."""
+  # Here: the import loads libtpu where there is one, and a profiler of CPUs then fails.
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
   _, positions, heads, channels = query_BPHC.shape
   mesh = jax.sharding.get_abstract_mesh()
   parts = {"sequence": 1, "tensor": 1} if mesh.empty else mesh.shape

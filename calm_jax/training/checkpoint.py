@@ -129,8 +129,9 @@ class Checkpoints:
       self._manager = ocp.CheckpointManager(
         files.absolute(self._workdir / DIRECTORY), options=options, item_handlers=handlers
       )
-    except OSError as error:
-      raise errors.CalmError(f"can't open the checkpoints of {workdir}: {error}") from error
+    except Exception as error:  # A bucket's client raises errors of its own.
+      reason = _first_line(error)
+      raise errors.CalmError(f"can't open the checkpoints of {workdir}: {reason}") from error
 
   def steps(self) -> list[int]:
     """Returns the steps of whole checkpoints, oldest first."""
