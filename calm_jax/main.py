@@ -5,6 +5,7 @@ Run again with the same flags, it goes on from the newest good checkpoint.
 
 import contextlib
 import dataclasses
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -255,8 +256,10 @@ def _describe(
   whole = rules.require_sharded(params, mesh)
   count = sum(x.size for x in jax.tree.leaves(params))
   axes = " ".join(f"{name}={size}" for name, size in mesh.shape.items())
-  patch = built.codec.patch_size if built.codec and run.stage == "calm" else 1
-  kernel = attention.choose(run.execution.attention, run.data.context // patch)
+  kernel = "none"
+  if not isinstance(run, config.AutoencoderRun):
+    patch = built.codec.patch_size if built.codec else 1
+    kernel = attention.choose(run.execution.attention, run.data.context // patch)
   metrics.show(
     f"mesh {axes}, {mesh.size} of {jax.device_count()} devices; attention {kernel}, remat "
     f"{run.execution.remat}; {count:,} parameters, {whole:.2%} of their bytes whole on each device"
@@ -321,8 +324,11 @@ def main() -> None:
     except (errors.CalmError, KeyboardInterrupt):
       raise
     except Exception:
+      if distributed.count() == 1:
+        raise
+      traceback.print_exc()
       distributed.await_verdict()  # Another process's end shows here as any error of a collective.
-      raise
+      distributed.exit_now(1)  # Without the others, who would wait for this one.
 
 
 if __name__ == "__main__":

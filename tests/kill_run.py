@@ -25,7 +25,7 @@ _KILLS = flags.DEFINE_integer("kills", 30, "How often the run is killed.", 1)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the moments.")
 
 ROOT = pathlib.Path(__file__).parent.parent
-CHECKPOINT_EVERY, STEPS_A_KILL = 3, 12
+CHECKPOINT_EVERY, STEPS_A_KILL = 20, 60
 # What of a report depends on the clock.
 TIMED = {"time", "seconds", "data_wait_share", "tokens_per_second", "patches_per_second"}
 
@@ -36,7 +36,7 @@ def command(directory: pathlib.Path, steps: int) -> list[str]:
     "data.path": "synthetic:300", "data.context": 32,
     "model.width": 16, "model.ffn": 32, "model.latent": 8, "model.init": "fan_in",
     "training.steps": steps, "training.batch": 4, "training.compute_dtype": "float32",
-    "training.log_every": 1, "training.eval_every": 4 * CHECKPOINT_EVERY,
+    "training.log_every": 1, "training.eval_every": 3 * CHECKPOINT_EVERY,
     "training.eval_blocks": 4, "training.checkpoint_every": CHECKPOINT_EVERY,
     "mesh.fsdp": 1, "optimizer.warmup_steps": 2,
   }  # fmt: skip
@@ -76,7 +76,7 @@ def kill_one(process: subprocess.Popen, directory: pathlib.Path, choice: random.
   """Kills an attempt; returns what it was in the middle of, "" if it ended before."""
   in_save = choice.random() < 0.5
   wanted = last_step(directory) + choice.randint(1, STEPS_A_KILL)
-  early = choice.random() < 0.1
+  early = choice.random() < 0.2
   until = time.monotonic() + choice.uniform(0.2, 4)
   while process.poll() is None:
     if early and time.monotonic() > until:

@@ -1,6 +1,7 @@
 """A stage on a mesh: what is compiled, and where every argument and result lies."""
 
 import dataclasses
+import functools
 from collections.abc import Collection
 from typing import Any
 
@@ -73,12 +74,12 @@ class Program:
   def _new(self, params: Tree) -> step.TrainState:
     return step.new_state(params, self.run.optimizer)
 
-  @property
+  @functools.cached_property
   def state(self) -> step.TrainState:
     made = jax.eval_shape(lambda key: self._new(self.stage.init(key)), jax.random.key(0))
     return rules.abstract(made, self.mesh)
 
-  @property
+  @functools.cached_property
   def frozen(self) -> Tree:
     return rules.abstract(self.stage.frozen, self.mesh)
 

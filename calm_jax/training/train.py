@@ -164,7 +164,7 @@ class Trainer:
             with ledger.timed("shutdown", report.pause):
               self._save(done, state, position, wait=True)
         positions = {done: position}
-      ledger.write(done, now=last)
+      ledger.write(done, now=last or "stop" in agreed)
     profile.close()
     if "stop" in agreed:
       raise self._interrupted(done)
