@@ -131,6 +131,8 @@ def initialize() -> None:
     )  # fmt: skip
   finally:
     waiting.cancel()
+  if count() == 1:  # Gloo, which CPUs of several processes need, prints on standard output.
+    jax.config.update("jax_cpu_collectives_implementation", None)
   if _EXPECTED_PROCESSES.value not in (0, count()):
     raise errors.CalmError(
       f"--expected_processes={_EXPECTED_PROCESSES.value}, but the job has {count()}"
