@@ -52,7 +52,7 @@ def build(
     }
     return stages.mean_of_known(loss_BP), metrics | jax.tree.map(stages.mean_of_known, figures)
 
-  def samples(params, hidden_BPD, key_B):
+  def samples(params, frozen, hidden_BPD, key_B):
     """N latents of every patch [B, N, P, Z], and their tokens [B, N, P, K]."""
 
     def one(hidden_PD, key):
@@ -67,7 +67,7 @@ def build(
     spanned = brier.patches_spanned(size)
     cache = model.empty_cache(rows, count) if spanned > 1 else None
     hidden_BPD, cache = hidden(params, token_BPK, latent_BPZ, cache)
-    sample_BNPZ, token_BNPK = samples(params, hidden_BPD, stages.other_keys(key_B, 2))
+    sample_BNPZ, token_BNPK = samples(params, frozen, hidden_BPD, stages.other_keys(key_B, 2))
     target_BMPZ = draws(
       stages.other_keys(key_B, 1), mean_BPZ[:, 1:], log_std_BPZ[:, 1:], settings.posterior_draws
     )
@@ -78,7 +78,7 @@ def build(
     accuracy_BPn = brier.chain(accuracies, [share_BPK[..., -1] for share_BPK in accuracies[:-1]])
     collision_BPn = brier.chain(
       *_collisions(
-        params, cache, sample_BNPZ[:, :, :starts], token_BNPK[:, :, :starts], key_B, spanned
+        params, frozen, cache, sample_BNPZ[:, :, :starts], token_BNPK[:, :, :starts], key_B, spanned
       )
     )
 
@@ -98,7 +98,7 @@ def build(
       "conditioning_gap": jnp.mean(2 * (shifted_BP - true_BP[:, :-1]), axis=1),
     }
 
-  def _collisions(params, cache, sample_BNPZ, token_BNPK, key_B, spanned):
+  def _collisions(params, frozen, cache, sample_BNPZ, token_BNPK, key_B, spanned):
     """Collisions within each patch along the first sample's path, from all starts at once.
 
     Returns:
@@ -110,7 +110,9 @@ def build(
       whole.append(jax.vmap(brier.repeats)(token_BNPK))
       latent_BPZ = sample_BNPZ[:, 0] if run.model.reads_latents else None
       hidden_BPD, branches = model.hidden(params, token_BNPK[:, 0], latent_BPZ, branches)
-      sample_BNPZ, token_BNPK = samples(params, hidden_BPD, stages.other_keys(key_B, 2 + patch))
+      sample_BNPZ, token_BNPK = samples(
+        params, frozen, hidden_BPD, stages.other_keys(key_B, 2 + patch)
+      )
       within.append(jax.vmap(brier.collision)(token_BNPK))
     return within, whole
 
