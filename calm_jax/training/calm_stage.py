@@ -8,6 +8,7 @@ from jax import numpy as jnp
 from calm_jax import config
 from calm_jax.models import autoencoder, calm, layers, memory
 from calm_jax.objectives import brier, energy_score, head_losses
+from calm_jax.parallel import mesh
 from calm_jax.training import stages
 
 Params = Any
@@ -25,7 +26,11 @@ def build(
   def read(frozen, batch, key):
     """Patches [B, P, K], their posteriors, the backbone's latents, the examples' keys."""
     token_BPK = stages.patches(batch["tokens"], size)
-    mean_BPZ, log_std_BPZ = layers.apply(codec, frozen, token_BPK, method="encode")
+
+    def encode(token_PK):
+      return layers.apply(codec, frozen, token_PK, method="encode")
+
+    mean_BPZ, log_std_BPZ = mesh.examples(encode)(token_BPK)
     key_B, latent_BPZ = stages.example_keys(key, batch["index"]), None
     if run.model.reads_latents:
       latent_BPZ = draws(stages.other_keys(key_B, 0), mean_BPZ, log_std_BPZ, 1)[:, 0]
@@ -45,7 +50,7 @@ def build(
       return patch_loss(model.head, params["head"], hidden_PD, posterior, key, settings)
 
     targets = map(stages.next_position, posterior_BPZ)
-    loss_BP, figures = jax.vmap(one)(hidden_BPD, *targets, stages.other_keys(key_B, 1))
+    loss_BP, figures = mesh.examples(one)(hidden_BPD, *targets, stages.other_keys(key_B, 1))
     metrics = {
       "tokens": jnp.float32(token_BPK[:, 1:].size),
       "patches_per_token": jnp.float32(1 / size),
@@ -58,7 +63,7 @@ def build(
     def one(hidden_PD, key):
       return model.sample(params, hidden_PD, key, settings.samples)
 
-    sample_BNPZ = jax.vmap(one)(hidden_BPD, key_B)
+    sample_BNPZ = mesh.examples(one)(hidden_BPD, key_B)
     return sample_BNPZ, calm.decode_tokens(codec, frozen, sample_BNPZ)
 
   def evaluate(params, frozen, batch, key):
