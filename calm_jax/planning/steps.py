@@ -63,7 +63,7 @@ class Job:
   run: config.Run
   topology: topologies.Topology
   vocab_size: int = PUBLISHED_VOCAB
-  codec: config.Autoencoder = config.Autoencoder()
+  codec: config.Autoencoder = dataclasses.field(default_factory=config.Autoencoder)
 
   def __post_init__(self):
     config.require(self.vocab_size > 1, f"the vocabulary must be above 1, got {self.vocab_size}")
@@ -174,9 +174,10 @@ def evaluation_plan(job: Job) -> result.Plan:
   with jax.set_mesh(job.mesh):
     stage_program = job.program()
     params = stage_program.state.params
+    blocks = run.training.eval_blocks
     evaluator = evaluation.Evaluator(
-      stage_program.stage, None, run.data.context, min(run.training.batch, run.training.eval_blocks),
-      run.training.eval_blocks, run.training.seed,
+      stage_program.stage, None, run.data.context, min(run.training.batch, blocks), blocks,
+      run.training.seed,
     )  # fmt: skip
     lowered = evaluator.lowered(params, stage_program.frozen)
   made = program_lib.compile_lowered(lowered)
@@ -198,7 +199,7 @@ def _forward_facts(name: str, params: Tree, tokens: int) -> result.Facts:
   )
 
 
-def decode_plans(job: Job, settings: decode.Settings = decode.Settings()) -> dict[str, result.Plan]:
+def decode_plans(job: Job) -> dict[str, result.Plan]:
   """Returns the plans of the two programs that write a patch of a text, on one device.
 
   Raises:
@@ -216,7 +217,7 @@ def decode_plans(job: Job, settings: decode.Settings = decode.Settings()) -> dic
 
   found = {}
   with jax.set_mesh(mesh):
-    law = _law(job, settings)
+    law = _law(job, decode.Settings())
     params = placed(law.params)
     window = job.positions - 1
     abstract = {
