@@ -112,6 +112,12 @@ def examples(function: Callable[..., Any], in_axes: Any = 0) -> Callable[..., An
   return jax.vmap(function, in_axes=in_axes, spmd_axis_name=rows)
 
 
+def own_examples(batch: int) -> int:
+  """Returns how many examples of a batch each device works on."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return batch if mesh.empty else -(-batch // (mesh.shape["data"] * mesh.shape["fsdp"]))
+
+
 def constrain_last(x: jax.Array, *axes: str | None) -> jax.Array:
   """Says how the last axes of one example's activation lie; those before them are whole.
 

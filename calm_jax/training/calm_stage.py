@@ -64,7 +64,12 @@ def build(
       return model.sample(params, hidden_PD, key, settings.samples)
 
     sample_BNPZ = mesh.examples(one)(hidden_BPD, key_B)
-    return sample_BNPZ, calm.decode_tokens(codec, frozen, sample_BNPZ)
+    chunk = max(1, calm.DECODE_CHUNK // mesh.own_examples(len(key_B)))
+
+    def tokens(sample_NPZ):
+      return calm.decode_tokens(codec, frozen, sample_NPZ, chunk)
+
+    return sample_BNPZ, mesh.examples(tokens)(sample_BNPZ)
 
   def evaluate(params, frozen, batch, key):
     token_BPK, (mean_BPZ, log_std_BPZ), latent_BPZ, key_B = read(frozen, batch, key)
