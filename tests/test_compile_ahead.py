@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 import types
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,7 @@ from calm_jax.planning import comparison, result, search, steps, tables, topolog
 
 ROOT = pathlib.Path(__file__).parent.parent
 VOCAB = 512
-SIZES = dict(layers=2, width=128, ffn=256, heads=2, kv_heads=2)
+SIZES: dict[str, Any] = dict(layers=2, width=128, ffn=256, heads=2, kv_heads=2)
 CODEC = config.Autoencoder(width=64, ffn=128, latent=16)
 CALM = config.CalmRun(
   data=config.Data(context=512),
