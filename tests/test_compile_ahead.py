@@ -168,7 +168,9 @@ def made_up(monkeypatch: pytest.MonkeyPatch, needed) -> list[search.Layout]:
     roofline = types.SimpleNamespace(bound="compute", fastest=layout.cost, slowest=2 * layout.cost)
     return types.SimpleNamespace(
       fits=fits, roofline=roofline, memory=types.SimpleNamespace(peak=peak),
-      overflow=None if fits else "too much", refusal=lambda: "by far too much",
+      facts=types.SimpleNamespace(state_bytes=result.GIB // 4),
+      overflow=None if fits else types.SimpleNamespace(available=16 * result.GIB),
+      refusal=lambda: "by far too much",
     )  # fmt: skip
 
   monkeypatch.setattr(steps, "train_plan", plan)

@@ -11,7 +11,7 @@ from calm_jax.planning import result, topologies
 Written = Mapping[str, Any]
 
 _HEADER = (
-  "run", "slices", "layout", "fits", "peak a chip", "state a chip", "PFLOP a chip and step",
+  "run", "slices", "layout", "fits", "peak a chip", "state a chip", "model TFLOP a chip",
   "ms a step", "bound by", "M tokens/s", "days",
 )  # fmt: skip
 
@@ -46,28 +46,40 @@ def read(patterns: str) -> list[Written]:
 
 
 def table(plans: Sequence[Written]) -> str:
-  """Returns a row a plan; times are those of a step whose parts all overlap."""
+  """Returns a row a plan; times are told if all overlaps and if nothing does."""
   rows = [_HEADER, ("---",) * len(_HEADER), *(_row(plan) for plan in plans)]
   return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _row(plan: Written) -> tuple[str, ...]:
-  facts, topology, speed = plan["facts"], plan["topology"], plan["all_overlaps"]
+  facts, topology = plan["facts"], plan["topology"]
+  speeds = (plan["all_overlaps"], plan["nothing_overlaps"])
+
+  def both(name: str, scale: float, digits: int) -> str:
+    return " to ".join(f"{speed[name] * scale:,.{digits}f}" for speed in speeds)
+
   slices = f"{topology['slices']} of " if topology["slices"] > 1 else ""
   available = (plan["overflow"] or {}).get("available", topology["chip"]["usable"])
   return (
-    facts["name"].removeprefix("configs/"),
+    _name(facts["name"]),
     f"{slices}{topology['name']}",
     _layout(facts["choices"]),
     "yes" if plan["fits"] else "NO",
     f"{plan['memory']['peak'] / result.GIB:,.1f} of {available / result.GIB:,.1f} GiB",
     result.gib(facts["state_bytes"]),
-    f"{plan['model_flops'] / 1e15:,.3f}",
-    f"{speed['seconds'] * 1e3:,.1f}",
+    f"{plan['model_flops'] / 1e12:,.1f}",
+    both("seconds", 1e3, 1),
     plan["roofline"]["bound"],
-    f"{speed['tokens_per_second'] / 1e6:,.1f}",
-    f"{speed['days']:,.2f}",
+    both("tokens_per_second", 1e-6, 1),
+    both("days", 1, 2),
   )
+
+
+def _name(name: str) -> str:
+  """Returns the config's name, with what was changed of it besides the layout."""
+  layout = ("mesh.", "execution.", "training.accumulation=")
+  words = (word for word in name.split() if not word.startswith(layout))
+  return " ".join(words).removeprefix("configs/")
 
 
 def _layout(choices: Mapping[str, Any]) -> str:

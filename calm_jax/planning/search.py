@@ -19,10 +19,13 @@ from calm_jax.planning import result, steps, tables
 
 # How much of a step's products is computed in all, its own included, by what is recomputed:
 # a third of them is the forward pass. To order by; the compiled program tells the truth.
-_COMPUTED = {"none": 1.0, "offload": 1.05, "dots": 1.1, "named": 1.2, "full": 1.33}
+# Moving to the host and back comes last: what that takes is in no figure here.
+_COMPUTED = {"none": 1.0, "dots": 1.1, "named": 1.2, "full": 1.33, "offload": 1.4}
 # Policies in the order of what they keep on the chip.
 _LEANER = ("none", "dots", "named", "offload", "full")
 _MOST_PARTS = 64
+# A layout is tried where it is predicted to need at most this much of what there is.
+_NEAR = 1.15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +159,7 @@ def _pointless(layout: Layout, found: Sequence[Tried]) -> bool:
     elif one.fits:
       ruled_out = same_mesh and layout.cost >= one.layout.cost
     else:
-      ruled_out = layout.keeps_at_least(one.layout)
+      ruled_out = layout.keeps_at_least(one.layout) or (same_mesh and _too_large(layout, one))
     if ruled_out:
       return True
   # Compute is the same on every mesh: where the best is bound by it, another only adds.
@@ -165,6 +168,16 @@ def _pointless(layout: Layout, found: Sequence[Tried]) -> bool:
   if best is None or best.plan is None or best.plan.roofline.bound != "compute":
     return False
   return _COMPUTED[layout.remat] >= _COMPUTED[best.layout.remat]
+
+
+def _too_large(layout: Layout, refused: Tried) -> bool:
+  """Tells whether more parts than a refused layout's are still too few, by its activations."""
+  plan = refused.plan
+  if plan is None or plan.overflow is None or layout.remat != refused.layout.remat:
+    return False
+  state = plan.facts.state_bytes
+  activations = (plan.memory.peak - state) * refused.layout.accumulation / layout.accumulation
+  return state + activations > _NEAR * plan.overflow.available
 
 
 def _seconds(one: Tried) -> tuple[float, float]:
