@@ -111,13 +111,15 @@ KERNELS: dict[str, Kernel] = {
 def choose(kind: str, positions: int, platform: str = "") -> str:
   """Returns the row of KERNELS that computes attention, `kind` itself unless it is `auto`.
 
-  The mesh is the one that is set. `platform` is by default that of this process.
+  The mesh is the one that is set. `platform` is by default that of its devices, which may
+  be ones that a program is only compiled for, else that of this process.
 
   Raises:
     CalmError: for an unknown kind, or one that can't be used here: it is not replaced.
   """
-  platform = platform or jax.default_backend()
   mesh = jax.sharding.get_abstract_mesh()
+  device = mesh.abstract_device
+  platform = platform or (device.platform if device else None) or jax.default_backend()
   parts = {"sequence": 1, "tensor": 1} if mesh.empty else mesh.shape
   if kind == "auto":
     return next(
@@ -135,6 +137,25 @@ def choose(kind: str, positions: int, platform: str = "") -> str:
   if reason:
     raise errors.CalmError(f"execution.attention={kind} can't be used: {reason}; auto chooses")
   return kind
+
+
+# Products of positions with positions that a kernel computes, by the start of its name in a
+# program: scores and outputs forward; scores again and four gradients backward.
+_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dkv": 5}
+FORWARD_PRODUCTS, BACKWARD_PRODUCTS = _PRODUCTS.values()
+
+
+def products(kernel: str) -> int:
+  """Returns how many products a kernel of a compiled program computes, 0 for another's."""
+  return next((count for name, count in _PRODUCTS.items() if kernel.startswith(name)), 0)
+
+
+def product_flops(examples: int, positions: int, width: int) -> float:
+  """Returns the FLOPs of one product of one layer, the causal half of it.
+
+  What a kernel computes beside the diagonal, in blocks that it cuts, is left out.
+  """
+  return examples * positions * positions * width
 
 
 def causal(

@@ -8,6 +8,7 @@ from jax import numpy as jnp
 
 from calm_jax import config
 from calm_jax.models import layers
+from calm_jax.parallel import mesh
 
 
 class Block(nn.Module):
@@ -33,12 +34,16 @@ class Encoder(nn.Module):
     sizes = self.sizes
     for i in range(sizes.encoder_layers // 2):
       x_KE = Block(sizes, self.dtype, name=f"token_block_{i}")(x_KE)
+      x_KE = mesh.constrain_last(x_KE, "position", None, None)
     x_E = x_KE.reshape(*x_KE.shape[:-2], sizes.patch_size * sizes.width)
     x_E = layers.linear("squeeze", sizes.width, sizes.init, self.dtype)(x_E)
     for i in range(sizes.encoder_layers // 2):
+      x_E = mesh.constrain_last(x_E, "position", None)
       x_E = Block(sizes, self.dtype, name=f"patch_block_{i}")(x_E)
+    x_E = mesh.constrain_last(x_E, "position", None)
     x_E = layers.rms_norm("norm", self.dtype)(x_E)
     posterior_2Z = layers.linear("posterior", 2 * sizes.latent, sizes.init, self.dtype)(x_E)
+    posterior_2Z = mesh.constrain_last(posterior_2Z, "position", None)
     mean_Z, log_std_Z = jnp.split(posterior_2Z.astype(jnp.float32), 2, axis=-1)
     return mean_Z, log_std_Z
 
@@ -54,11 +59,14 @@ class Decoder(nn.Module):
     sizes = self.sizes
     x_E = layers.linear("from_latent", sizes.width, sizes.init, self.dtype)(z_Z)
     for i in range(sizes.decoder_layers // 2):
+      x_E = mesh.constrain_last(x_E, "position", None)
       x_E = Block(sizes, self.dtype, name=f"patch_block_{i}")(x_E)
     x_KE = layers.linear("expand", sizes.patch_size * sizes.width, sizes.init, self.dtype)(x_E)
     x_KE = x_KE.reshape(*x_E.shape[:-1], sizes.patch_size, sizes.width)
     for i in range(sizes.decoder_layers // 2):
+      x_KE = mesh.constrain_last(x_KE, "position", None, None)
       x_KE = Block(sizes, self.dtype, name=f"token_block_{i}")(x_KE)
+    x_KE = mesh.constrain_last(x_KE, "position", None, None)
     return layers.rms_norm("norm", self.dtype)(x_KE)
 
 
@@ -86,7 +94,8 @@ class Autoencoder(nn.Module):
 
   def encode(self, token_K: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns the posterior of patches [..., K]: mean and log of the std, [..., Z] float32."""
-    return self.encoder(self.embed(token_K))
+    x_KE = mesh.constrain_last(self.embed(token_K), "position", None, None)
+    return self.encoder(x_KE)
 
   def decode(self, z_Z: jax.Array) -> jax.Array:
     """Returns the logits of the K tokens of each latent, [..., K, V] float32."""

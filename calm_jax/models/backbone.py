@@ -20,6 +20,7 @@ class InputProjection(nn.Module):
     sizes = self.sizes
     x_BPD = x_BPKD.reshape(*x_BPKD.shape[:2], -1)
     x_BPD = layers.linear("up", 2 * sizes.width, sizes.init, self.dtype)(x_BPD)
+    x_BPD = mesh.constrain(x_BPD, "batch", "position", "width")
     x_BPD = layers.linear("down", sizes.width, sizes.init, self.dtype)(nn.silu(x_BPD))
     return layers.layer_norm("norm", self.dtype)(x_BPD)
 
@@ -62,7 +63,8 @@ class Backbone(nn.Module):
         embedding_init=layers.embedding_init(sizes.init, sizes.width),
         name="embed",
       )
-      x_BPD.append(InputProjection(sizes, self.dtype, name="input")(embed(token_BPK)))
+      x_BPKD = mesh.constrain(embed(token_BPK), "batch", "position", None, None)
+      x_BPD.append(InputProjection(sizes, self.dtype, name="input")(x_BPKD))
     if sizes.reads_latents:
       assert latent_BPZ is not None
       latent_BPZ = mesh.constrain(latent_BPZ, "batch", "position", None)

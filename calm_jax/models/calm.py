@@ -17,19 +17,20 @@ Params = Any
 DECODE_CHUNK = 1024
 
 
-def decode_tokens(model: autoencoder_lib.Autoencoder, params: Params, z_Z: jax.Array) -> jax.Array:
+def decode_tokens(
+  model: autoencoder_lib.Autoencoder, params: Params, z_Z: jax.Array, chunk: int = 0
+) -> jax.Array:
   """Returns the most likely tokens of latents [..., Z]: int32 [..., K].
 
   Works through the latents in chunks, so that the logits over the vocabulary
   are never all in memory.
   """
 
-  def most_likely(one_Z):
-    logits_KV = layers.apply(model, params, one_Z, method="decode")
+  def most_likely(some_Z):
+    logits_KV = layers.apply(model, params, some_Z, method="decode")
     return jnp.argmax(logits_KV, axis=-1).astype(jnp.int32)
 
-  flat = z_Z.reshape(-1, z_Z.shape[-1])
-  tokens = jax.lax.map(most_likely, flat, batch_size=min(DECODE_CHUNK, len(flat)))
+  tokens = layers.in_chunks(most_likely, z_Z.reshape(-1, z_Z.shape[-1]), chunk or DECODE_CHUNK)
   return tokens.reshape(*z_Z.shape[:-1], tokens.shape[-1])
 
 

@@ -9,6 +9,7 @@ from jax import numpy as jnp
 
 from calm_jax import config
 from calm_jax.models import layers, remat
+from calm_jax.parallel import mesh
 
 FREQUENCIES, MAX_PERIOD = 128, 10_000.0
 
@@ -42,7 +43,7 @@ class Block(nn.Module):
     modulation = _linear("modulation", 3 * width, self.dtype, _zeros)(nn.silu(state_D))
     shift_D, scale_D, gate_D = jnp.split(modulation, 3, axis=-1)
     y_D = _modulated(layers.layer_norm("norm", self.dtype)(x_D), shift_D, scale_D)
-    y_D = _linear("up", width, self.dtype)(y_D)
+    y_D = mesh.constrain_last(_linear("up", width, self.dtype)(y_D), "position", "width")
     return x_D + gate_D * _linear("down", width, self.dtype)(nn.silu(y_D))
 
 
@@ -87,9 +88,10 @@ class Denoiser(nn.Module):
     """
     time_ND = self.time_out(nn.silu(self.time_in(sinusoid(time_N))))
     state_ND = time_ND + condition_D[None]
-    x_ND = self.latent_in(x_NZ)
+    state_ND = mesh.constrain_last(state_ND, "position", None)
+    x_ND = mesh.constrain_last(self.latent_in(x_NZ), "position", None)
     for block in self.blocks:
-      x_ND = block(x_ND, state_ND)
+      x_ND = mesh.constrain_last(block(x_ND, state_ND), "position", None)
     shift_ND, scale_ND = jnp.split(self.modulation(nn.silu(state_ND)), 2, axis=-1)
     return self.out(_modulated(self.norm(x_ND), shift_ND, scale_ND)).astype(jnp.float32)
 

@@ -8,6 +8,7 @@ from jax import numpy as jnp
 
 from calm_jax import config
 from calm_jax.models import layers, remat
+from calm_jax.parallel import mesh
 
 
 class Block(nn.Module):
@@ -26,14 +27,18 @@ class Block(nn.Module):
     def linear(name, features, **kwargs):
       return layers.linear(name, features, self.scheme, self.dtype, **kwargs)
 
+    def along(x_ND, axis=None):
+      return mesh.constrain_last(x_ND, "position", axis)
+
     width = y_D.shape[-1]
     u_ND = linear("sample_in", width, bias=False, share=0.5)(
       layers.layer_norm("norm", self.dtype)(x_ND)
     )
     u_ND += linear("hidden_in", width, share=0.5)(y_D)[None]
-    u_ND = nn.silu(linear("middle", width)(nn.silu(u_ND)))
-    gate_ND, up_ND = jnp.split(linear("gate_up", 2 * width)(u_ND), 2, axis=-1)
-    return x_ND + linear("down", width)(nn.silu(gate_ND) * up_ND)
+    u_ND = along(linear("middle", width)(nn.silu(along(u_ND, "width"))))
+    gate_up_ND = along(linear("gate_up", 2 * width)(nn.silu(u_ND)), "width")
+    gate_ND, up_ND = jnp.split(gate_up_ND, 2, axis=-1)
+    return along(x_ND + linear("down", width)(nn.silu(gate_ND) * up_ND))
 
 
 class Network(nn.Module):
@@ -50,18 +55,21 @@ class Network(nn.Module):
     def linear(name, features):
       return layers.linear(name, features, self.scheme, self.dtype)
 
+    def along(x_ND):
+      return mesh.constrain_last(x_ND, "position", None)
+
     width = hidden_D.shape[-1]
-    x_ND = layers.layer_norm("noise_norm", self.dtype)(linear("noise_in", width)(noise_NR))
-    y_D = layers.layer_norm("hidden_norm", self.dtype)(linear("hidden_in", width)(hidden_D))
+    x_ND = layers.layer_norm("noise_norm", self.dtype)(along(linear("noise_in", width)(noise_NR)))
+    y_D = layers.layer_norm("hidden_norm", self.dtype)(along(linear("hidden_in", width)(hidden_D)))
     block = remat.wrapped(Block, self.remat)
     for i in range(self.sizes.blocks):
       x_ND = block(self.scheme, self.dtype, name=f"block_{i}")(x_ND, y_D)
     x_ND = layers.layer_norm("norm", self.dtype)(x_ND)
-    x_ND = nn.silu(linear("middle", width)(x_ND))
+    x_ND = nn.silu(along(linear("middle", width)(x_ND)))
     out = nn.Dense(
       self.latent, dtype=self.dtype, kernel_init=nn.initializers.zeros_init(), name="out"
     )
-    return out(x_ND).astype(jnp.float32)
+    return along(out(x_ND)).astype(jnp.float32)
 
 
 class EnergyHead:

@@ -1,7 +1,9 @@
 """What every model shares: initial values, norms, SwiGLU."""
 
+from collections.abc import Callable
 from typing import Any
 
+import jax
 from flax import linen as nn
 from jax import numpy as jnp
 
@@ -11,6 +13,21 @@ EPS = 1e-6
 def apply(module: nn.Module, params: Any, *args: Any, method: str | None = None) -> Any:
   """Returns what a method of `module`, by default its call, gives with these parameters."""
   return module.apply({"params": params}, *args, method=method)
+
+
+def in_chunks(function: Callable[[Any], Any], tree: Any, size: int) -> Any:
+  """Returns what a function gives for arrays [n, ...], of which it is given `size` at a time."""
+  count = jax.tree.leaves(tree)[0].shape[0]
+  size = min(size, count)
+  more = -count % size  # The last chunk is filled up with the first rows.
+
+  def cut(x):
+    return jnp.concatenate([x, x[:more]]).reshape(-1, size, *x.shape[1:])
+
+  def joined(x):
+    return x.reshape(-1, *x.shape[2:])[:count]
+
+  return jax.tree.map(joined, jax.lax.map(function, jax.tree.map(cut, tree)))
 
 
 def kernel_init(scheme: str, share: float = 1.0) -> nn.initializers.Initializer:

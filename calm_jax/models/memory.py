@@ -45,20 +45,27 @@ class Cache(NamedTuple):
   def attend(self, layer: LayerCache, query_BPHC, key_BPGC, value_BPGC):
     """Writes P new positions into a layer; returns what they read of it, and the layer."""
     position_P = self.positions(query_BPHC.shape[1])
-    slot_P = position_P % self.position_W.shape[0]
     cache = LayerCache(
-      layer.key_BWGC.at[:, slot_P].set(key_BPGC), layer.value_BWGC.at[:, slot_P].set(value_BPGC)
+      self._with(layer.key_BWGC, key_BPGC, axis=1), self._with(layer.value_BWGC, value_BPGC, axis=1)
     )
-    held_W = self.position_W.at[slot_P].set(position_P)
+    held_W = self._with(self.position_W, position_P, axis=0)
     visible_PW = (held_W[None] >= 0) & (held_W[None] <= position_P[:, None])
     y_BPHC = jax.nn.dot_product_attention(query_BPHC, *cache, mask=visible_PW[None, None])
     return y_BPHC, cache
 
   def advanced(self, written: LayerCache, count: int) -> "Cache":
     """Returns the cache after `count` positions, from the layers with them in."""
-    position_P = self.positions(count)
-    held_W = self.position_W.at[position_P % self.position_W.shape[0]].set(position_P)
+    held_W = self._with(self.position_W, self.positions(count), axis=0)
     return Cache(written, held_W, self.next_position + count)
+
+  def _with(self, held: jax.Array, new: jax.Array, axis: int) -> jax.Array:
+    """Returns `held` with what is new in the slots from the next one on.
+
+    New positions never go round the ring's end: they are one, or have free slots. (A
+    scatter would do, but libtpu 0.0.52 aborts on it over several devices.)
+    """
+    slot = self.next_position % self.position_W.shape[0]
+    return jax.lax.dynamic_update_slice_in_dim(held, new.astype(held.dtype), slot, axis)
 
 
 class LayerBranches(NamedTuple):

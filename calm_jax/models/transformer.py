@@ -8,6 +8,7 @@ from jax import numpy as jnp
 
 from calm_jax import config
 from calm_jax.models import layers, llama, memory
+from calm_jax.parallel import mesh
 
 
 class Transformer(nn.Module):
@@ -38,7 +39,8 @@ class Transformer(nn.Module):
     self, token_BS: jax.Array, known: memory.Memory | None = None
   ) -> tuple[jax.Array, memory.Memory | None]:
     """Returns hidden states [B, S, D] and the memory with the S tokens in it."""
-    return self.llama(self.embed(token_BS), known)
+    x_BSD = mesh.constrain(self.embed(token_BS), "batch", "position", None)
+    return self.llama(x_BSD, known)
 
   def logits(self, hidden_D: jax.Array) -> jax.Array:
     """Returns the logits of the next token, [..., V] float32."""

@@ -6,7 +6,7 @@ GSPMD does the rest: a program is written as if for one device, and
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -101,6 +101,38 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   if jax.sharding.get_abstract_mesh().empty:
     return x
   return jax.lax.with_sharding_constraint(x, spec(*axes))
+
+
+def examples(function: Callable[..., Any], in_axes: Any = 0) -> Callable[..., Any]:
+  """Returns a function of one example as a function of a batch, each device on its own rows.
+
+  What `constrain_last` says inside holds for every example.
+  """
+  rows = None if jax.sharding.get_abstract_mesh().empty else ALONG["batch"]
+  return jax.vmap(function, in_axes=in_axes, spmd_axis_name=rows)
+
+
+def own_examples(batch: int) -> int:
+  """Returns how many examples of a batch each device works on."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return batch if mesh.empty else -(-batch // (mesh.shape["data"] * mesh.shape["fsdp"]))
+
+
+def constrain_last(x: jax.Array, *axes: str | None) -> jax.Array:
+  """Says how the last axes of one example's activation lie; those before them are whole.
+
+  Without it the partitioner takes over how the parameters lie, and every device works
+  on all examples. An axis that the mesh can't divide evenly is whole.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or x.ndim < len(axes):
+    return x
+  lead = (None,) * (x.ndim - len(axes))
+  fitting = (
+    axis if axis is None or size % mesh.shape[ALONG[axis]] == 0 else None
+    for axis, size in zip(axes, x.shape[len(lead) :], strict=True)
+  )
+  return jax.lax.with_sharding_constraint(x, spec(*lead, *fitting))
 
 
 def row_parts(mesh: jax.sharding.Mesh) -> int:

@@ -31,7 +31,7 @@ class Facts:
       program does not tell.
     fsdp: devices that the state is cut over. examples: of a device, in one part of a
       step. accumulation: parts of a step. recomputes_all: whether the backward pass
-      keeps nothing of a layer but its input.
+      keeps nothing of a layer but its input. choices: settings of the layout, for people.
   """
 
   name: str
@@ -46,6 +46,7 @@ class Facts:
   examples: int = 1
   accumulation: int = 1
   recomputes_all: bool = False
+  choices: Mapping[str, str | int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

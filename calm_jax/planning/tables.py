@@ -8,21 +8,40 @@ from calm_jax.planning import collectives, result, roofline
 def table(plan: result.Plan) -> str:
   """Returns all of it for people."""
   sections = [
-    (f"{plan.facts.name} on {_where(plan)}", _rows_of_memory(plan)),
+    (f"{plan.facts.name} on {_where(plan)}", [*_rows_of_layout(plan), *_rows_of_memory(plan)]),
     ("Largest buffers, by what they hold in turn", _rows_of_buffers(plan)),
     ("Collectives a step, of each device", _rows_of_collectives(plan)),
     ("One step", _rows_of_step(plan)),
     ("At published peaks; no latencies, nothing measured", _rows_of_speed(plan)),
   ]
-  text = "\n\n".join(f"{title}\n{_aligned(rows)}" for title, rows in sections)
+  text = "\n\n".join(f"{title}\n{aligned(rows)}" for title, rows in sections)
   notes = [*_notes(plan), plan.refusal()]
   return "\n\n".join([text, *(note for note in notes if note)])
+
+
+def lines(plans: Sequence[result.Plan]) -> str:
+  """Returns a line a plan of what else was compiled."""
+  rows: list[tuple[str, ...]] = [("also", "peak", "of", "ms", "bound by", "tokens at once")]
+  for plan in plans:
+    available = plan.overflow.available if plan.overflow else plan.topology.chip.usable
+    rows.append((
+      plan.facts.name, result.gib(plan.memory.peak), result.gib(available),
+      f"{plan.roofline.fastest * 1e3:,.3f}", plan.roofline.bound, f"{plan.facts.tokens:,}",
+    ))  # fmt: skip
+  return "\n".join([aligned(rows), *(note for plan in plans for note in _doubts(plan))])
 
 
 def _where(plan: result.Plan) -> str:
   topology = plan.topology
   slices = f"{topology.slices} slices of " if topology.slices > 1 else ""
   return f"{slices}{topology.name}, {topology.chips:,} chips"
+
+
+def _rows_of_layout(plan: result.Plan) -> list[tuple[str, ...]]:
+  choices = {name: value for name, value in plan.facts.choices.items() if value != 1}
+  if not choices:
+    return []
+  return [("layout", ", ".join(f"{name} {value}" for name, value in choices.items()), "")]
 
 
 def _rows_of_memory(plan: result.Plan) -> list[tuple[str, ...]]:
@@ -106,17 +125,21 @@ def _notes(plan: result.Plan) -> list[str]:
     kernels = ", ".join(f"{name} {count:,} times" for name, count in plan.kernels.items())
     told = "as they were given" if plan.facts.kernel_flops else "not at all"
     notes.append(f"FLOPs of these kernels are counted {told}: {kernels}.")
-  if plan.unknown_loops:
-    loops = ", ".join(plan.unknown_loops)
-    notes.append(f"Loops of unknown length, counted once: {loops}.")
-  return notes
+  return notes + _doubts(plan)
+
+
+def _doubts(plan: result.Plan) -> list[str]:
+  if not plan.unknown_loops:
+    return []
+  return [f"Loops of unknown length, counted once: {', '.join(plan.unknown_loops)}."]
 
 
 def _cut(text: str, width: int = 80) -> str:
   return text if len(text) <= width else f"{text[: width - 1]}…"
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+  """Returns rows as lines, columns under each other."""
   widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
   lines = (
     "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

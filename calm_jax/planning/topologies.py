@@ -108,6 +108,11 @@ CHIPS: dict[str, Chip] = {
 }  # fmt: skip
 
 
+def known() -> str:
+  """Returns the largest example of each chip, for people."""
+  return ", ".join(f"{chip.name}:{chip.examples[-1]}" for chip in CHIPS.values())
+
+
 @dataclasses.dataclass(frozen=True)
 class Topology:
   """Slices of one shape.
@@ -148,18 +153,18 @@ def parse(name: str, slices: int = 1) -> Topology:
   if chip is None:
     raise errors.CalmError(
       f"unknown chip {prefix!r} in topology {name!r}: known are {', '.join(CHIPS)}, each with a "
-      f"shape, as in {', '.join(f'{c.name}:{c.examples[-1]}' for c in CHIPS.values())}"
+      f"shape, as in {known()}"
     )
-  known = f"as in {', '.join(f'{chip.name}:{example}' for example in chip.examples)}"
+  shapes = f"as in {', '.join(f'{chip.name}:{example}' for example in chip.examples)}"
   if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape) or shape.count("x") != chip.axes - 1:
     raise errors.CalmError(
-      f"topology {name!r}: {chip.name} has shapes of {chip.axes} numbers, {known}"
+      f"topology {name!r}: {chip.name} has shapes of {chip.axes} numbers, {shapes}"
     )
   sizes = tuple(int(size) for size in shape.split("x"))
   if math.prod(sizes) > chip.largest:
     raise errors.CalmError(
       f"topology {name!r} has {math.prod(sizes):,} chips, a slice of {chip.name} at most "
-      f"{chip.largest:,}: give several slices, or a smaller shape, {known}"
+      f"{chip.largest:,}: give several slices, or a smaller shape, {shapes}"
     )
   return Topology(chip, sizes, slices)
 

@@ -6,6 +6,7 @@ from jax import numpy as jnp
 from calm_jax import config
 from calm_jax.models import autoencoder, calm, layers
 from calm_jax.objectives import autoencoding
+from calm_jax.parallel import mesh
 from calm_jax.training import stages
 
 
@@ -16,10 +17,16 @@ def build(run: config.AutoencoderRun, vocab_size: int) -> stages.Stage:
   size, settings = run.model.patch_size, run.loss
 
   def encode(params, token_BPK):
-    return layers.apply(model, params, token_BPK, method="encode")
+    def one(token_PK):
+      return layers.apply(model, params, token_PK, method="encode")
+
+    return mesh.examples(one)(token_BPK)
 
   def decode(params, z_BPZ):
-    return layers.apply(model, params, z_BPZ, method="decode")
+    def one(z_PZ):
+      return layers.apply(model, params, z_PZ, method="decode")
+
+    return mesh.examples(one)(z_BPZ)
 
   def posterior_draw(mean_BPZ, log_std_BPZ, key_B):
     draw = jax.vmap(calm.posterior_draws, in_axes=(0, 0, 0, None))

@@ -8,6 +8,7 @@ from jax import numpy as jnp
 from calm_jax import config
 from calm_jax.models import autoencoder, calm, layers, memory
 from calm_jax.objectives import brier, energy_score, head_losses
+from calm_jax.parallel import mesh
 from calm_jax.training import stages
 
 Params = Any
@@ -25,7 +26,11 @@ def build(
   def read(frozen, batch, key):
     """Patches [B, P, K], their posteriors, the backbone's latents, the examples' keys."""
     token_BPK = stages.patches(batch["tokens"], size)
-    mean_BPZ, log_std_BPZ = layers.apply(codec, frozen, token_BPK, method="encode")
+
+    def encode(token_PK):
+      return layers.apply(codec, frozen, token_PK, method="encode")
+
+    mean_BPZ, log_std_BPZ = mesh.examples(encode)(token_BPK)
     key_B, latent_BPZ = stages.example_keys(key, batch["index"]), None
     if run.model.reads_latents:
       latent_BPZ = draws(stages.other_keys(key_B, 0), mean_BPZ, log_std_BPZ, 1)[:, 0]
@@ -45,21 +50,26 @@ def build(
       return patch_loss(model.head, params["head"], hidden_PD, posterior, key, settings)
 
     targets = map(stages.next_position, posterior_BPZ)
-    loss_BP, figures = jax.vmap(one)(hidden_BPD, *targets, stages.other_keys(key_B, 1))
+    loss_BP, figures = mesh.examples(one)(hidden_BPD, *targets, stages.other_keys(key_B, 1))
     metrics = {
       "tokens": jnp.float32(token_BPK[:, 1:].size),
       "patches_per_token": jnp.float32(1 / size),
     }
     return stages.mean_of_known(loss_BP), metrics | jax.tree.map(stages.mean_of_known, figures)
 
-  def samples(params, hidden_BPD, key_B):
+  def samples(params, frozen, hidden_BPD, key_B):
     """N latents of every patch [B, N, P, Z], and their tokens [B, N, P, K]."""
 
     def one(hidden_PD, key):
       return model.sample(params, hidden_PD, key, settings.samples)
 
-    sample_BNPZ = jax.vmap(one)(hidden_BPD, key_B)
-    return sample_BNPZ, calm.decode_tokens(codec, frozen, sample_BNPZ)
+    sample_BNPZ = mesh.examples(one)(hidden_BPD, key_B)
+    chunk = max(1, calm.DECODE_CHUNK // mesh.own_examples(len(key_B)))
+
+    def tokens(sample_NPZ):
+      return calm.decode_tokens(codec, frozen, sample_NPZ, chunk)
+
+    return sample_BNPZ, mesh.examples(tokens)(sample_BNPZ)
 
   def evaluate(params, frozen, batch, key):
     token_BPK, (mean_BPZ, log_std_BPZ), latent_BPZ, key_B = read(frozen, batch, key)
@@ -67,7 +77,7 @@ def build(
     spanned = brier.patches_spanned(size)
     cache = model.empty_cache(rows, count) if spanned > 1 else None
     hidden_BPD, cache = hidden(params, token_BPK, latent_BPZ, cache)
-    sample_BNPZ, token_BNPK = samples(params, hidden_BPD, stages.other_keys(key_B, 2))
+    sample_BNPZ, token_BNPK = samples(params, frozen, hidden_BPD, stages.other_keys(key_B, 2))
     target_BMPZ = draws(
       stages.other_keys(key_B, 1), mean_BPZ[:, 1:], log_std_BPZ[:, 1:], settings.posterior_draws
     )
@@ -78,7 +88,7 @@ def build(
     accuracy_BPn = brier.chain(accuracies, [share_BPK[..., -1] for share_BPK in accuracies[:-1]])
     collision_BPn = brier.chain(
       *_collisions(
-        params, cache, sample_BNPZ[:, :, :starts], token_BNPK[:, :, :starts], key_B, spanned
+        params, frozen, cache, sample_BNPZ[:, :, :starts], token_BNPK[:, :, :starts], key_B, spanned
       )
     )
 
@@ -98,7 +108,7 @@ def build(
       "conditioning_gap": jnp.mean(2 * (shifted_BP - true_BP[:, :-1]), axis=1),
     }
 
-  def _collisions(params, cache, sample_BNPZ, token_BNPK, key_B, spanned):
+  def _collisions(params, frozen, cache, sample_BNPZ, token_BNPK, key_B, spanned):
     """Collisions within each patch along the first sample's path, from all starts at once.
 
     Returns:
@@ -110,7 +120,9 @@ def build(
       whole.append(jax.vmap(brier.repeats)(token_BNPK))
       latent_BPZ = sample_BNPZ[:, 0] if run.model.reads_latents else None
       hidden_BPD, branches = model.hidden(params, token_BNPK[:, 0], latent_BPZ, branches)
-      sample_BNPZ, token_BNPK = samples(params, hidden_BPD, stages.other_keys(key_B, 2 + patch))
+      sample_BNPZ, token_BNPK = samples(
+        params, frozen, hidden_BPD, stages.other_keys(key_B, 2 + patch)
+      )
       within.append(jax.vmap(brier.collision)(token_BNPK))
     return within, whole
 

@@ -67,24 +67,35 @@ class Evaluator:
   def __init__(
     self,
     stage: stages.Stage,
-    store: store_lib.TokenStore,
+    store: store_lib.TokenStore | None,
     context: int,
     batch: int,
     limit: int,
     seed: int,
   ):
-    """Takes what to evaluate. `batch` is rounded up to what the mesh divides evenly."""
+    """Takes what to evaluate. `batch` is rounded up to what the mesh divides evenly.
+
+    Args:
+      store: None to compile only.
+    """
     self._mesh = mesh_lib.current()
     parts = mesh_lib.row_parts(self._mesh)
     self._stage = stage
     self._heldout = (store, context, -(-batch // parts) * parts, limit)
-    self._key = jax.random.key(seed)
     self._seed = seed
     self._compiled: jax.stages.Compiled | None = None
 
+  @property
+  def rows(self) -> int:
+    """Examples of a batch."""
+    return self._heldout[2]
+
+  def _key(self) -> jax.Array:
+    return jax.random.key(self._seed)
+
   def lowered(self, params: Any, frozen: Any) -> jax.stages.Lowered:
     """Returns the program that scores a batch, before it is compiled, for abstract trees."""
-    _, context, rows, _ = self._heldout
+    context, rows = self._heldout[1], self.rows
     place = NamedSharding(self._mesh, mesh_lib.spec("batch"))
     batch = {
       "tokens": jax.ShapeDtypeStruct((rows, context), np.int32, sharding=place),
@@ -99,7 +110,8 @@ class Evaluator:
     everywhere = NamedSharding(self._mesh, PartitionSpec())
     jitted = jax.jit(evaluate, out_shardings=everywhere)
     with jax.set_mesh(self._mesh):
-      return jitted.lower(params, frozen, batch, self._key, stop)
+      key = jax.eval_shape(self._key)  # No array: the devices may not be there.
+      return jitted.lower(params, frozen, batch, key, stop)
 
   def compile(self, params: Any) -> None:
     """Compiles for parameters of these shapes and places, which may be abstract."""
@@ -117,13 +129,14 @@ class Evaluator:
     """
     store, context, batch_size, limit = self._heldout
     self.compile(params)
-    assert self._compiled is not None
+    assert self._compiled is not None and store is not None
+    key = self._key()
     own, parts = mesh_lib.own_rows(self._mesh, batch_size), []
     for batch, rows in pipeline.heldout_batches(store, context, batch_size, limit, own):
       batch = mesh_lib.place_rows(self._mesh, batch, own, batch_size)
       stop = mesh_lib.place_on_each(self._mesh, np.int32(stopped()))
       scores, given_up = jax.device_get(
-        self._compiled(params, self._stage.frozen, batch, self._key, stop)
+        self._compiled(params, self._stage.frozen, batch, key, stop)
       )
       if given_up:
         return None

@@ -56,9 +56,7 @@ def build(run: config.TransformerRun, vocab_size: int) -> stages.Stage:
     """The law after each position, a chunk of positions at a time."""
     key_BS = jax.vmap(lambda key: jax.random.split(key, target_BS.shape[1]))(key_B)
 
-    def one(position):
-      hidden_D, target, key = position
-      log_p_V = jax.nn.log_softmax(logits(params, hidden_D))
+    def law(log_p_V, target, key):
       draw = jax.random.categorical(key, log_p_V)
       return Law(
         log_p_V[target],
@@ -67,9 +65,18 @@ def build(run: config.TransformerRun, vocab_size: int) -> stages.Stage:
         jnp.exp(log_p_V[draw]),
       )
 
-    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (hidden_BSD, target_BS, key_BS))
-    law = jax.lax.map(one, flat, batch_size=min(LAW_CHUNK, target_BS.size))
-    return jax.tree.map(lambda x: x.reshape(target_BS.shape), law)
+    def some(positions):
+      hidden_SD, target_S, key_S = positions
+      log_p_SV = jax.nn.log_softmax(logits(params, hidden_SD))
+      log_p_SV = mesh.constrain_last(log_p_SV, "position", "width")
+      return jax.vmap(law)(log_p_SV, target_S, key_S)
+
+    chunk = max(1, LAW_CHUNK // mesh.own_examples(len(key_B)))
+
+    def one(*example):
+      return layers.in_chunks(some, example, chunk)
+
+    return mesh.examples(one)(hidden_BSD, target_BS, key_BS)
 
   def evaluate(params, frozen, batch, key):
     token_BS, key_B = batch["tokens"], stages.example_keys(key, batch["index"])

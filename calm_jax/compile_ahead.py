@@ -1,0 +1,137 @@
+"""The act of compiling ahead: `python -m calm_jax.compile_ahead --config=C --topology=T`.
+
+Compiles the real train step for TPUs that are not there and tells what it takes: memory,
+FLOPs, what is sent, and the time at published peaks. Nothing is trained or written.
+The exit code is 0 where the step fits, 2 where it does not, and for bad input.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from calm_jax import cli, config, errors, files
+from calm_jax.planning import comparison, search, steps, tables, topologies
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "Settings: configs/STAGE.py, with :SIZE where the file has sizes.",
+  lock_config=True,
+)  # fmt: skip
+_TOPOLOGY = flags.DEFINE_string(
+  "topology", "", f"Chips and the shape of a slice: {topologies.known()}."
+)
+_SLICES = flags.DEFINE_integer("slices", 1, "Slices of that shape.", 1)
+_AUTOENCODER = config_flags.DEFINE_config_file(
+  "autoencoder_config", None, "Sizes of stage two's autoencoder; by default the published ones.",
+  lock_config=True,
+)  # fmt: skip
+_VOCAB = flags.DEFINE_integer(
+  "vocab_size", steps.PUBLISHED_VOCAB, "Tokens; by default Llama 3's.", 2
+)
+_EVALUATION = flags.DEFINE_bool("evaluation", False, "Also the scoring of held-out text.")
+_DECODE = flags.DEFINE_bool("decode", False, "Also the writing of text, on one device.")
+_CHECK_FLOPS = flags.DEFINE_bool(
+  "check_flops", False,
+  "Instead compare the program's FLOPs, layers unrolled and looped over, with the analytic count.",
+)  # fmt: skip
+_SEARCH = flags.DEFINE_bool(
+  "search", False, "Instead try layouts, and tell which fits and is fastest."
+)
+_TRIES = flags.DEFINE_integer("tries", 12, "Layouts that --search compiles at most.", 1)
+_TABLE = flags.DEFINE_string(
+  "table", "", "Instead print a Markdown table of plans: JSON files of --output, with commas."
+)
+_OUTPUT = flags.DEFINE_string("output", "", "JSON file for the figures; by default none.")
+
+
+def _values(flag: Any, name: str) -> Mapping[str, Any]:
+  try:
+    return flag.value.to_dict()
+  except OSError as error:  # What went wrong when the flag was parsed shows here.
+    reason = " ".join(str(error).partition("Attempted")[2].split())
+    raise errors.CalmError(f"can't load --{name}: {reason}") from error
+
+
+def _codec() -> config.Autoencoder:
+  if _AUTOENCODER.value is None:
+    return config.Autoencoder()
+  run = config.from_mapping(_values(_AUTOENCODER, "autoencoder_config"))
+  if not isinstance(run, config.AutoencoderRun):
+    raise errors.CalmError(f"--autoencoder_config is of stage {run.stage!r}: give stage one's")
+  return run.model
+
+
+def _name() -> str:
+  """Returns how the config was given, changes included."""
+  flag = flags.FLAGS["config"]
+  changes = config_flags.get_override_values(flag)
+  told = [f"{name}={value}" for name, value in changes.items()]
+  return " ".join([config_flags.get_config_filename(flag), *told])
+
+
+def _job() -> steps.Job:
+  if _CONFIG.value is None or not _TOPOLOGY.value:
+    raise errors.CalmError("give --config=configs/STAGE.py[:SIZE] and --topology=CHIP:SHAPE")
+  assert isinstance(_CONFIG.value, ConfigDict)
+  run = config.from_mapping(_values(_CONFIG, "config"))
+  topology = topologies.parse(_TOPOLOGY.value, _SLICES.value)
+  return steps.Job(_name(), run, topology, _VOCAB.value, _codec())
+
+
+def _write(figures: Mapping[str, Any]) -> None:
+  if _OUTPUT.value:
+    files.write(_OUTPUT.value, files.to_json(figures))
+    print(f"wrote {_OUTPUT.value}", file=sys.stderr)
+
+
+def _check(job: steps.Job) -> None:
+  check = steps.check_flops(job)
+  for name, ratio in check.ratios.items():
+    print(f"FLOPs of the program, layers {name}, by the analytic count: {ratio:.4f}")
+  _write({**dataclasses.asdict(check), "ratios": dict(check.ratios)})
+
+
+def _search(job: steps.Job) -> None:
+  found = search.search(job, _TRIES.value, lambda line: print(line, file=sys.stderr, flush=True))
+  print(search.table(found))
+  _write({"tried": [one.figures() for one in found]})
+  if not any(one.fits for one in found):
+    raise errors.CalmError(f"none of {len(found)} layouts fits: {search.nearest(found)}")
+
+
+def _plan(job: steps.Job) -> None:
+  plans = {"train": steps.train_plan(job)}
+  print(tables.table(plans["train"]))
+  if _EVALUATION.value:
+    plans["evaluation"] = steps.evaluation_plan(job)
+  if _DECODE.value:
+    plans |= steps.decode_plans(job)
+  others = [plan for name, plan in plans.items() if name != "train"]
+  if others:
+    print(f"\n{tables.lines(others)}")
+  figures = {name: json.loads(plan.to_json()) for name, plan in plans.items()}
+  _write(figures.pop("train") | figures)
+  for plan in plans.values():
+    if not plan.fits:
+      raise errors.CalmError(plan.refusal())
+
+
+def main() -> None:
+  if _TABLE.value:
+    print(comparison.table(comparison.read(_TABLE.value)))
+    return
+  job = _job()
+  if _CHECK_FLOPS.value:
+    _check(job)
+  elif _SEARCH.value:
+    _search(job)
+  else:
+    _plan(job)
+
+
+if __name__ == "__main__":
+  cli.run(main)

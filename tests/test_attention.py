@@ -1,0 +1,105 @@
+"""Claims about attention: every kernel computes the same, and the TPU's compiles for every head."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from jax import numpy as jnp
+from jax.sharding import NamedSharding
+
+from calm_jax import config
+from calm_jax.models import attention
+from calm_jax.parallel import mesh as mesh_lib
+from calm_jax.planning import matmuls, program, topologies
+
+BATCH, POSITIONS, HEADS, CHANNELS = 2, 256, 4, 64
+
+
+def arrays(kv_heads: int, seed: int = 0) -> tuple[jax.Array, ...]:
+  keys = jax.random.split(jax.random.key(seed), 4)
+  shapes = [(BATCH, POSITIONS, heads, CHANNELS) for heads in (HEADS, kv_heads, kv_heads, HEADS)]
+  return tuple(jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
+
+
+def values_and_gradients(run, query, key, value, weight):
+  def total(query, key, value):
+    y_BPHC = run(query, key, value)
+    return jnp.sum(y_BPHC * weight), y_BPHC
+
+  (_, y_BPHC), grads = jax.value_and_grad(total, (0, 1, 2), has_aux=True)(query, key, value)
+  return y_BPHC, *grads
+
+
+def by_numpy(query, key, value):
+  query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
+  key, value = (np.repeat(x, HEADS // x.shape[2], axis=2) for x in (key, value))
+  scores = np.einsum("bphc,bqhc->bhpq", query, key) / np.sqrt(CHANNELS)
+  scores = np.where(np.tri(POSITIONS, dtype=bool), scores, -np.inf)
+  weights = np.exp(scores - scores.max(-1, keepdims=True))
+  weights /= weights.sum(-1, keepdims=True)
+  return np.einsum("bhpq,bqhc->bphc", weights, value)
+
+
+interpreted = functools.partial(attention._splash, interpret=True)
+
+
+@pytest.mark.parametrize("kv_heads", [HEADS, 2, 1])
+def test_the_kernel_of_tpus_has_the_numbers_and_gradients_of_plain_attention(kv_heads: int):
+  given = arrays(kv_heads)
+  expected = jax.jit(functools.partial(values_and_gradients, attention.KERNELS["xla"].run))(*given)
+  found = jax.jit(functools.partial(values_and_gradients, interpreted))(*given)
+  np.testing.assert_allclose(found[0], by_numpy(*given[:3]), atol=1e-5)
+  for a, b in zip(found, expected, strict=True):
+    np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@pytest.mark.parametrize("sequence, tensor", [(2, 1), (1, 2), (2, 2)])
+def test_parts_of_positions_and_heads_change_no_number(sequence: int, tensor: int):
+  given = arrays(kv_heads=2)
+  expected = jax.jit(functools.partial(values_and_gradients, interpreted))(*given)
+  mesh = mesh_lib.build(config.Mesh(fsdp=2, sequence=sequence, tensor=tensor), jax.devices())
+  place = NamedSharding(mesh, mesh_lib.spec("batch", "position", "width", None))
+  with jax.set_mesh(mesh):
+    placed = [jax.device_put(x, place) for x in given]
+    found = jax.jit(functools.partial(values_and_gradients, interpreted))(*placed)
+  for a, b in zip(found, expected, strict=True):
+    np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@pytest.fixture
+def libtpu(monkeypatch: pytest.MonkeyPatch) -> None:
+  pytest.importorskip("libtpu", reason="compiling for a TPU takes its compiler")
+  monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+
+def compiled(topology: str, channels: int, settings: config.Mesh, kv_heads: int = HEADS):
+  mesh = mesh_lib.build(settings, topologies.devices(topologies.parse(topology)))
+  place = NamedSharding(mesh, mesh_lib.spec("batch", "position", "width", None))
+  shapes = [
+    jax.ShapeDtypeStruct((4, 512, heads, channels), jnp.bfloat16, sharding=place)
+    for heads in (HEADS, kv_heads, kv_heads, HEADS)
+  ]
+  with jax.set_mesh(mesh):
+    kind = attention.choose("auto", 512)
+    run = functools.partial(attention.causal, kind=kind)
+    lowered = jax.jit(functools.partial(values_and_gradients, run)).lower(*shapes)
+  return kind, program.compile_lowered(lowered)
+
+
+@pytest.mark.parametrize("channels", [64, 96, 128, 160])
+def test_the_kernel_compiles_for_every_published_head(channels: int, libtpu):
+  for topology in ("v5e:2x2", "v5p:2x2x1", "v6e:2x2"):
+    kind, made = compiled(topology, channels, config.Mesh())
+    assert kind == "splash" and made.overflow is None
+    kernels = matmuls.kernels(made.module)
+    assert sum(map(attention.products, kernels)) == 7, kernels  # Forward and backward.
+
+
+@pytest.mark.parametrize(
+  "settings, kv_heads",
+  [(config.Mesh(sequence=2), HEADS), (config.Mesh(tensor=2), HEADS), (config.Mesh(sequence=4), 1)],
+)
+def test_the_kernel_compiles_in_parts(settings: config.Mesh, kv_heads: int, libtpu):
+  kind, made = compiled("v5e:2x2", 96, settings, kv_heads)
+  assert kind == "splash" and len(matmuls.kernels(made.module)) == 2

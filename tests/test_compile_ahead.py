@@ -1,0 +1,212 @@
+"""Claims about compiling ahead: the real programs for TPUs that are not there, and their plans."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import types
+from typing import Any
+
+import pytest
+
+from calm_jax import config, errors
+from calm_jax.models import flops
+from calm_jax.planning import comparison, result, search, steps, tables, topologies
+
+ROOT = pathlib.Path(__file__).parent.parent
+VOCAB = 512
+SIZES: dict[str, Any] = dict(layers=2, width=128, ffn=256, heads=2, kv_heads=2)
+CODEC = config.Autoencoder(width=64, ffn=128, latent=16)
+CALM = config.CalmRun(
+  data=config.Data(context=512),
+  model=config.Backbone(**SIZES),
+  head=config.Head(blocks=1, noise=16),
+  loss=config.CalmLoss(samples=4, posterior_draws=4),
+  training=config.Training(batch=128, eval_blocks=8),
+)
+BASELINE = config.TransformerRun(
+  data=config.Data(context=128),
+  model=config.Transformer(**SIZES),
+  training=config.Training(batch=8, eval_blocks=8),
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def libtpu():
+  pytest.importorskip("libtpu", reason="compiling for a TPU takes its compiler")
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    yield
+
+
+def job(run: config.Run, topology: str = "v5e:2x2", slices: int = 1) -> steps.Job:
+  return steps.Job("toy", run, topologies.parse(topology, slices), VOCAB, CODEC)
+
+
+def changed(run: config.Run, **parts) -> config.Run:
+  return dataclasses.replace(
+    run, **{part: dataclasses.replace(getattr(run, part), **new) for part, new in parts.items()}
+  )
+
+
+@pytest.fixture(scope="module")
+def calm_plan(libtpu) -> result.Plan:
+  return steps.train_plan(job(CALM))
+
+
+def test_the_step_is_the_real_one(calm_plan: result.Plan):
+  facts = calm_plan.facts
+  assert calm_plan.fits and calm_plan.donated and not calm_plan.unknown_loops
+  assert facts.choices["attention"] == "splash" and facts.tokens == 128 * 512
+  # Parameters and both of Adam's moments in float32, over four chips; vectors are whole.
+  assert 12 * facts.parameters / 4 < facts.state_bytes < 13 * facts.parameters / 4
+  assert sorted(calm_plan.kernels.values()) == [2, 2]  # Forward and backward, a layer.
+
+
+def test_the_program_computes_what_is_counted(calm_plan: result.Plan):
+  counted = flops.computed_per_token(CALM, CODEC, VOCAB) * calm_plan.facts.tokens / 4
+  assert calm_plan.program_flops == pytest.approx(counted, rel=0.01)
+
+
+def test_examples_stay_on_their_devices(calm_plan: result.Plan):
+  """Where they don't, activations are sent: more than all parameters, at this batch."""
+  weights = 4 * calm_plan.facts.parameters
+  sent = sum(one.total_bytes for one in calm_plan.collectives)
+  activation = 128 * 4 * 128 * 128 * 2  # One of the head's, of all examples.
+  assert activation > 3 * weights / 2
+  assert sent < 6 * weights
+  assert calm_plan.memory.temporaries < 30 * activation / 4
+
+
+def test_unrolled_and_scanned_baselines_compute_what_is_counted():
+  check = steps.check_flops(job(BASELINE))
+  assert all(ratio == pytest.approx(1, abs=0.01) for ratio in check.ratios.values())
+
+
+def test_evaluation_and_decoding_compile():
+  plans = {"evaluation": steps.evaluation_plan(job(BASELINE)), **steps.decode_plans(job(CALM))}
+  assert set(plans) == {"evaluation", "next", "choose"}
+  assert all(plan.fits and plan.memory.peak > 0 for plan in plans.values())
+  assert plans["evaluation"].facts.tokens == 8 * 128
+  assert "toy, decode: choose" in tables.lines(list(plans.values()))
+
+
+def test_slices_talk_over_their_network():
+  run = changed(BASELINE, mesh={"data": 2, "sequence": 1})
+  plan = steps.train_plan(job(run, slices=2))
+  assert {one.network for one in plan.collectives} == {"ICI", "DCN"}
+  assert plan.facts.choices["mesh.data"] == 2 and plan.topology.chips == 8
+
+
+def test_what_does_not_divide_is_told():
+  with pytest.raises(errors.CalmError, match="slices, which lie along data"):
+    job(CALM, slices=2)
+  with pytest.raises(errors.CalmError, match=r"multiple of accumulation . data . fsdp = 4"):
+    job(changed(CALM, training={"batch": 6}))
+  with pytest.raises(errors.CalmError, match="takes a multiple of 3 devices and there are 4"):
+    job(changed(CALM, mesh={"data": 3}))
+  with pytest.raises(errors.CalmError, match="writes no text"):
+    steps.decode_plans(job(config.AutoencoderRun(data=config.Data(context=512), model=CODEC)))
+
+
+# The act.
+
+
+def act(*words: str) -> subprocess.CompletedProcess[str]:
+  return subprocess.run(
+    [sys.executable, "-m", "calm_jax.compile_ahead", *words],
+    cwd=ROOT, capture_output=True, text=True, check=False, env=dict(os.environ),
+  )  # fmt: skip
+
+
+TOY = ("--config=configs/transformer.py:quickstart", f"--vocab_size={VOCAB}")
+
+
+def test_the_act_prints_a_table_and_writes_json(tmp_path: pathlib.Path):
+  path = tmp_path / "plan.json"
+  done = act(*TOY, "--topology=v5e:2x2", "--config.model.layers=1", f"--output={path}")
+  assert done.returncode == 0, done.stderr
+  name = "configs/transformer.py:quickstart model.layers=1"
+  for part in (f"{name} on v5e:2x2, 4 chips", "peak", "bound by", "days for 1,500 steps"):
+    assert part in done.stdout
+  written = json.loads(path.read_text())
+  assert written["fits"] and written["facts"]["choices"]["mesh.fsdp"] == 4
+  assert written["facts"]["tokens"] == 4 * 256
+  row = comparison.table(comparison.read(str(tmp_path / "*.json"))).splitlines()[-1]
+  assert row.startswith("| transformer.py:quickstart model.layers=1 | v5e:2x2 | fsdp=4 | yes |")
+
+
+def test_what_does_not_fit_ends_in_a_line_that_says_what_to_change():
+  done = act(*TOY, "--topology=v5e:2x2", "--config.training.batch=65536")
+  assert done.returncode == errors.EXIT_BAD_INPUT
+  last = done.stderr.strip().splitlines()[-1]
+  assert "does not fit v5e" in last and "too much; " in last and "remat full" in last
+
+
+def test_an_unknown_topology_is_told_with_those_that_are_known():
+  done = act(*TOY, "--topology=v9:2x2")
+  assert done.returncode == errors.EXIT_BAD_INPUT
+  assert done.stderr.strip().splitlines()[-1].startswith("error: unknown chip 'v9'")
+  assert "v5p:8x8x16" in done.stderr and "Traceback" not in done.stderr
+
+
+# The search, its plans made up.
+
+
+def made_up(monkeypatch: pytest.MonkeyPatch, needed) -> list[search.Layout]:
+  """Plans of `needed(layout)` GiB on chips of 16, their times the predicted cost."""
+  tried: list[search.Layout] = []
+
+  def plan(given: steps.Job):
+    run = given.run
+    layout = search.Layout(run.mesh, run.training.accumulation, run.execution.remat)
+    tried.append(layout)
+    peak = needed(layout) * result.GIB
+    fits = peak <= 16 * result.GIB
+    roofline = types.SimpleNamespace(bound="compute", fastest=layout.cost, slowest=2 * layout.cost)
+    return types.SimpleNamespace(
+      fits=fits, roofline=roofline, memory=types.SimpleNamespace(peak=peak),
+      facts=types.SimpleNamespace(state_bytes=result.GIB // 4),
+      overflow=None if fits else types.SimpleNamespace(available=16 * result.GIB),
+      refusal=lambda: "by far too much",
+    )  # fmt: skip
+
+  monkeypatch.setattr(steps, "train_plan", plan)
+  return tried
+
+
+def test_a_layout_that_fits_at_once_ends_the_search(monkeypatch: pytest.MonkeyPatch):
+  tried = made_up(monkeypatch, lambda layout: 1)
+  found = search.search(job(CALM), 12, lambda line: None)
+  assert tried == [search.Layout(config.Mesh(1, 4), 1, "none")]
+  flags = "--config.mesh.fsdp=4 --config.training.accumulation=1 --config.execution.remat=none"
+  assert search.table(found).endswith(flags)
+
+
+def test_the_fastest_that_fits_is_recommended_and_leaner_ones_are_not_tried(
+  monkeypatch: pytest.MonkeyPatch,
+):
+  def needed(layout: search.Layout) -> float:
+    return {"none": 60, "dots": 40, "named": 36, "offload": 30, "full": 20}[
+      layout.remat
+    ] / layout.accumulation
+
+  tried = made_up(monkeypatch, needed)
+  found = search.search(job(CALM), 40, lambda line: None)
+  fitting = [one for one in found if one.fits]
+  best = min(fitting, key=lambda one: one.layout.cost)
+  assert (best.layout.accumulation, best.layout.remat) == (4, "none")
+  assert best.layout.flags in search.table(found).splitlines()[-1]
+  assert len(tried) < 25
+  for one in tried:  # Nothing that keeps as much as what was refused before it on its mesh.
+    before = tried[: tried.index(one)]
+    assert not any(one.keeps_at_least(other) for other in before if needed(other) > 16)
+
+
+def test_where_nothing_fits_the_nearest_is_told(monkeypatch: pytest.MonkeyPatch):
+  made_up(monkeypatch, lambda layout: 1000)
+  found = search.search(job(CALM), 3, lambda line: None)
+  assert len(found) == 3 and search.nearest(found) == "by far too much"
+  assert "Fastest" not in search.table(found)
