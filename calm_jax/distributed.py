@@ -93,7 +93,7 @@ def initialize() -> None:
     CalmError: if the flags are not complete. Where not all processes come in time,
       those that came say so and exit with errors.EXIT_RESTART.
   """
-  given = dict(
+  given: dict[str, Any] = dict(
     coordinator_address=_COORDINATOR_ADDRESS.value,
     coordinator_bind_address=_COORDINATOR_BIND_ADDRESS.value,
     num_processes=_NUM_PROCESSES.value,
@@ -101,7 +101,7 @@ def initialize() -> None:
     local_device_ids=_LOCAL_DEVICE_IDS.value and [int(x) for x in _LOCAL_DEVICE_IDS.value],
     cluster_detection_method=_CLUSTER_DETECTION_METHOD.value,
   )
-  limits = dict(
+  limits: dict[str, Any] = dict(
     # JAX ends the process by SIGABRT after it: `_give_up` comes before.
     initialization_timeout=_INITIALIZATION_TIMEOUT.value + ANSWER_SECONDS,
     shutdown_timeout_seconds=_SHUTDOWN_TIMEOUT.value,

@@ -68,15 +68,12 @@ def _figures(directory: str, store: store_lib.TokenStore, context: int) -> dict[
   stage, size, conditions = evaluation.stage_of(trained, _SAMPLES.value)
   evaluation.require_context(context, size, "--context")
   evaluator = evaluation.Evaluator(stage, store, context, _BATCH.value, _BLOCKS.value, _SEED.value)
-  figures = {
-    "stage": trained.run.stage,
-    "step": trained.step,
-    **evaluator(trained.params),
-    **conditions,
-  }
+  scores = evaluator(trained.params)
+  assert scores is not None  # Nothing stops it.
+  figures = {"stage": trained.run.stage, "step": trained.step, **scores, **conditions}
   if "brier_lm" in figures:
     figures |= _marginal(store, figures, size)
-  return {**figures, "data": store.path, "store_hash": store.hash}
+  return {**figures, "data": _DATA.value or trained.run.data.path, "store_hash": store.hash}
 
 
 def main() -> None:

@@ -311,7 +311,8 @@ def main() -> None:
     raise errors.CalmError(f"can't load --config: {reason}") from error
   run = config.from_mapping(values)
   options = Options(_ALLOW_CONFIG_CHANGE.value, _DRY_RUN.value, _PRINT_SHARDINGS.value)
-  if jax.config.jax_compilation_cache_dir is None and not options.dry_run:
+  cache = jax.config.values["jax_compilation_cache_dir"]
+  if cache is None and not options.dry_run:
     jax.config.update("jax_compilation_cache_dir", f"{_WORKDIR.value}/{COMPILED}")
   with guard_lib.Guard(run.limits) as guard:
     guard.stop.unsaved = False

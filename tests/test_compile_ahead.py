@@ -126,9 +126,10 @@ TOY = ("--config=configs/transformer.py:quickstart", f"--vocab_size={VOCAB}")
 
 def test_the_act_prints_a_table_and_writes_json(tmp_path: pathlib.Path):
   path = tmp_path / "plan.json"
-  done = act(*TOY, "--topology=v5e:2x2", "--config.model.layers=1", f"--output={path}")
+  flags = ("--topology=v5e:2x2", "--config.model.layers=1", "--config.mesh.fsdp=-1")
+  done = act(*TOY, *flags, f"--output={path}")
   assert done.returncode == 0, done.stderr
-  name = "configs/transformer.py:quickstart model.layers=1"
+  name = "configs/transformer.py:quickstart model.layers=1 mesh.fsdp=-1"
   for part in (f"{name} on v5e:2x2, 4 chips", "peak", "bound by", "days for 1,500 steps"):
     assert part in done.stdout
   written = json.loads(path.read_text())

@@ -48,7 +48,9 @@ class _Rows:
 
   def __getitem__(self, index: int) -> dict[str, np.ndarray]:
     number, row = divmod(int(index), len(self._rows))
-    return self._stream[self._start + number * self._batch + int(self._rows[row])]
+    found = self._stream[self._start + number * self._batch + int(self._rows[row])]
+    assert found is not None
+    return found
 
 
 class TrainingBatches:

@@ -211,7 +211,7 @@ def read(
     CalmError: for a missing or extra tensor, a wrong shape, or two copies of a tied
       tensor that differ; the tensor is named.
   """
-  ours = traverse_util.flatten_dict(shapes, sep="/")
+  ours: Any = traverse_util.flatten_dict(shapes, sep="/")
   known = {name for tensor in expected for name in (tensor.name, *tensor.also)}
   extra = sorted(name for name in source.keys() - known if not _BUFFERS.search(name))
   if extra:

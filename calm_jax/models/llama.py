@@ -105,11 +105,12 @@ class Llama(nn.Module):
     position_P = jnp.arange(count) if known is None else known.positions(count)
     held, shared = (None, None) if known is None else (known.layers, known._replace(layers=None))
     body = remat.wrapped(Layer, self.execution.remat, in_scan=not self.execution.unroll)
+    in_axes: Any = (nn.broadcast, nn.broadcast, 0)
     every_layer = nn.scan(
       body,
       variable_axes={"params": 0},
       split_rngs={"params": True},
-      in_axes=(nn.broadcast, nn.broadcast, 0),
+      in_axes=in_axes,
       length=self.sizes.layers,
       unroll=self.sizes.layers if self.execution.unroll else 1,
     )(self.sizes, self.dtype, self.execution, name="layers")

@@ -134,7 +134,7 @@ class Evaluator:
     own, parts = mesh_lib.own_rows(self._mesh, batch_size), []
     for batch, rows in pipeline.heldout_batches(store, context, batch_size, limit, own):
       batch = mesh_lib.place_rows(self._mesh, batch, own, batch_size)
-      stop = mesh_lib.place_on_each(self._mesh, np.int32(stopped()))
+      stop = mesh_lib.place_on_each(self._mesh, np.asarray(stopped(), np.int32))
       scores, given_up = jax.device_get(
         self._compiled(params, self._stage.frozen, batch, key, stop)
       )

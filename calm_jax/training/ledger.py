@@ -28,7 +28,7 @@ class Ledger:
     self._started = calm_jax.STARTED
     self._mark = time.time()
     self._parts = {"imports": self._mark - self._started}
-    self._seconds = dict.fromkeys(KINDS, 0.0)
+    self._seconds: dict[str, float] = dict.fromkeys(KINDS, 0.0)
     self._path: epath.Path | None = None
     self._written = 0.0
     self._steps = (0, 0)

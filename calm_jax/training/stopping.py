@@ -3,6 +3,7 @@
 import signal
 import socket
 import threading
+from typing import Any
 
 from calm_jax import distributed, errors
 
@@ -19,7 +20,7 @@ class Stop:
   def __init__(self):
     self.signal: signal.Signals | None = None
     self.unsaved = True
-    self._previous: dict[int, object] = {}
+    self._previous: dict[int, Any] = {}
 
   def __enter__(self) -> "Stop":
     self._hear, told = socket.socketpair()

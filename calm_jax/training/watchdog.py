@@ -1,7 +1,6 @@
 """A clock over every phase of a run: what takes too long ends, to be started again."""
 
 import faulthandler
-import sys
 import threading
 import time
 
@@ -46,5 +45,5 @@ class Watchdog:
           f"{phase} has taken more than config.limits.{phase}_minutes={minutes:g}: stopping, to be "
           "started again; what each thread was doing:"
         )
-        faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
+        faulthandler.dump_traceback(2, all_threads=True)
         distributed.exit_now(errors.EXIT_RESTART)
