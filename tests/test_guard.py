@@ -79,15 +79,17 @@ def attempt(folder: pathlib.Path, number: int, steps, times, **seconds) -> None:
 
 
 def test_goodput_by_hand(tmp_path: pathlib.Path):
-  """20 s of startup, 100 s of 10 steps of which 4 are lost, 30 s down; then 6 steps in 60 s."""
+  """20 s of startup, 100 s of 10 steps of which 4 are lost, 30 s down; then 6 steps in
+  60 s; then 15 s without a step."""
   folder = tmp_path / ledger.FOLDER
   attempt(folder, 1, (0, 10), (1000, 1125), startup=20, save=5)
   attempt(folder, 2, (6, 12), (1155, 1225), startup=10)
+  attempt(folder, 3, (12, 12), (1225, 1240))
   found = ledger.goodput(epath.Path(tmp_path))
-  assert found is not None and found["attempts"] == 2 and found["total"] == 225
+  assert found is not None and found["attempts"] == 3 and found["total"] == 240
   assert found["productive"] == 60 + 60 and found["lost"] == 40 and found["down"] == 30
-  assert found["startup"] == 30 and found["save"] == 5
-  assert found["goodput"] == pytest.approx(120 / 225, abs=1e-4)
+  assert found["startup"] == 30 + 15 and found["save"] == 5
+  assert found["goodput"] == pytest.approx(120 / 240, abs=1e-4)
   assert ledger.goodput(epath.Path(tmp_path / "nothing")) is None
 
 

@@ -53,7 +53,7 @@ class Cache(NamedTuple):
     y_BPHC = jax.nn.dot_product_attention(query_BPHC, *cache, mask=visible_PW[None, None])
     return y_BPHC, cache
 
-  def advanced(self, written: "Written", count: int) -> "Cache":
+  def advanced(self, written: Any, count: int) -> "Cache":
     """Returns the cache after `count` positions, from the layers with them in."""
     held_W = self._with(self.position_W, self.positions(count), axis=0)
     return Cache(written, held_W, self.next_position + count)
@@ -134,11 +134,9 @@ class Branches(NamedTuple):
     y_PBHC = jax.lax.map(one, branches, batch_size=max(1, min(count, BRANCH_CHUNK // batch)))
     return jnp.moveaxis(y_PBHC, 0, 1), (key_BPJGC, value_BPJGC)
 
-  def advanced(self, written: "Written", count: int) -> "Branches":
+  def advanced(self, written: Any, count: int) -> "Branches":
     """Returns the branches with the position that was written, keys and values."""
     return Branches(LayerBranches(self.layers.prefix, *written))
 
 
 Memory = Cache | Branches
-# What a layer leaves behind of itself, for `advanced`.
-Written = Any

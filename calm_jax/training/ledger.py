@@ -44,7 +44,7 @@ class Ledger:
     self.part("first step")
     total = sum(self._parts.values())
     parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self._parts.items())
-    self._seconds["startup"] = total
+    self._seconds = dict.fromkeys(KINDS, 0.0) | {"startup": total}  # The first wait is in it.
     return f"first step after {total:.1f} s: {parts}"
 
   @contextlib.contextmanager
@@ -101,9 +101,11 @@ def goodput(directory: epath.Path) -> dict[str, Any] | None:
     steps = attempt["last_step"] - attempt["first_step"]
     stepping = max(0.0, whole - sum(attempt["seconds"].values()))
     kept = steps if after is None else min(steps, after["first_step"] - attempt["first_step"])
-    share = kept / steps if steps else 0.0
-    result["productive"] += stepping * share
-    result["lost"] += stepping * (1 - share)
+    if steps:
+      result["productive"] += stepping * kept / steps
+      result["lost"] += stepping * (1 - kept / steps)
+    else:
+      result["startup"] += stepping  # It did not come further.
     for kind in KINDS:
       result[kind] += attempt["seconds"][kind]
     if after is not None:
