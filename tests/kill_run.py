@@ -68,7 +68,7 @@ def last_step(directory: pathlib.Path) -> int:
 
 
 def saving(directory: pathlib.Path) -> bool:
-  """Whether a checkpoint is half-written now."""
+  """Whether a checkpoint is half-written, by this attempt or one that was killed."""
   return any("tmp" in path.name for path in (directory / "checkpoints").glob("*"))
 
 
@@ -77,16 +77,18 @@ def kill_one(process: subprocess.Popen, directory: pathlib.Path, choice: random.
   in_save = choice.random() < 0.5
   wanted = last_step(directory) + choice.randint(1, STEPS_A_KILL)
   early = choice.random() < 0.2
-  until = time.monotonic() + choice.uniform(0.2, 4)
+  until, begun = time.monotonic() + choice.uniform(0.2, 4), last_step(directory)
   while process.poll() is None:
+    at = last_step(directory)
+    # Before the first step what is half-written is a leftover, which the start clears away.
+    moment = "startup" if at == begun else "save" if saving(directory) else "step"
     if early and time.monotonic() > until:
       break
-    if not early and last_step(directory) >= wanted and (not in_save or saving(directory)):
+    if not early and at >= wanted and moment == ("save" if in_save else "step"):
       break
     time.sleep(0.001)
   else:
     return ""
-  moment = "save" if saving(directory) else "startup" if early else "step"
   os.killpg(process.pid, signal.SIGKILL)
   return moment
 
