@@ -48,7 +48,7 @@ def test_no_gradient_flows_from_a_hidden_state_to_later_patches(params):
 @pytest.mark.parametrize("prefill", [1, 3, PATCHES])
 def test_patch_by_patch_with_a_cache_equals_all_at_once(model, params, token_BPK, prefill):
   expected_BPD, _ = layers.apply(model, params, token_BPK)
-  cache = memory.Cache.empty(SIZES, 3, PATCHES + 2, jnp.float32)
+  cache = memory.Cache.empty(PATCHES + 2)
   found_BPD, cache = layers.apply(model, params, token_BPK[:, :prefill], None, cache)
   parts = [found_BPD]
   for patch in range(prefill, PATCHES):
@@ -67,7 +67,7 @@ def test_a_full_ring_forgets_the_oldest_patch(model, params, token_BPK):
   params = {**params, "llama": {**params["llama"], "layers": first}}
 
   def last(token_BPK, window=3):
-    cache = memory.Cache.empty(one_layer.sizes, 3, window, jnp.float32)
+    cache = memory.Cache.empty(window)
     hidden_BPD = None
     for patch in range(PATCHES):
       hidden_BPD, cache = layers.apply(

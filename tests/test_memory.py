@@ -34,7 +34,7 @@ def test_branches_equal_recomputing_each(
 ):
   monkeypatch.setattr(memory, "BRANCH_CHUNK", chunk)
   apply = jax.jit(lambda *args: layers.apply(model, params, *args))
-  cache = memory.Cache.empty(SIZES, 2, PATCHES, jnp.float32)
+  cache = memory.Cache.empty(PATCHES)
   _, cache = apply(token_BPK, None, cache)
   known = memory.Branches.of(cache, branches)
   step_BPK = jax.random.randint(jax.random.key(2), (STEPS, 2, branches, PATCH), 0, VOCAB)
@@ -49,7 +49,7 @@ def test_branches_equal_recomputing_each(
 
 def test_a_branch_does_not_see_the_text_after_its_start(model, params, token_BPK):
   def first_step(token_BPK):
-    cache = memory.Cache.empty(SIZES, 2, PATCHES, jnp.float32)
+    cache = memory.Cache.empty(PATCHES)
     _, cache = layers.apply(model, params, token_BPK, None, cache)
     known = memory.Branches.of(cache, PATCHES)
     return layers.apply(model, params, jnp.ones((2, PATCHES, PATCH), int), None, known)[0]

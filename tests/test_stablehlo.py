@@ -11,6 +11,7 @@ from folders import GOLDEN, set_config
 
 from calm_jax import workdir
 from calm_jax.interchange import formats, to_workdir
+from calm_jax.models import memory
 
 COMPARE = """
 import sys
@@ -63,7 +64,7 @@ def test_compiled_artefacts_do_as_we_do_without_us(model, words, tmp_path):
     sample_NBZ = trained.model.samples(trained.params, hidden_B1D[:, 0], noise)
     np.testing.assert_allclose(found["latents"], sample_NBZ, rtol=1e-4, atol=1e-5)
     assert found["candidates"].shape == (2, 3, 4)
-    cache = trained.model.empty_cache(3, 3)
+    cache = memory.Cache.empty(3)
     for patch_BK in (token_BK, *more_PBK):
       hidden_B1D, cache = trained.model.hidden(trained.params, patch_BK[:, None], None, cache)
     sample_NBZ = trained.model.samples(trained.params, hidden_B1D[:, 0], noise)

@@ -51,7 +51,7 @@ def _compare(patch_size: int) -> dict[str, Any]:
   @jax.jit
   def branching(params, token_BPK):
     """Hidden states that follow each position's own continuation, all positions at once."""
-    cache = model.empty_cache(BLOCKS, read)
+    cache = memory.Cache.empty(read)
     _, cache = model.hidden(params, token_BPK[:, :-1], None, cache)
     assert isinstance(cache, memory.Cache)
     known = memory.Branches.of(cache, starts)

@@ -83,7 +83,8 @@ def _model_functions(trained: workdir.TrainedCalm, window: int) -> dict[str, Any
 
   def begin(weights, token_BK):
     """Returns the state before the first patch; of the tokens only the batch size counts."""
-    return _plain(model.empty_cache(token_BK.shape[0], window))
+    sizes, dtype = model.backbone.sizes, model.backbone.dtype
+    return _plain(memory.Cache.empty(window).allocated(sizes, token_BK.shape[0], dtype))
 
   def next_patch(weights, state, token_BK, *rest):
     """Reads a patch into the state; returns N candidates for the next one."""
@@ -109,7 +110,9 @@ def _model_functions(trained: workdir.TrainedCalm, window: int) -> dict[str, Any
 
 def _plain(cache: memory.Cache) -> dict[str, Any]:
   """Returns a cache as what jax.export can carry to where our classes are not known."""
-  return cache._asdict() | {"layers": cache.layers._asdict()}
+  assert cache.layers is not None
+  state = cache._asdict() | {"layers": cache.layers._asdict()}
+  return {name: value for name, value in state.items() if value is not None}
 
 
 def _cache(state: dict[str, Any]) -> memory.Cache:

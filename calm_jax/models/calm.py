@@ -98,10 +98,6 @@ class Calm:
     """
     return layers.apply(self.backbone, params["backbone"], token_BPK, latent_BPZ, known)
 
-  def empty_cache(self, batch: int, window: int) -> memory.Cache:
-    """Returns a cache of `window` patches for `hidden`."""
-    return memory.Cache.empty(self.backbone.sizes, batch, window, self.backbone.dtype)
-
   def samples(self, params: Params, hidden_D: jax.Array, noise: jax.Array) -> jax.Array:
     """Returns latents [N, ..., Z] for hidden states [..., D] and the head's noise [N, ..., *]."""
     return self.head.samples(params["head"], hidden_D, noise)

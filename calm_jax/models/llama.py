@@ -28,7 +28,7 @@ class Attention(nn.Module):
   """Causal attention over positions, query heads in groups that share keys and values.
 
   Without a memory all P positions attend to each other causally; with one they
-  are written into it and attend to what it lets them see.
+  attend to what it lets them see, and what they add to it comes back.
   """
 
   sizes: config.Transformer

@@ -6,9 +6,12 @@ import jax
 from jax import numpy as jnp
 
 from calm_jax import config
+from calm_jax.models import layers
 
 # Branches that attend at once: their scores over the whole prefix are in memory.
 BRANCH_CHUNK = 512
+# Attention scores of a prompt that are in memory at once.
+SCORES = 2**26
 
 
 class LayerCache(NamedTuple):
@@ -18,45 +21,116 @@ class LayerCache(NamedTuple):
   value_BWGC: jax.Array
 
 
+class Part(NamedTuple):
+  """Keys and values that queries attend to, and which of them each query may see.
+
+  Attributes:
+    key_BSGC, value_BSGC: of S positions.
+    visible: bool, [B, P, S] or what broadcasts to it.
+  """
+
+  key_BSGC: jax.Array
+  value_BSGC: jax.Array
+  visible: jax.Array
+
+
+def _read(query_BPHC: jax.Array, parts: list[Part]) -> jax.Array:
+  """Returns what P queries read of several parts, as if those were one: [B, P, H, C]."""
+  batch, count, heads, channels = query_BPHC.shape
+  groups = parts[0].key_BSGC.shape[2]
+  query_BPGhC = query_BPHC.reshape(batch, count, groups, heads // groups, channels)
+
+  def scores(part: Part) -> jax.Array:
+    score_BGhPS = jnp.einsum(
+      "BPGhC,BSGC->BGhPS", query_BPGhC, part.key_BSGC, preferred_element_type=jnp.float32
+    )
+    return jnp.where(part.visible[:, None, None], score_BGhPS / channels**0.5, -jnp.inf)
+
+  weight = jax.nn.softmax(jnp.concatenate([scores(part) for part in parts], axis=-1), axis=-1)
+  weight, y_BPGhC, read = weight.astype(query_BPHC.dtype), jnp.zeros_like(query_BPGhC), 0
+  for part in parts:
+    slots = part.key_BSGC.shape[1]
+    weight_BGhPS = weight[..., read : read + slots]
+    y_BPGhC += jnp.einsum("BGhPS,BSGC->BPGhC", weight_BGhPS, part.value_BSGC)
+    read += slots
+  return y_BPGhC.reshape(query_BPHC.shape)
+
+
 class Cache(NamedTuple):
   """The last W positions as a ring: slot = position mod W.
 
+  Layers only read it; what they add is written into all of them at once, so that a
+  step of a text moves one position's bytes and not the whole cache's.
+
   Attributes:
-    layers: of all layers, stacked. Attention gets its own layer beside the rest.
+    layers: of all layers, stacked, None before the first position. Attention gets its
+      own layer beside the rest.
     position_W: the position that each slot holds, -1 where it is empty.
     next_position: the position that comes next, int32 scalar.
+    start_B: the first position of each example, which sees none before it: shorter texts of
+      a batch are filled up in front. None: all begin at 0.
   """
 
-  layers: LayerCache
+  layers: LayerCache | None
   position_W: jax.Array
   next_position: jax.Array
+  start_B: jax.Array | None = None
 
   @classmethod
-  def empty(cls, sizes: config.Transformer, batch: int, window: int, dtype: jnp.dtype) -> "Cache":
-    """Returns a cache without a position, of `window` slots."""
-    shape = (sizes.layers, batch, window, sizes.kv_heads, sizes.width // sizes.heads)
-    layers = LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-    return cls(layers, jnp.full((window,), -1), jnp.int32(0))
+  def empty(cls, window: int, start_B: jax.Array | None = None) -> "Cache":
+    """Returns a cache of `window` slots without a position."""
+    return cls(None, jnp.full((window,), -1), jnp.int32(0), start_B)
+
+  def allocated(self, sizes: config.Transformer, batch: int, dtype: jnp.dtype) -> "Cache":
+    """Returns the same cache with its arrays, where what takes it must know their shapes."""
+    slots = self.position_W.shape[0]
+    shape = (sizes.layers, batch, slots, sizes.kv_heads, sizes.width // sizes.heads)
+    return self._replace(layers=LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)))
 
   def positions(self, count: int) -> jax.Array:
     """Returns the positions of `count` new ones, int [P]."""
     return jnp.arange(count) + self.next_position
 
-  def attend(self, layer: LayerCache, query_BPHC, key_BPGC, value_BPGC):
-    """Writes P new positions into a layer; returns what they read of it, and the layer."""
-    position_P = self.positions(query_BPHC.shape[1])
-    cache = LayerCache(
-      self._with(layer.key_BWGC, key_BPGC, axis=1), self._with(layer.value_BWGC, value_BPGC, axis=1)
-    )
-    held_W = self._with(self.position_W, position_P, axis=0)
-    visible_PW = (held_W[None] >= 0) & (held_W[None] <= position_P[:, None])
-    y_BPHC = jax.nn.dot_product_attention(query_BPHC, *cache, mask=visible_PW[None, None])
-    return y_BPHC, cache
+  def attend(self, layer: LayerCache | None, query_BPHC, key_BPGC, value_BPGC):
+    """Returns what P new positions read of a layer and of each other, and what they add to it."""
+    batch, count = query_BPHC.shape[:2]
+    slots = self.position_W.shape[0]
+    position_P = self.positions(count)
+    start_B = jnp.zeros((batch,), jnp.int32) if self.start_B is None else self.start_B
 
-  def advanced(self, written: Any, count: int) -> "Cache":
-    """Returns the cache after `count` positions, from the layers with them in."""
-    held_W = self._with(self.position_W, self.positions(count), axis=0)
-    return Cache(written, held_W, self.next_position + count)
+    def visible(held_S: jax.Array, start_B: jax.Array) -> jax.Array:
+      """Those that a ring still holds once a query's own position is in it."""
+      age_PS = position_P[:, None] - held_S[None]
+      begun_BS = held_S[None] >= start_B[:, None]
+      # Positions before an example's start read themselves: a softmax over nothing is NaN.
+      return ((age_PS >= 0) & (age_PS < slots))[None] & (begun_BS[:, None] | (age_PS == 0)[None])
+
+    added = LayerCache(key_BPGC, value_BPGC)
+    if layer is not None:
+      known = Part(*layer, visible(self.position_W, start_B) & (self.position_W >= 0)[None, None])
+      own = Part(*added, visible(position_P, start_B))
+      return _read(query_BPHC, [known, own]), added
+
+    def some(examples):
+      query_BPHC, key_BPGC, value_BPGC, start_B = examples
+      return _read(query_BPHC, [Part(key_BPGC, value_BPGC, visible(position_P, start_B))])
+
+    at_once = max(1, SCORES // (query_BPHC.shape[2] * count * count))
+    read = (query_BPHC, key_BPGC, value_BPGC, start_B)
+    return (some(read) if at_once >= batch else layers.in_chunks(some, read, at_once)), added
+
+  def advanced(self, written: LayerCache, count: int) -> "Cache":
+    """Returns the cache with what all layers added at `count` positions, [L, B, P, G, C]."""
+    held = self.layers
+    if held is None:
+      depth, batch, _, groups, channels = written.key_BWGC.shape
+      shape = (depth, batch, self.position_W.shape[0], groups, channels)
+      held = LayerCache(*(jnp.zeros(shape, x.dtype) for x in written))
+    held = LayerCache(*(self._with(old, new, 2) for old, new in zip(held, written, strict=True)))
+    position_W = self._with(self.position_W, self.positions(count), 0)
+    return self._replace(
+      layers=held, position_W=position_W, next_position=self.next_position + count
+    )
 
   def _with(self, held: jax.Array, new: jax.Array, axis: int) -> jax.Array:
     """Returns `held` with what is new in the slots from the next one on.
@@ -95,9 +169,10 @@ class Branches(NamedTuple):
   @classmethod
   def of(cls, cache: Cache, count: int) -> "Branches":
     """Returns `count` branches, nothing added yet, of a cache that has not wrapped."""
+    assert cache.layers is not None  # The text has been read.
     key_LBWGC = cache.layers.key_BWGC
-    layers, batch, _, groups, channels = key_LBWGC.shape
-    nothing = jnp.zeros((layers, batch, count, 0, groups, channels), key_LBWGC.dtype)
+    depth, batch, _, groups, channels = key_LBWGC.shape
+    nothing = jnp.zeros((depth, batch, count, 0, groups, channels), key_LBWGC.dtype)
     return cls(LayerBranches(cache.layers, nothing, nothing))
 
   def positions(self, count: int) -> jax.Array:
@@ -109,24 +184,15 @@ class Branches(NamedTuple):
     prefix = layer.prefix
     key_BPJGC = jnp.concatenate([layer.key_BPJGC, key_BPGC[:, :, None]], axis=2)
     value_BPJGC = jnp.concatenate([layer.value_BPJGC, value_BPGC[:, :, None]], axis=2)
-    batch, count, heads, channels = query_BPHC.shape
-    groups, slots = key_BPGC.shape[2], prefix.key_BWGC.shape[1]
+    batch, count = query_BPHC.shape[:2]
+    slots = prefix.key_BWGC.shape[1]
 
     def one(branch):
       index, query_BHC, key_BJGC, value_BJGC = branch
-      query_BGhC = query_BHC.reshape(batch, groups, heads // groups, channels)
-      score_BGhW = jnp.einsum(
-        "BGhC,BWGC->BGhW", query_BGhC, prefix.key_BWGC, preferred_element_type=jnp.float32
-      )
-      score_BGhW = jnp.where((jnp.arange(slots) <= index)[None, None, None], score_BGhW, -jnp.inf)
-      score_BGhJ = jnp.einsum(
-        "BGhC,BJGC->BGhJ", query_BGhC, key_BJGC, preferred_element_type=jnp.float32
-      )
-      score = jnp.concatenate([score_BGhW, score_BGhJ], axis=-1) / channels**0.5
-      weight = jax.nn.softmax(score, axis=-1).astype(query_BHC.dtype)
-      y_BGhC = jnp.einsum("BGhW,BWGC->BGhC", weight[..., :slots], prefix.value_BWGC)
-      y_BGhC += jnp.einsum("BGhJ,BJGC->BGhC", weight[..., slots:], value_BJGC)
-      return y_BGhC.reshape(batch, heads, channels)
+      seen_11W = (jnp.arange(slots) <= index)[None, None]
+      own_11J = jnp.ones((1, 1, key_BJGC.shape[1]), bool)
+      parts = [Part(*prefix, seen_11W), Part(key_BJGC, value_BJGC, own_11J)]
+      return _read(query_BHC[:, None], parts)[:, 0]
 
     branches = (jnp.arange(count), *(jnp.moveaxis(x, 1, 0) for x in (
       query_BPHC, key_BPJGC, value_BPJGC

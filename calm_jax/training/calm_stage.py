@@ -73,9 +73,9 @@ def build(
 
   def evaluate(params, frozen, batch, key):
     token_BPK, (mean_BPZ, log_std_BPZ), latent_BPZ, key_B = read(frozen, batch, key)
-    rows, count = token_BPK.shape[0], token_BPK.shape[1] - 1
+    count = token_BPK.shape[1] - 1
     spanned = brier.patches_spanned(size)
-    cache = model.empty_cache(rows, count) if spanned > 1 else None
+    cache = memory.Cache.empty(count) if spanned > 1 else None
     hidden_BPD, cache = hidden(params, token_BPK, latent_BPZ, cache)
     sample_BNPZ, token_BNPK = samples(params, frozen, hidden_BPD, stages.other_keys(key_B, 2))
     target_BMPZ = draws(

@@ -80,8 +80,8 @@ def build(run: config.TransformerRun, vocab_size: int) -> stages.Stage:
 
   def evaluate(params, frozen, batch, key):
     token_BS, key_B = batch["tokens"], stages.example_keys(key, batch["index"])
-    rows, count = token_BS.shape[0], token_BS.shape[1] - 1
-    cache = memory.Cache.empty(run.model, rows, count, dtype)
+    count = token_BS.shape[1] - 1
+    cache = memory.Cache.empty(count)
     hidden_BSD, known = hidden(params, token_BS[:, :-1], cache)
     law = laws(params, hidden_BSD, token_BS[:, 1:], key_B)
     cross_entropy_BS = -law.log_target
