@@ -36,29 +36,37 @@ def awake(params):
   return {**params, "out": {**params["out"], "kernel": kernel}}
 
 
+def samples(head, params, hidden_BPD, noise_NBPR):
+  return head.samples(params, head.condition(params, hidden_BPD), noise_NBPR)
+
+
 def test_at_the_start_every_sample_is_zero(head, params, inputs):
-  sample_NBPZ = head.samples(params, *inputs)
+  sample_NBPZ = samples(head, params, *inputs)
   assert sample_NBPZ.shape == (4, 2, 6, LATENT)
   np.testing.assert_array_equal(sample_NBPZ, 0)
 
 
 def test_a_sample_reads_its_own_noise_and_its_own_hidden_state(head, params, inputs):
   hidden_BPD, noise_NBPR = inputs
-  before = head.samples(awake(params), hidden_BPD, noise_NBPR)
-  other_noise = head.samples(awake(params), hidden_BPD, noise_NBPR.at[1, 0, 3].add(0.2))
+  before = samples(head, awake(params), hidden_BPD, noise_NBPR)
+  other_noise = samples(head, awake(params), hidden_BPD, noise_NBPR.at[1, 0, 3].add(0.2))
   changed = np.argwhere(np.any(np.asarray(before != other_noise), axis=-1))
   np.testing.assert_array_equal(changed, [[1, 0, 3]])
-  other_hidden = head.samples(awake(params), hidden_BPD.at[0, 3].multiply(-1), noise_NBPR)
+  other_hidden = samples(head, awake(params), hidden_BPD.at[0, 3].multiply(-1), noise_NBPR)
   changed = np.argwhere(np.any(np.asarray(before != other_hidden), axis=-1))
   np.testing.assert_array_equal(changed, [[n, 0, 3] for n in range(4)])
 
 
+def both_halves(block, x_ND, y_D):
+  return block(x_ND, block.condition(y_D))
+
+
 def test_two_matrices_do_what_one_does_on_both_inputs_side_by_side(inputs):
   """The paper's first Linear reads [LayerNorm(x), y]."""
-  block = energy_head.Block("fan_in", jnp.float32)
+  block = energy_head.Block(WIDTH, "fan_in", jnp.float32)
   y_D, (x_ND,) = inputs[0][0, 0], jax.random.normal(jax.random.key(3), (1, 4, WIDTH))
-  params = block.init(jax.random.key(4), x_ND, y_D)["params"]
-  found_ND = layers.apply(block, params, x_ND, y_D)
+  params = block.init(jax.random.key(4), x_ND, y_D, method=both_halves)["params"]
+  found_ND = layers.apply(block, params, x_ND, y_D, method=both_halves)
 
   norm = nn.LayerNorm(epsilon=1e-6).apply({"params": params["norm"]}, x_ND)
   kernel = np.concatenate([params["sample_in"]["kernel"], params["hidden_in"]["kernel"]])

@@ -43,12 +43,12 @@ def test_samples_read_their_own_noise_and_hidden_state(kind: str):
   )
   noise = head.draw_noise(jax.random.key(2), (4, 5))
   assert noise.shape == (4, 5, *head.noise_shape)
-  before = head.samples(params, hidden_PD, noise)
+  before = head.samples(params, head.condition(params, hidden_PD), noise)
   assert before.shape == (4, 5, LATENT)
-  other = head.samples(params, hidden_PD, noise.at[1, 3].add(0.1))
+  other = head.samples(params, head.condition(params, hidden_PD), noise.at[1, 3].add(0.1))
   changed = np.argwhere(np.any(np.asarray(before != other), axis=-1))
   np.testing.assert_array_equal(changed, [[1, 3]])
-  other = head.samples(params, hidden_PD.at[3].add(0.5), noise)
+  other = head.samples(params, head.condition(params, hidden_PD.at[3].add(0.5)), noise)
   changed = np.argwhere(np.any(np.asarray(before != other), axis=-1))
   np.testing.assert_array_equal(changed, [[n, 3] for n in range(4)])
 
@@ -126,9 +126,9 @@ def test_the_diffusion_sampler_reaches_the_law_of_an_optimal_network():
 def test_at_the_start_flow_leaves_the_noise_where_it_is():
   head = build("flow")
   noise = head.draw_noise(jax.random.key(2), (4,))
-  np.testing.assert_array_equal(
-    head.samples(head.init(jax.random.key(0)), jnp.ones(8), noise), noise
-  )
+  params = head.init(jax.random.key(0))
+  condition_D = head.condition(params, jnp.ones(8))
+  np.testing.assert_array_equal(head.samples(params, condition_D, noise), noise)
 
 
 def test_flow_times_are_whole_thousandths():

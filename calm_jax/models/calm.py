@@ -100,7 +100,8 @@ class Calm:
 
   def samples(self, params: Params, hidden_D: jax.Array, noise: jax.Array) -> jax.Array:
     """Returns latents [N, ..., Z] for hidden states [..., D] and the head's noise [N, ..., *]."""
-    return self.head.samples(params["head"], hidden_D, noise)
+    condition = self.head.condition(params["head"], hidden_D)
+    return self.head.samples(params["head"], condition, noise)
 
   def sample(self, params: Params, hidden_D: jax.Array, key: jax.Array, count: int) -> jax.Array:
     """Returns `count` latents [N, ..., Z] for hidden states [..., D]."""

@@ -114,25 +114,29 @@ class DiffusionHead:
     """Returns standard normal noise [*shape, 1 + T, Z]: the start, then one a step."""
     return jax.random.normal(key, (*shape, *self.noise_shape))
 
-  def samples(self, params: Any, hidden_D: jax.Array, noise: jax.Array) -> jax.Array:
-    """Returns N latents [N, ..., Z] float32 for hidden states [..., D].
+  def condition(self, params: Any, hidden_D: jax.Array) -> jax.Array:
+    """Returns what all samples of hidden states [..., D] share: [..., D]."""
+    return layers.apply(self.network, params, hidden_D, method="condition")
+
+  def samples(self, params: Any, condition: jax.Array, noise: jax.Array) -> jax.Array:
+    """Returns N latents [N, ..., Z] float32, given `condition`.
 
     Args:
       noise: [N, ..., 1 + T, Z]; the last step's is not used.
     """
-    return self._walk(params, hidden_D, lambda i: jnp.take(noise, i, axis=-2))
+    return self._walk(params, condition, lambda i: jnp.take(noise, i, axis=-2))
 
   def sample(self, params: Any, hidden_D: jax.Array, key: jax.Array, count: int) -> jax.Array:
     """Returns `count` latents [N, ..., Z] float32; each step's noise is drawn as it comes."""
     shape = (count, *hidden_D.shape[:-1], self.latent)
+    condition_D = self.condition(params, hidden_D)
     return self._walk(
-      params, hidden_D, lambda i: jax.random.normal(jax.random.fold_in(key, i), shape)
+      params, condition_D, lambda i: jax.random.normal(jax.random.fold_in(key, i), shape)
     )
 
   def _walk(
-    self, params: Any, hidden_D: jax.Array, noise: Callable[[int | jax.Array], jax.Array]
+    self, params: Any, condition_D: jax.Array, noise: Callable[[int | jax.Array], jax.Array]
   ) -> jax.Array:
-    condition_D = layers.apply(self.network, params, hidden_D, method="condition")
     count = len(self.levels.time_T)
 
     def step(i, x_NZ):

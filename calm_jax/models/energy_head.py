@@ -16,60 +16,83 @@ class Block(nn.Module):
 
   The first Linear of the paper reads x and the condition y side by side. It is
   held as two matrices, because y is the same for all N samples: its half is
-  computed once, not N times.
+  computed once, by `condition`, not N times.
   """
 
+  width: int
   scheme: str
   dtype: jnp.dtype
 
-  @nn.compact
-  def __call__(self, x_ND, y_D):
-    def linear(name, features, **kwargs):
-      return layers.linear(name, features, self.scheme, self.dtype, **kwargs)
+  def setup(self):
+    def linear(features, **kwargs):
+      return layers.linear(None, features, self.scheme, self.dtype, **kwargs)
 
+    self.norm = layers.layer_norm(None, self.dtype)
+    self.sample_in = linear(self.width, bias=False, share=0.5)
+    self.hidden_in = linear(self.width, share=0.5)
+    self.middle = linear(self.width)
+    self.gate_up = linear(2 * self.width)
+    self.down = linear(self.width)
+
+  def condition(self, y_D: jax.Array) -> jax.Array:
+    """Returns what all samples share: [..., D]."""
+    return mesh.constrain_last(self.hidden_in(y_D), "position", "width")
+
+  def __call__(self, x_ND: jax.Array, condition_D: jax.Array) -> jax.Array:
     def along(x_ND, axis=None):
       return mesh.constrain_last(x_ND, "position", axis)
 
-    width = y_D.shape[-1]
-    u_ND = linear("sample_in", width, bias=False, share=0.5)(
-      layers.layer_norm("norm", self.dtype)(x_ND)
-    )
-    u_ND += linear("hidden_in", width, share=0.5)(y_D)[None]
-    u_ND = along(linear("middle", width)(nn.silu(along(u_ND, "width"))))
-    gate_up_ND = along(linear("gate_up", 2 * width)(nn.silu(u_ND)), "width")
-    gate_ND, up_ND = jnp.split(gate_up_ND, 2, axis=-1)
-    return along(x_ND + linear("down", width)(nn.silu(gate_ND) * up_ND))
+    u_ND = self.sample_in(self.norm(x_ND)) + condition_D[None]
+    u_ND = along(self.middle(nn.silu(along(u_ND, "width"))))
+    gate_ND, up_ND = jnp.split(along(self.gate_up(nn.silu(u_ND)), "width"), 2, axis=-1)
+    return along(x_ND + self.down(nn.silu(gate_ND) * up_ND))
+
+
+def _along(x_ND: jax.Array) -> jax.Array:
+  return mesh.constrain_last(x_ND, "position", None)
 
 
 class Network(nn.Module):
   """Hidden states and noise -> samples, in one pass."""
 
   sizes: config.Head
+  width: int
   latent: int
   scheme: str
   dtype: jnp.dtype
   remat: str
 
-  @nn.compact
-  def __call__(self, hidden_D, noise_NR):
-    def linear(name, features):
-      return layers.linear(name, features, self.scheme, self.dtype)
+  def setup(self):
+    def linear(features):
+      return layers.linear(None, features, self.scheme, self.dtype)
 
-    def along(x_ND):
-      return mesh.constrain_last(x_ND, "position", None)
-
-    width = hidden_D.shape[-1]
-    x_ND = layers.layer_norm("noise_norm", self.dtype)(along(linear("noise_in", width)(noise_NR)))
-    y_D = layers.layer_norm("hidden_norm", self.dtype)(along(linear("hidden_in", width)(hidden_D)))
+    self.noise_in, self.noise_norm = linear(self.width), layers.layer_norm(None, self.dtype)
+    self.hidden_in, self.hidden_norm = linear(self.width), layers.layer_norm(None, self.dtype)
     block = remat.wrapped(Block, self.remat)
-    for i in range(self.sizes.blocks):
-      x_ND = block(self.scheme, self.dtype, name=f"block_{i}")(x_ND, y_D)
-    x_ND = layers.layer_norm("norm", self.dtype)(x_ND)
-    x_ND = nn.silu(along(linear("middle", width)(x_ND)))
-    out = nn.Dense(
-      self.latent, dtype=self.dtype, kernel_init=nn.initializers.zeros_init(), name="out"
-    )
-    return along(out(x_ND)).astype(jnp.float32)
+    self.blocks = [
+      block(self.width, self.scheme, self.dtype, name=f"block_{i}")
+      for i in range(self.sizes.blocks)
+    ]
+    self.norm, self.middle = layers.layer_norm(None, self.dtype), linear(self.width)
+    zeros = nn.initializers.zeros_init()
+    self.out = nn.Dense(self.latent, dtype=self.dtype, kernel_init=zeros)
+
+  def condition(self, hidden_D: jax.Array) -> list[jax.Array]:
+    """Returns what all samples of a hidden state share, a block each: [..., D]."""
+    y_D = self.hidden_norm(_along(self.hidden_in(hidden_D)))
+    return [block.condition(y_D) for block in self.blocks]
+
+  def predict(self, condition: list[jax.Array], noise_NR: jax.Array) -> jax.Array:
+    """Returns N samples [N, ..., Z] float32, given `condition`."""
+    x_ND = self.noise_norm(_along(self.noise_in(noise_NR)))
+    for block, condition_D in zip(self.blocks, condition, strict=True):
+      x_ND = block(x_ND, condition_D)
+    x_ND = nn.silu(_along(self.middle(self.norm(x_ND))))
+    return _along(self.out(x_ND)).astype(jnp.float32)
+
+  def __call__(self, hidden_D: jax.Array, noise_NR: jax.Array) -> jax.Array:
+    """Returns samples of hidden states [..., D]; creates every parameter."""
+    return self.predict(self.condition(hidden_D), noise_NR)
 
 
 class EnergyHead:
@@ -82,7 +105,7 @@ class EnergyHead:
     self, sizes: config.Head, width: int, latent: int, scheme: str,
     dtype: jnp.dtype = jnp.float32, remat: str = "none",
   ):  # fmt: skip
-    self.network = Network(sizes, latent, scheme, dtype, remat)
+    self.network = Network(sizes, width, latent, scheme, dtype, remat)
     self.width, self.noise_shape = width, (sizes.noise,)
 
   def init(self, key: jax.Array) -> Any:
@@ -94,11 +117,15 @@ class EnergyHead:
     """Returns uniform noise [*shape, R] in [-0.5, 0.5)."""
     return jax.random.uniform(key, (*shape, *self.noise_shape), minval=-0.5, maxval=0.5)
 
-  def samples(self, params: Any, hidden_D: jax.Array, noise: jax.Array) -> jax.Array:
-    """Returns N latents [N, ..., Z] float32 for hidden states [..., D] and noise [N, ..., R]."""
-    return layers.apply(self.network, params, hidden_D, noise)
+  def condition(self, params: Any, hidden_D: jax.Array) -> Any:
+    """Returns what all samples of hidden states [..., D] share."""
+    return layers.apply(self.network, params, hidden_D, method="condition")
+
+  def samples(self, params: Any, condition: Any, noise: jax.Array) -> jax.Array:
+    """Returns N latents [N, ..., Z] float32, given `condition` and noise [N, ..., R]."""
+    return layers.apply(self.network, params, condition, noise, method="predict")
 
   def sample(self, params: Any, hidden_D: jax.Array, key: jax.Array, count: int) -> jax.Array:
     """Returns `count` latents [N, ..., Z] float32 for hidden states [..., D]."""
     noise_NR = self.draw_noise(key, (count, *hidden_D.shape[:-1]))
-    return self.samples(params, hidden_D, noise_NR)
+    return self.samples(params, self.condition(params, hidden_D), noise_NR)

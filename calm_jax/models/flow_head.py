@@ -44,14 +44,17 @@ class FlowHead:
     """Returns dx/dt at latents [N, ..., Z] and times [N, ...] in [0, 1): [N, ..., Z]."""
     return layers.apply(self.network, params, x_NZ, hidden_D, network_time(t_N))
 
-  def samples(self, params: Any, hidden_D: jax.Array, noise: jax.Array) -> jax.Array:
-    """Returns N latents [N, ..., Z] float32 for hidden states [..., D] and noise [N, ..., Z]."""
-    condition_D = layers.apply(self.network, params, hidden_D, method="condition")
+  def condition(self, params: Any, hidden_D: jax.Array) -> jax.Array:
+    """Returns what all samples of hidden states [..., D] share: [..., D]."""
+    return layers.apply(self.network, params, hidden_D, method="condition")
+
+  def samples(self, params: Any, condition: jax.Array, noise: jax.Array) -> jax.Array:
+    """Returns N latents [N, ..., Z] float32, given `condition` and noise [N, ..., Z]."""
 
     def slope(x_NZ, half_steps):
       time = (1000 * half_steps) // (2 * self.steps)  # In whole numbers: no rounding of t.
       time_N = jnp.full(x_NZ.shape[:-1], time)
-      return layers.apply(self.network, params, x_NZ, condition_D, time_N, method="predict")
+      return layers.apply(self.network, params, x_NZ, condition, time_N, method="predict")
 
     def step(i, x_NZ):
       middle_NZ = x_NZ + slope(x_NZ, 2 * i) / (2 * self.steps)
@@ -62,4 +65,4 @@ class FlowHead:
   def sample(self, params: Any, hidden_D: jax.Array, key: jax.Array, count: int) -> jax.Array:
     """Returns `count` latents [N, ..., Z] float32 for hidden states [..., D]."""
     noise_NZ = self.draw_noise(key, (count, *hidden_D.shape[:-1]))
-    return self.samples(params, hidden_D, noise_NZ)
+    return self.samples(params, self.condition(params, hidden_D), noise_NZ)

@@ -27,8 +27,12 @@ class Head(Protocol):
     """Returns noise [*shape, *noise_shape]."""
     ...
 
-  def samples(self, params: Any, hidden_D: jax.Array, noise: jax.Array) -> jax.Array:
-    """Returns latents [N, ..., Z] for hidden [..., D] and noise [N, ..., *noise_shape]."""
+  def condition(self, params: Any, hidden_D: jax.Array) -> Any:
+    """Returns what all samples of hidden states [..., D] share: arrays [..., *]."""
+    ...
+
+  def samples(self, params: Any, condition: Any, noise: jax.Array) -> jax.Array:
+    """Returns latents [N, ..., Z], given `condition` and noise [N, ..., *noise_shape]."""
     ...
 
   def sample(self, params: Any, hidden_D: jax.Array, key: jax.Array, count: int) -> jax.Array:

@@ -10,7 +10,7 @@ from jax import numpy as jnp
 EPS = 1e-6
 
 
-def apply(module: nn.Module, params: Any, *args: Any, method: str | None = None) -> Any:
+def apply(module: nn.Module, params: Any, *args: Any, method: Any = None) -> Any:
   """Returns what a method of `module`, by default its call, gives with these parameters."""
   return module.apply({"params": params}, *args, method=method)
 
@@ -50,19 +50,29 @@ def embedding_init(scheme: str, width: int) -> nn.initializers.Initializer:
 
 
 def linear(
-  name: str, features: int, init: str, dtype: jnp.dtype, *, bias: bool = True, share: float = 1.0
+  name: str | None,
+  features: int,
+  init: str,
+  dtype: jnp.dtype,
+  *,
+  bias: bool = True,
+  share: float = 1.0,
 ) -> nn.Dense:
-  """Returns a Linear layer with float32 parameters that computes in `dtype`."""
+  """Returns a Linear layer with float32 parameters that computes in `dtype`.
+
+  Args:
+    name: None in a module's `setup`, where the attribute names it.
+  """
   return nn.Dense(
     features, use_bias=bias, dtype=dtype, kernel_init=kernel_init(init, share), name=name
   )
 
 
-def rms_norm(name: str, dtype: jnp.dtype) -> nn.RMSNorm:
+def rms_norm(name: str | None, dtype: jnp.dtype) -> nn.RMSNorm:
   return nn.RMSNorm(epsilon=EPS, dtype=dtype, name=name)
 
 
-def layer_norm(name: str, dtype: jnp.dtype) -> nn.LayerNorm:
+def layer_norm(name: str | None, dtype: jnp.dtype) -> nn.LayerNorm:
   return nn.LayerNorm(epsilon=EPS, dtype=dtype, name=name)
 
 
