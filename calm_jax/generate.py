@@ -1,33 +1,74 @@
 """The act of writing: `python -m calm_jax.generate --workdir=W --prompt=TEXT`.
 
 The prompt and its continuation go to standard output as they come, everything
-else to standard error. Texts are also kept in the workdir's samples.jsonl.
+else to standard error. Texts are also kept in the workdir's samples.jsonl. With
+`--prompts=FILE` every line of a JSONL file is a prompt, and `--output` takes a line a
+text; with `--interactive` every line that is typed is one.
 """
 
 import json
 import sys
-import time
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 from absl import flags
 from etils import epath
 
-from calm_jax import cli, errors, files, workdir
-from calm_jax.generation import decode
+from calm_jax import cli, config, errors, files, workdir
+from calm_jax.generation import decode, precision, prompts, requests, rules, session
+from calm_jax.parallel import mesh as mesh_lib
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a language model's training run.")
 _PROMPT = flags.DEFINE_string(
   "prompt", "", "Text to go on from; - reads it from standard input; empty begins a document."
 )
-_TEMPERATURE = flags.DEFINE_float(
-  "temperature", 1.0, "CALM: 1/n, 1, 0.5, 0.3333, 0.25, ...; the baseline: any."
+_PROMPTS = flags.DEFINE_string(
+  "prompts",
+  "",
+  'JSONL file, a line a text: {"prompt": ...}, and of its own '
+  + ", ".join(prompts.OWN)
+  + ". Needs --output.",
 )
+_OUTPUT = flags.DEFINE_string(
+  "output", "", "JSONL file for the texts of --prompts; the same command goes on with it."
+)
+_INTERACTIVE = flags.DEFINE_bool(
+  "interactive", False, "Go on from each line of standard input; \\ at its end joins the next."
+)
+_TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "CALM: in (0, 1]; the baseline: any.")
 _NUM_CANDIDATES = flags.DEFINE_integer(
-  "num_candidates", 200, "Draws a patch below temperature 1; more is nearer to the exact law."
+  "num_candidates", 200, "Draws a patch below temperature 1, at most; more is nearer to the law."
+)
+_RULE = flags.DEFINE_enum(
+  "rule",
+  requests.Sampler.rule,
+  list(rules.RULES),
+  "Which draw is taken: exact: with P^(1/T), by the paper's first algorithm; first: the patch "
+  "that is first drawn 1/T times; batch: all are drawn, by the paper's second algorithm.",
+)
+_AT_LIMIT = flags.DEFINE_enum(
+  "at_limit",
+  requests.Sampler.at_limit,
+  list(requests.AT_LIMIT),
+  "Where the draws end before the rule has settled: "
+  + "; ".join(f"{name}: {meaning}" for name, meaning in requests.AT_LIMIT.items())
+  + ".",
+)
+_WEIGHTS = flags.DEFINE_enum(
+  "weights", "float32", list(precision.WEIGHTS), "What weights are kept as while writing."
+)
+_MESH = flags.DEFINE_string(
+  "mesh", "fsdp=1", "Devices that share the model and the texts, as in training: data=2,fsdp=4."
 )
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 256, "New tokens after which a text ends.")
+_STOP = flags.DEFINE_multi_string("stop", [], "A text ends before this; may be given repeatedly.")
 _SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same text.", 0, 2**32 - 1)
-_NUM_TEXTS = flags.DEFINE_integer("num_texts", 1, "Texts to write, one after the other.", 1)
+_NUM_TEXTS = flags.DEFINE_integer("num_texts", 1, "Texts to write of --prompt.", 1)
+_BATCH = flags.DEFINE_integer("batch", 16, "Texts written at once.", 1)
+_EVERY = flags.DEFINE_integer(
+  "every", 0, "Patches between two looks at a text; by default 1 for one text, else 16.", 0
+)
 
 
 def _note(line: str) -> None:
@@ -44,41 +85,136 @@ def _read_prompt() -> str:
     raise errors.CalmError(f"the prompt is not UTF-8: {error}") from error
 
 
+def _mesh() -> config.Mesh:
+  """Returns what --mesh says."""
+  given = {}
+  for part in _MESH.value.split(","):
+    name, _, size = part.partition("=")
+    known = name in ("data", "fsdp", "sequence", "tensor") and size.lstrip("-").isdigit()
+    config.require(
+      known, f"--mesh has {part!r}: give sizes of data, fsdp, sequence, tensor, as data=2,fsdp=4"
+    )
+    given[name] = int(size)
+  return config.Mesh(**{"fsdp": 1, **given})
+
+
+class _Act:
+  """One run of the command."""
+
+  def __init__(self, common: dict[str, Any]):
+    trained = workdir.load(_WORKDIR.value)
+    if isinstance(trained, workdir.TrainedAutoencoder):
+      raise errors.CalmError(
+        f"{_WORKDIR.value} holds an autoencoder, which writes no text by itself"
+      )
+    self._trained, self._common = precision.WEIGHTS[_WEIGHTS.value](trained), common
+    self._tokenizer = workdir.tokenizer(_WORKDIR.value, trained.origin)
+    decoder = decode.Decoder(self._trained, requests.Sampler(_RULE.value, _AT_LIMIT.value), _note)
+    self.session = session.Session(decoder, self._tokenizer)
+
+  def _request(self, wish: Mapping[str, Any]) -> requests.Request:
+    tokens = tuple(self._tokenizer.encode(wish["prompt"]))
+    return requests.Request(**{**wish, "prompt": tokens, "stop": tuple(wish["stop"])})
+
+  def _write(self, wishes: list[dict[str, Any]], show=lambda row, piece: None) -> list[str]:
+    """Writes a batch; returns a line of JSON for each text."""
+    every = _EVERY.value or (1 if len(wishes) == 1 else 16)
+    texts = self.session.write([self._request(wish) for wish in wishes], every, show)
+    told = {"rule": _RULE.value, "step": self._trained.step}
+    return [
+      json.dumps({**wish, **told, **found.record()}) + "\n"
+      for wish, found in zip(wishes, texts, strict=True)
+    ]
+
+  def one_prompt(self, prompt: str) -> None:
+    """Writes texts of one prompt to standard output: one as it comes, several when whole."""
+    for begin in range(0, _NUM_TEXTS.value, _BATCH.value):
+      numbers = range(begin, min(begin + _BATCH.value, _NUM_TEXTS.value))
+      wishes = [{**self._common, "prompt": prompt, "number": number} for number in numbers]
+      if len(wishes) == 1:
+        self._stream(wishes[0])
+        continue
+      lines = self._write(wishes)
+      self._keep(lines)
+      for wish, line in zip(wishes, lines, strict=True):
+        _note(f"--- text {wish['number'] + 1} of {_NUM_TEXTS.value}")
+        print(prompt + json.loads(line)["text"], flush=True)
+
+  def _stream(self, wish: dict[str, Any]) -> None:
+    begun = False
+
+    def show(row: int, piece: str) -> None:
+      nonlocal begun
+      # The prompt waits for the first piece, so that a note on it comes before both.
+      print(piece if begun else wish["prompt"] + piece, end="", flush=True)
+      begun = True
+
+    try:
+      self._keep(self._write([wish], show))
+    finally:
+      print(flush=True)
+
+  def _keep(self, lines: list[str]) -> None:
+    files.append(epath.Path(_WORKDIR.value) / workdir.SAMPLES, "".join(lines))
+
+  def file(self) -> None:
+    """Writes the texts of a file of prompts, from where an earlier run stopped."""
+    wishes = prompts.read(_PROMPTS.value, self._common)
+    for wish in wishes:  # All of them before the first is written.
+      self._request(wish)
+    done = prompts.written(_OUTPUT.value, wishes)
+    if done:
+      _note(f"{_OUTPUT.value} holds {done} of {len(wishes)} texts: going on")
+    for begin in range(done, len(wishes), _BATCH.value):
+      batch = wishes[begin : begin + _BATCH.value]
+      files.append(_OUTPUT.value, "".join(self._write(batch)))
+      _note(f"{begin + len(batch)} of {len(wishes)} texts")
+
+  def interactive(self) -> None:
+    """Goes on from every line of standard input; Ctrl-C ends a text, the end of input all."""
+    number, waiting = 0, ""
+    while True:
+      if sys.stdin.isatty():
+        print("... " if waiting else "> ", end="", file=sys.stderr, flush=True)
+      line = sys.stdin.readline()
+      if not line:
+        return
+      line = waiting + line.rstrip("\n")
+      waiting = line[:-1] + "\n" if line.endswith("\\") else ""
+      if waiting:
+        continue
+      try:
+        self._stream({**self._common, "prompt": line, "number": number})
+      except KeyboardInterrupt:
+        _note("stopped; Ctrl-D ends")
+      except errors.CalmError as error:
+        _note(f"error: {error}")
+      number += 1
+
+
 def main() -> None:
   if not _WORKDIR.value:
     raise errors.CalmError("give --workdir=DIR, the folder of a language model's training run")
-  settings = decode.Settings(_TEMPERATURE.value, _NUM_CANDIDATES.value, _MAX_TOKENS.value)
-  trained = workdir.load(_WORKDIR.value)
-  if isinstance(trained, workdir.TrainedAutoencoder):
-    raise errors.CalmError(f"{_WORKDIR.value} holds an autoencoder, which writes no text by itself")
-  tokenizer = workdir.tokenizer(_WORKDIR.value, trained.origin)
-  prompt = _read_prompt()
-  prompt_tokens = tokenizer.encode(prompt)
-  decoder = decode.Decoder(trained, settings, _note)
-  for number in range(_NUM_TEXTS.value):
-    if _NUM_TEXTS.value > 1:
-      _note(f"--- text {number + 1} of {_NUM_TEXTS.value}")
-    key = jax.random.fold_in(jax.random.key(_SEED.value), number)
-    start, patches, written = time.perf_counter(), [], []
-
-    def new_tokens(key=key, patches=patches):
-      for patch in decoder.tokens(prompt_tokens, key):
-        patches.append(patch)
-        yield patch
-
-    for piece in decode.pieces(tokenizer.decode, prompt_tokens, new_tokens()):
-      # The prompt waits for the first piece, so that a note on it comes before both.
-      print(piece if written else prompt + piece, end="", flush=True)
-      written.append(piece)
-    print(flush=True)
-    count, seconds = sum(map(len, patches)), time.perf_counter() - start
-    _note(f"{count} tokens in {seconds:.1f} s, compiling included where it is the first text")
-    record = {
-      "prompt": prompt, "text": "".join(written), "temperature": settings.temperature,
-      "num_candidates": settings.num_candidates, "seed": _SEED.value, "number": number,
-      "step": trained.step,
-    }  # fmt: skip
-    files.append(epath.Path(_WORKDIR.value) / workdir.SAMPLES, json.dumps(record) + "\n")
+  config.require(
+    bool(_PROMPTS.value) == bool(_OUTPUT.value), "--prompts=FILE and --output=FILE go together"
+  )
+  several = [name for name in ("prompt", "prompts", "interactive") if flags.FLAGS[name].value]
+  config.require(len(several) < 2, f"--{' and --'.join(several)} can't be given together")
+  common = {
+    "temperature": _TEMPERATURE.value, "num_candidates": _NUM_CANDIDATES.value,
+    "max_tokens": _MAX_TOKENS.value, "seed": _SEED.value, "stop": _STOP.value,
+  }  # fmt: skip
+  requests.Request(**{**common, "stop": tuple(_STOP.value)})
+  with jax.set_mesh(mesh_lib.build(_mesh())):
+    act = _Act(common)
+    if _PROMPTS.value:
+      act.file()
+    elif _INTERACTIVE.value:
+      act.interactive()
+    else:
+      act.one_prompt(_read_prompt())
+  if act.session.speed.patches:
+    _note(act.session.speed.line())
 
 
 if __name__ == "__main__":

@@ -1,148 +1,68 @@
-"""Prompt -> patches, one at a time: prefill, candidates, choice, the next hidden state."""
+"""Prompts -> patches: a batch of texts written by one compiled loop."""
 
 import dataclasses
 import functools
-import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax import numpy as jnp
 
 from calm_jax import errors, workdir
-from calm_jax.generation import temperature as temperature_lib
-from calm_jax.models import calm, layers, memory
+from calm_jax.generation import candidates, laws, requests
+from calm_jax.models import memory
+from calm_jax.parallel import mesh
 
-# A prompt's tail must be met by chance: candidates a round, and rounds before giving up.
-TAIL_CANDIDATES = 256
-TAIL_ROUNDS = 8
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-  """How text is drawn.
-
-  Attributes:
-    temperature: 1 is the model's own law; for CALM 1/n.
-    num_candidates: CALM's draws a patch for the batch approximation below 1.
-    max_tokens: new tokens after which a text ends without EOS.
-  """
-
-  temperature: float = 1.0
-  num_candidates: int = 200
-  max_tokens: int = 256
-
-  def __post_init__(self):
-    if not (math.isfinite(self.temperature) and self.temperature > 0):
-      raise errors.CalmError(f"temperature must be above 0, got {self.temperature}")
-    if self.max_tokens < 1:
-      raise errors.CalmError(f"max_tokens must be at least 1, got {self.max_tokens}")
+# A prompt's tail must be met by chance: so many candidates before giving up, in units of N, and
+# at least this N.
+TAIL_ROUNDS, TAIL_CANDIDATES = 8, 256
+# Prompts are filled up to lengths of this times a power of two, so that few programs are compiled.
+PROMPT_PATCHES = 8
 
 
-class Choice(NamedTuple):
-  """The next patch.
+class _Asked(NamedTuple):
+  """The requests of a batch as arrays; see `candidates.Wanted`."""
+
+  key_B: jax.Array
+  power_B: jax.Array
+  limit_B: jax.Array
+  attempts_B: jax.Array
+  tail_BK: jax.Array
+  length_B: jax.Array
+  max_tokens_B: jax.Array
+
+
+class _State(NamedTuple):
+  """Where the texts stand.
 
   Attributes:
-    token_K: its tokens. latent_Z: the sample they were decoded from, where the model
-      reads it.
-    agreeing: candidates that begin with the whole tail. longest: the tokens of the
-      tail that the patch begins with.
+    hidden_BD: what predicts the next patch. patch: its number. written_B: new tokens before it.
+    done_B: whether nothing more is wanted.
   """
 
-  token_K: jax.Array
-  latent_Z: jax.Array | None
-  agreeing: jax.Array
-  longest: jax.Array
-
-
-class CalmLaw:
-  """The next patch by CALM: candidates from the head, decoded, one of them chosen."""
-
-  def __init__(self, trained: workdir.TrainedCalm, settings: Settings):
-    self._model, self.patch_size = trained.model, trained.model.autoencoder.sizes.patch_size
-    self._n = temperature_lib.reciprocal(settings.temperature)
-    if settings.num_candidates < self._n:
-      raise errors.CalmError(
-        f"num_candidates must be at least 1/temperature = {self._n}, got {settings.num_candidates}"
-      )
-    self.draws = settings.num_candidates if self._n > 1 else 1
-    self.params = (trained.params, trained.autoencoder.params)
-    self._reads_latents = trained.run.model.reads_latents
-
-  def empty_cache(self, window: int) -> memory.Cache:
-    return self._model.empty_cache(1, window)
-
-  def advance(self, params, token_1PK, latent_1PZ, cache):
-    """Returns the hidden state after P patches, and the cache with them in it."""
-    hidden_1PD, cache = self._model.hidden(params[0], token_1PK, latent_1PZ, cache)
-    return hidden_1PD[:, -1], cache
-
-  def latents(self, params, token_1PK, key):
-    """Returns draws of the posteriors of given patches, [1, P, Z]; None if none are read."""
-    if not self._reads_latents:
-      return None
-    codec = self._model.autoencoder
-    mean_1PZ, log_std_1PZ = layers.apply(codec, params[1], token_1PK, method="encode")
-    return calm.posterior_draws(key, mean_1PZ, log_std_1PZ, 1)[0]
-
-  def choose(self, params, hidden_1D, key, tail_K, tail_length, count) -> Choice:
-    """Returns one of `count` candidates, of those that begin with the tail if there are any."""
-    draw_key, choice_key = jax.random.split(key)
-    z_NZ = self._model.sample(params[0], hidden_1D, draw_key, count)[:, 0]
-    token_NK = calm.decode_tokens(self._model.autoencoder, params[1], z_NZ)
-    within_K = jnp.arange(self.patch_size) < tail_length
-    met_NK = jnp.cumprod((token_NK == tail_K[None]) & within_K[None], axis=-1)
-    agreed_N = jnp.sum(met_NK, axis=-1)
-    longest = jnp.max(agreed_N)
-    # Where no candidate meets the whole tail, those that meet most of it stand in.
-    weight_N = temperature_lib.batch_weights(token_NK, agreed_N == longest, self._n)
-    chosen = temperature_lib.choose(choice_key, weight_N)
-    latent_Z = z_NZ[chosen] if self._reads_latents else None
-    return Choice(token_NK[chosen], latent_Z, jnp.sum(agreed_N == tail_length), longest)
-
-
-class TransformerLaw:
-  """The next token by the baseline: P(x)^(1/T), exactly."""
-
-  patch_size = draws = 1
-
-  def __init__(self, trained: workdir.TrainedTransformer, settings: Settings):
-    self._model, self._sizes = trained.model, trained.run.model
-    self._temperature, self.params = settings.temperature, trained.params
-
-  def empty_cache(self, window: int) -> memory.Cache:
-    return memory.Cache.empty(self._sizes, 1, window, self._model.dtype)
-
-  def advance(self, params, token_1P1, latent, cache):
-    """Returns the hidden state after P tokens, and the cache with them in it."""
-    token_1P = token_1P1[..., 0]
-    hidden_1PD, cache = layers.apply(self._model, params, token_1P, cache, method="hidden")
-    return hidden_1PD[:, -1], cache
-
-  def latents(self, params, token_1P1, key) -> None:
-    """Tokens have none."""
-
-  def choose(self, params, hidden_1D, key, tail, tail_length, count) -> Choice:
-    """Returns a token; single tokens leave no tail."""
-    logits_1V = layers.apply(self._model, params, hidden_1D, method="logits")
-    token_1 = jax.random.categorical(key, logits_1V / self._temperature).astype(jnp.int32)
-    return Choice(token_1, None, jnp.int32(1), jnp.int32(0))
-
-
-# A stage that writes text is a row.
-LAWS: dict[str, Callable[..., CalmLaw | TransformerLaw]] = {
-  "calm": CalmLaw,
-  "transformer": TransformerLaw,
-}
+  hidden_BD: jax.Array
+  cache: memory.Cache
+  done_B: jax.Array
+  written_B: jax.Array
+  patch: jax.Array
 
 
 @dataclasses.dataclass
-class _Position:
-  """Where a text stands: the hidden state that predicts the next patch, and the cache."""
+class Written:
+  """What came of one text by some steps of the loop.
 
-  hidden_1D: jax.Array
-  cache: memory.Cache
+  Attributes:
+    tokens: new ones. ended: whether it is whole.
+    drawn, seen: candidates of each patch, made and seen by the rule. settled: whether the rule
+      settled, a patch each; else the draws ended before.
+  """
+
+  tokens: list[int] = dataclasses.field(default_factory=list)
+  ended: bool = False
+  drawn: list[int] = dataclasses.field(default_factory=list)
+  seen: list[int] = dataclasses.field(default_factory=list)
+  settled: list[bool] = dataclasses.field(default_factory=list)
 
 
 class Decoder:
@@ -155,118 +75,231 @@ class Decoder:
   def __init__(
     self,
     trained: workdir.TrainedCalm | workdir.TrainedTransformer,
-    settings: Settings,
+    sampler: requests.Sampler,
     report: Callable[[str], None],
   ):
-    self._law = LAWS[trained.run.stage](trained, settings)
-    self._origin, self._settings, self._report = trained.origin, settings, report
-    self._window = trained.run.data.context // self._law.patch_size - 1
-    self._prefill = jax.jit(self._law.advance)
-    self._next = jax.jit(self._law.advance, donate_argnums=3)
-    self._choose = jax.jit(self._law.choose, static_argnames="count")
-    self._latents = jax.jit(self._law.latents)
+    self.law = laws.LAWS[trained.run.stage](trained, sampler)
+    self.origin, self.sampler, self.report = trained.origin, sampler, report
+    self.window = trained.run.data.context // self.law.patch_size - 1
+    self.prefill = jax.jit(self._prefill, static_argnames="slots")
+    self.steps = jax.jit(
+      self._steps, static_argnames=("slots", "sizes", "count"), donate_argnames="state"
+    )
 
-  def _start(self, token_S: Sequence[int], key: jax.Array) -> tuple[_Position, np.ndarray]:
-    """Reads all whole patches of a prompt; returns where it stands, and its tail."""
-    size, start = self._law.patch_size, self._origin.start_patch
-    known = np.array([*start, *token_S], np.int32)
+  def _prefill(self, params, token_BPK, start_B, max_tokens_B, key_B, slots: int) -> _State:
+    """Reads whole patches, those before an example's start aside."""
+    zeros_B = jnp.zeros_like(start_B)
+    own_B = candidates.keys_of(key_B, candidates.POSTERIOR, zeros_B)
+    latent_BPZ = self.law.latents(params, token_BPK, own_B)
+    cache = memory.Cache.empty(slots, start_B)
+    hidden_BD, cache = self.law.advance(params, token_BPK, latent_BPZ, cache)
+    return _State(hidden_BD, cache, max_tokens_B < 1, zeros_B, jnp.int32(0))
+
+  def _steps(
+    self, params, asked: _Asked, state: _State, slots: int, sizes: tuple[int, ...], count: int
+  ) -> tuple[_State, candidates.Choice]:
+    """Writes up to `count` patches of every text; returns also each patch's choice, [T, B, ...].
+
+    What it returns of patches after a text's end means nothing.
+    """
+
+    def step(state: _State) -> tuple[_State, candidates.Choice]:
+      length_B = jnp.where(state.patch == 0, asked.length_B, 0)
+      fold = functools.partial(jax.vmap(jax.random.fold_in, in_axes=(0, None)), asked.key_B)
+      wanted = candidates.Wanted(
+        key_B=fold(state.patch + 1), power_B=asked.power_B, limit_B=asked.limit_B,
+        attempts_B=jnp.where(length_B > 0, asked.attempts_B, asked.limit_B),
+        tail_BK=asked.tail_BK, length_B=length_B, active_B=~state.done_B,
+      )  # fmt: skip
+      choice = self.law.choose(params, state.hidden_BD, wanted, slots, list(sizes))
+      token_BK, latent_BZ = choice.patch
+      new_BK = jnp.arange(token_BK.shape[1])[None] >= length_B[:, None]
+      written_B = state.written_B + jnp.sum(new_BK, axis=1)
+      done_B = state.done_B | (written_B >= asked.max_tokens_B)
+      if self.origin.appends_eos:
+        done_B |= jnp.any((token_BK == self.origin.eos_id) & new_BK, axis=1)
+      latent_B1Z = None if latent_BZ is None else latent_BZ[:, None]
+      hidden_BD, cache = self.law.advance(params, token_BK[:, None], latent_B1Z, state.cache)
+      return _State(hidden_BD, cache, done_B, written_B, state.patch + 1), choice
+
+    def again(carry):
+      done, state, found = carry
+      state, choice = step(state)
+      found = jax.tree.map(lambda x, new: x.at[done].set(new), found, choice)
+      return done + 1, state, found
+
+    def wanted(carry):
+      done, state, _ = carry
+      return (done < count) & ~jnp.all(state.done_B)
+
+    _, choice = jax.eval_shape(step, state)
+    found = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), choice)
+    _, state, found = jax.lax.while_loop(wanted, again, (jnp.int32(0), state, found))
+    # Latents stay where they are needed.
+    return state, found._replace(patch=found.patch._replace(latent_Z=None))
+
+  def start(self, wishes: Sequence[requests.Request]) -> "Writing":
+    """Reads the prompts of a batch; see `Writing`.
+
+    Raises:
+      CalmError: for a request that can't be met, or a prompt too short for a model that
+        knows no start of a document.
+    """
+    return Writing(self, wishes)
+
+
+def _placed(tree: Any) -> Any:
+  """Returns arrays of rows over the mesh, whole on each device where it can't divide them."""
+  current = mesh.current()
+  rows = jax.tree.leaves(tree)[0].shape[0]
+  spec = mesh.spec("batch") if rows % mesh.row_parts(current) == 0 else mesh.spec()
+  return jax.device_put(tree, jax.sharding.NamedSharding(current, spec))
+
+
+def _bucket(size: int, largest: int) -> int:
+  """Returns the least of PROMPT_PATCHES, twice that, ... that holds `size`."""
+  bucket = PROMPT_PATCHES
+  while bucket < size:
+    bucket *= 2
+  return min(bucket, largest)
+
+
+class Writing:
+  """A batch of texts in the making: `advance` until all have ended."""
+
+  def __init__(self, decoder: Decoder, wishes: Sequence[requests.Request]):
+    self._decoder, self._wishes, law = decoder, list(wishes), decoder.law
+    power = [law.power(wish) for wish in wishes]
+    limit = [wish.num_candidates if s != 1 else 1 for s, wish in zip(power, wishes, strict=True)]
+    prompts = [self._prompt(number) for number in range(len(wishes))]
+    token_BPK, start_B, tails = self._aligned(prompts)
+    patches = token_BPK.shape[1] + max(-(-wish.max_tokens // law.patch_size) for wish in wishes)
+    tail_BK = np.zeros((len(wishes), law.patch_size), np.int32)
+    for row, tail in enumerate(tails):
+      tail_BK[row, : len(tail)] = tail
+    self._slots = max(limit)
+    self._sizes = tuple(
+      candidates.round_sizes(
+        len(wishes), max(law.least(*x) for x in zip(power, limit, strict=True)), self._slots
+      )
+    )
+    key_B = jax.vmap(lambda seed, number: jax.random.fold_in(jax.random.key(seed), number))(
+      np.array([wish.seed for wish in wishes], np.uint32), np.array([w.number for w in wishes])
+    )
+    attempts = [TAIL_ROUNDS * max(n, TAIL_CANDIDATES) for n in limit]
+    self._asked = _Asked(
+      key_B=key_B, power_B=np.array(power, np.float32), limit_B=np.array(limit, np.int32),
+      attempts_B=np.array(attempts, np.int32), tail_BK=tail_BK,
+      length_B=np.array([len(tail) for tail in tails], np.int32),
+      max_tokens_B=np.array([wish.max_tokens for wish in wishes], np.int32),
+    )  # fmt: skip
+    self._asked = _placed(self._asked)
+    self._tails = [len(tail) for tail in tails]
+    self._state = decoder.prefill(
+      law.params, _placed(token_BPK), _placed(start_B), self._asked.max_tokens_B, self._asked.key_B,
+      slots=min(decoder.window, _bucket(patches, decoder.window)),
+    )  # fmt: skip
+    self._ended = [False] * len(wishes)
+    self._count = [0] * len(wishes)
+    self._patch = 0
+
+  def _name(self, row: int) -> str:
+    return f"text {row + 1}: " if len(self._wishes) > 1 else ""
+
+  def _prompt(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns a prompt's whole patches that the model sees, [P, K], and its tail."""
+    decoder, size = self._decoder, self._decoder.law.patch_size
+    start = decoder.origin.start_patch
+    known = np.array([*start, *self._wishes[row].prompt], np.int32)
     whole = len(known) // size
     if not whole:
       raise errors.CalmError(
-        f"the prompt has {len(known)} tokens, and imported weights know no start of a document: "
-        f"give a prompt of at least a patch, {size} tokens"
+        f"{self._name(row)}the prompt has {len(known)} tokens, and imported weights know no start "
+        f"of a document: give a prompt of at least a patch, {size} tokens"
       )
-    token_1PK = known[: whole * size].reshape(1, whole, size)[:, -self._window :]
-    if whole > self._window:
-      self._report(
-        f"the prompt has {whole - bool(start)} patches; the model sees the last {self._window}, as "
-        "many as an example had in training"
+    if whole > decoder.window:
+      decoder.report(
+        f"{self._name(row)}the prompt has {whole - bool(start)} patches; the model sees the last "
+        f"{decoder.window}, as many as an example had in training"
       )
-    cache = self._law.empty_cache(self._window)
-    latent_1PZ = self._latents(self._law.params, token_1PK, key)
-    position = _Position(*self._prefill(self._law.params, token_1PK, latent_1PZ, cache))
-    return position, known[whole * size :]
+    return known[: whole * size].reshape(whole, size)[-decoder.window :], known[whole * size :]
 
-  def _first_patch(
-    self, position: _Position, tail: np.ndarray, key: jax.Array
-  ) -> tuple[np.ndarray, jax.Array | None]:
-    """Returns a patch that begins with the prompt's tail, and its latent."""
-    size = self._law.patch_size
-    tail_K = np.zeros(size, np.int32)
-    tail_K[: len(tail)] = tail
-    count = max(self._law.draws, TAIL_CANDIDATES)
-    best, best_length, drawn = tail_K, -1, 0
-    for attempt in range(TAIL_ROUNDS):
-      choice = self._choose(
-        self._law.params, position.hidden_1D, jax.random.fold_in(key, attempt), tail_K, len(tail),
-        count=count,
-      )  # fmt: skip
-      drawn += count
-      if int(choice.longest) > best_length:
-        best, best_length = np.array(choice.token_K), int(choice.longest)
-      if int(choice.agreeing):
-        self._report(
-          f"the prompt ends inside a patch: {int(choice.agreeing)} of the last {count} of {drawn} "
-          f"candidates begin with its last {len(tail)} of {size} tokens"
-        )
-        return best, choice.latent_Z
-    best[: len(tail)] = tail
-    self._report(
-      f"the prompt ends inside a patch: none of {drawn} candidates begins with its last "
-      f"{len(tail)} of {size} tokens; took one that shares the first {best_length} and put the "
-      "prompt's in their place"
-    )
-    latent_11Z = self._latents(self._law.params, best[None, None], key)
-    return best, None if latent_11Z is None else latent_11Z[0, 0]
+  def _aligned(self, prompts):
+    """Returns prompts [B, P, K] that end together, where each begins, and their tails."""
+    decoder = self._decoder
+    longest = max(len(whole_PK) for whole_PK, _ in prompts)
+    patches = _bucket(longest, decoder.window)
+    token_BPK = np.zeros((len(prompts), patches, decoder.law.patch_size), np.int32)
+    for row, (whole_PK, _) in enumerate(prompts):
+      token_BPK[row, patches - len(whole_PK) :] = whole_PK
+    start_B = np.array([patches - len(whole_PK) for whole_PK, _ in prompts], np.int32)
+    return token_BPK, start_B, [tail for _, tail in prompts]
 
-  def tokens(self, token_S: Sequence[int], key: jax.Array) -> Iterator[list[int]]:
-    """Yields the new tokens of one text, a patch at a time, up to EOS or max_tokens.
+  @property
+  def done(self) -> bool:
+    """Whether all texts have ended."""
+    return all(self._ended)
 
-    The same model, prompt, settings and key give the same tokens.
+  def end(self, row: int) -> None:
+    """Ends a text: nothing more of it is wanted."""
+    self._ended[row] = True
+    self._state = self._state._replace(done_B=self._state.done_B.at[row].set(True))
+
+  def advance(self, count: int) -> list[Written]:
+    """Returns what up to `count` patches add to each text.
 
     Raises:
-      CalmError: if the prompt is too short for a model that knows no start of a document.
+      CalmError: where draws end before a rule settles, if that is asked for.
     """
-    size, no_tail = self._law.patch_size, np.zeros(self._law.patch_size, np.int32)
-    position, tail = self._start(token_S, jax.random.fold_in(key, 0))
-    written, patch = 0, 0
-    while written < self._settings.max_tokens:
-      patch_key = jax.random.fold_in(key, patch + 1)
-      if patch == 0 and len(tail):
-        chosen_K, latent_Z = self._first_patch(position, tail, patch_key)
-        new = chosen_K[len(tail) :].tolist()
-      else:
-        choice = self._choose(
-          self._law.params, position.hidden_1D, patch_key, no_tail, 0, count=self._law.draws
+    decoder = self._decoder
+    self._state, found = decoder.steps(
+      decoder.law.params, self._asked, self._state,
+      slots=self._slots, sizes=self._sizes, count=count,
+    )  # fmt: skip
+    found = jax.device_get(found)
+    written = [
+      self._row(row, jax.tree.map(lambda x, row=row: x[:, row], found))
+      for row in range(len(self._wishes))
+    ]
+    self._patch += count
+    return written
+
+  def _row(self, row: int, found: candidates.Choice) -> Written:
+    wish, written = self._wishes[row], Written(ended=self._ended[row])
+    tail = self._tails[row] if self._patch == 0 else 0
+    eos = self._decoder.origin.eos_id if self._decoder.origin.appends_eos else None
+    for patch, token_K in enumerate(found.patch.token_K):
+      if written.ended:
+        break
+      if tail:
+        self._tell_tail(row, jax.tree.map(lambda x: x[0], found), tail)
+      new = token_K[tail:].tolist()[: wish.max_tokens - self._count[row]]
+      tail = 0
+      if eos in new:
+        new, written.ended = new[: new.index(eos)], True
+      self._count[row] += len(new)
+      written.ended |= self._count[row] >= wish.max_tokens
+      written.tokens += new
+      written.drawn.append(int(found.drawn_B[patch]))
+      written.seen.append(int(found.seen_B[patch]))
+      written.settled.append(bool(found.settled_B[patch]))
+      if not written.settled[-1] and self._decoder.sampler.at_limit == "error":
+        raise errors.CalmError(
+          f"{self._name(row)}patch {self._patch + patch + 1} is not settled after "
+          f"{written.seen[-1]} draws at temperature {wish.temperature}: raise num_candidates, or "
+          "take --at_limit=batch"
         )
-        chosen_K, latent_Z = np.asarray(choice.token_K), choice.latent_Z
-        new = chosen_K.tolist()
-      new = new[: self._settings.max_tokens - written]
-      if self._origin.appends_eos and self._origin.eos_id in new:
-        yield new[: new.index(self._origin.eos_id)]
-        return
-      yield new
-      written, patch = written + len(new), patch + 1
-      read = None if latent_Z is None else latent_Z[None, None]
-      position = _Position(
-        *self._next(self._law.params, chosen_K.reshape(1, 1, size), read, position.cache)
+    self._ended[row] = written.ended
+    return written
+
+  def _tell_tail(self, row: int, choice: candidates.Choice, tail: int) -> None:
+    size = self._decoder.law.patch_size
+    told = f"{self._name(row)}the prompt ends inside a patch: "
+    if choice.agreed_B:
+      told += f"{choice.agreed_B} of {choice.drawn_B} candidates begin with its last {tail} of {size} tokens"
+    else:
+      told += (
+        f"none of {choice.drawn_B} candidates begins with its last {tail} of {size} tokens; took "
+        f"one that shares the first {choice.longest_B} and put the prompt's in their place"
       )
-
-
-def pieces(
-  decode: Callable[[list[int]], str], prompt: Sequence[int], new: Iterator[list[int]]
-) -> Iterator[str]:
-  """Yields text as its tokens come; characters split between tokens wait for their last byte."""
-  token_S = list(prompt)
-  text_of = functools.partial(_stable, decode)
-  shown = len(text_of(token_S))
-  for patch in new:
-    token_S.extend(patch)
-    text = text_of(token_S)
-    yield text[shown:]
-    shown = max(shown, len(text))
-  yield decode(token_S)[shown:]
-
-
-def _stable(decode: Callable[[list[int]], str], token_S: list[int]) -> str:
-  return decode(token_S).rstrip("\N{REPLACEMENT CHARACTER}")
+    self._decoder.report(told)

@@ -1,4 +1,4 @@
-"""Candidates -> one patch: temperature for a model that can only be sampled from."""
+"""Counts of equal draws -> the law of one of them: temperature without likelihoods."""
 
 import math
 
@@ -7,49 +7,50 @@ from jax import numpy as jnp
 
 from calm_jax import errors
 
+# 1/T this near to a whole number is taken for it: 0.333 means a third.
+NEAR = 1e-2
 
-def reciprocal(temperature: float) -> int:
-  """Returns n for a temperature of 1/n.
+
+def power(temperature: float) -> float:
+  """Returns s = 1/T, the power that the law of a patch is raised to.
 
   Raises:
-    CalmError: if the temperature lies outside (0, 1] or is not 1/n.
+    CalmError: if the temperature lies outside (0, 1], where sampling alone can't reach.
   """
   if not (math.isfinite(temperature) and 0 < temperature <= 1):
-    raise errors.CalmError(f"temperature must lie in (0, 1], got {temperature}")
-  n = round(1 / temperature)
-  if abs(1 / temperature - n) > 1e-2:
     raise errors.CalmError(
-      f"temperature must be 1/n for a whole n (1, 0.5, 0.333, 0.25, ...), got {temperature}; the "
-      f"nearest is {1 / n:.3g}"
+      f"CALM's temperature must lie in (0, 1], got {temperature}: give another --temperature"
     )
-  return n
+  exact = 1 / temperature
+  return float(round(exact)) if abs(exact - round(exact)) <= NEAR else exact
 
 
-def batch_weights(token_NK: jax.Array, allowed_N: jax.Array, n: int) -> jax.Array:
-  """Weights by which one of N candidates stands for P(x)^n, the temperature 1/n: [N].
+def log_weights(count_BN: jax.Array, power_B: jax.Array) -> jax.Array:
+  """Log weights by which one of N draws stands for P(x)^s, [B, N]; equal draws share theirs.
 
-  For m = n, n − 1, ..., 1: patches seen at least m times among the allowed
-  candidates weigh C(count, m), shared equally by their copies; the first m that
-  some patch reaches decides. All zero if nothing is allowed. Consistent as N
-  grows, biased towards a higher temperature where N is small; at n = 1 exact.
+  A patch drawn c times weighs the generalized binomial coefficient C(c, s) =
+  Γ(c+1) / (Γ(s+1) Γ(c−s+1)) where c is at least n, the whole part of s. If no patch
+  is, s − 1 takes the place of s, and so on. C(c, s) is how often the exact two-stage
+  algorithm accepts the patch, over all orders of the N draws, where running out of
+  draws in its second stage counts as acceptance. So a patch's mean weight is
+
+      p^n (p^a + Σ_{i > N−n} |C(a, i)| (1−p)^i),   a = s − n,
+
+  up to a common factor: exact where s is whole, else somewhat more for rare patches. The
+  law itself, a ratio, is biased towards a higher temperature at small N either way.
 
   Args:
-    token_NK: patches, int.
-    allowed_N: bool; candidates that are no continuation are left out.
+    count_BN: how often each draw occurs among its row's draws; 0 for a place without one.
+    power_B: s, at least 1.
 
-  Source: CALM (arXiv:2510.27688), algorithm 2.
+  Source: CALM (arXiv:2510.27688), algorithm 2, which has T = 1/n alone.
   """
-  same_NN = jnp.all(token_NK[:, None] == token_NK[None], axis=-1) & allowed_N[None]
-  count_N = jnp.where(allowed_N, jnp.sum(same_NN, axis=-1), 0).astype(jnp.float32)
-  weight_N = jnp.zeros_like(count_N)
-  combinations_N = jnp.ones_like(count_N)
-  for m in range(1, n + 1):
-    combinations_N *= jnp.maximum(count_N - m + 1, 0) / m  # C(count, m) from C(count, m - 1).
-    share_N = jnp.where(count_N > 0, combinations_N / jnp.maximum(count_N, 1), 0)
-    weight_N = jnp.where(jnp.any(share_N > 0), share_N, weight_N)
-  return weight_N
-
-
-def choose(key: jax.Array, weight_N: jax.Array) -> jax.Array:
-  """Returns the index of one candidate, drawn by weight; some weight must be positive."""
-  return jax.random.categorical(key, jnp.log(weight_N))
+  whole_B = jnp.floor(power_B)
+  most_B = jnp.max(count_BN, axis=-1)
+  level_B = power_B - jnp.maximum(whole_B - most_B, 0)
+  level_B1 = level_B[:, None]
+  enough_BN = count_BN >= jnp.maximum(jnp.floor(level_B1), 1)
+  seen_BN = jnp.where(enough_BN, count_BN, jnp.ceil(level_B1)).astype(jnp.float32)
+  gammaln = jax.scipy.special.gammaln
+  log_BN = gammaln(seen_BN + 1) - gammaln(seen_BN - level_B1 + 1) - jnp.log(seen_BN)
+  return jnp.where(enough_BN, log_BN, -jnp.inf)

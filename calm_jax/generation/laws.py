@@ -1,0 +1,127 @@
+"""Hidden states -> the next patch of each row: one row of LAWS for each stage that writes text."""
+
+import math
+from collections.abc import Callable
+
+import jax
+from jax import numpy as jnp
+
+from calm_jax import errors, workdir
+from calm_jax.generation import candidates, requests, rules, temperature
+from calm_jax.models import calm, layers
+
+
+class CalmLaw:
+  """The next patch by CALM: candidates from the head, decoded, one of them taken."""
+
+  def __init__(self, trained: workdir.TrainedCalm, sampler: requests.Sampler):
+    self._model, self._rule = trained.model, rules.RULES[sampler.rule]
+    self._draws_all = sampler.rule == "batch"
+    self.patch_size = trained.model.autoencoder.sizes.patch_size
+    self.params = (trained.params, trained.autoencoder.params)
+    self._reads_latents = trained.run.model.reads_latents
+
+  def power(self, request: requests.Request) -> float:
+    """Returns s = 1/T of a request.
+
+    Raises:
+      CalmError: for a temperature that can't be reached, or too few candidates for it.
+    """
+    power = temperature.power(request.temperature)
+    if request.num_candidates < power:
+      raise errors.CalmError(
+        f"num_candidates must be at least 1/temperature = {power:g}, got {request.num_candidates}"
+      )
+    return power
+
+  def least(self, power: float, limit: int) -> int:
+    """Returns how many draws a patch takes at least."""
+    return limit if self._draws_all else math.ceil(power)
+
+  def advance(self, params, token_BPK, latent_BPZ, cache):
+    """Returns the hidden states after P patches, and the cache with them in it."""
+    hidden_BPD, cache = self._model.hidden(params[0], token_BPK, latent_BPZ, cache)
+    return hidden_BPD[:, -1], cache
+
+  def latents(self, params, token_BPK, key_B):
+    """Returns draws of the posteriors of given patches, [B, P, Z]; None if none are read."""
+    if not self._reads_latents:
+      return None
+    codec = self._model.autoencoder
+    mean_BPZ, log_std_BPZ = layers.apply(codec, params[1], token_BPK, method="encode")
+
+    def one(key, mean_PZ, log_std_PZ):
+      return calm.posterior_draws(key, mean_PZ, log_std_PZ, 1)[0]
+
+    return jax.vmap(one)(key_B, mean_BPZ, log_std_BPZ)
+
+  def choose(
+    self, params, hidden_BD, wanted: candidates.Wanted, slots: int, sizes: list[int]
+  ) -> candidates.Choice:
+    """Returns the next patch of each row; the tail's tokens are in it whatever was drawn."""
+    model = self._model
+    condition = model.head.condition(params[0]["head"], hidden_BD)
+
+    def draw(row_S, number_S):
+      key_S = candidates.keys_of(wanted.key_B[row_S], candidates.DRAW, number_S)
+      noise_S = jax.vmap(lambda key: model.head.draw_noise(key, ()))(key_S)
+      own = jax.tree.map(lambda x: x[row_S], condition)
+      latent_SZ = model.head.samples(params[0]["head"], own, noise_S[None])[0]
+      token_SK = calm.decode_tokens(model.autoencoder, params[1], latent_SZ)
+      return candidates.Candidate(token_SK, latent_SZ if self._reads_latents else None)
+
+    choice = candidates.choose(wanted, draw, self._rule, slots, sizes)
+    tail_BK = jnp.arange(self.patch_size)[None] < wanted.length_B[:, None]
+    token_BK = jnp.where(tail_BK, wanted.tail_BK, choice.patch.token_K)
+    latent_BZ = choice.patch.latent_Z
+    if latent_BZ is not None:
+      put_B = choice.agreed_B == 0  # These tokens were decoded from no sample.
+      key_B = candidates.keys_of(
+        wanted.key_B, candidates.POSTERIOR, jnp.zeros_like(wanted.length_B)
+      )
+      own_BPZ = self.latents(params, token_BK[:, None], key_B)
+      latent_BZ = jnp.where(put_B[:, None], own_BPZ[:, 0], latent_BZ)
+    return choice._replace(patch=candidates.Candidate(token_BK, latent_BZ))
+
+
+class TransformerLaw:
+  """The next token by the baseline: P(x)^(1/T), exactly."""
+
+  patch_size = 1
+
+  def __init__(self, trained: workdir.TrainedTransformer, sampler: requests.Sampler):
+    self._model, self.params = trained.model, trained.params
+
+  def power(self, request: requests.Request) -> float:
+    """Returns 1/T of a request."""
+    return 1 / request.temperature
+
+  def least(self, power: float, limit: int) -> int:
+    """Returns how many draws a token takes."""
+    return 1
+
+  def advance(self, params, token_BP1, latent, cache):
+    """Returns the hidden states after P tokens, and the cache with them in it."""
+    hidden_BPD, cache = layers.apply(self._model, params, token_BP1[..., 0], cache, method="hidden")
+    return hidden_BPD[:, -1], cache
+
+  def latents(self, params, token_BP1, key_B) -> None:
+    """Tokens have none."""
+
+  def choose(
+    self, params, hidden_BD, wanted: candidates.Wanted, slots: int, sizes: list[int]
+  ) -> candidates.Choice:
+    """Returns the next token of each row; single tokens leave no tail."""
+    logits_BV = layers.apply(self._model, params, hidden_BD, method="logits")
+    zeros_B = jnp.zeros_like(wanted.length_B)
+    key_B = candidates.keys_of(wanted.key_B, candidates.DRAW, zeros_B)
+    token_B = jax.vmap(jax.random.categorical)(key_B, logits_BV * wanted.power_B[:, None])
+    patch = candidates.Candidate(token_B[:, None].astype(jnp.int32), None)
+    ones_B = zeros_B + 1
+    return candidates.Choice(patch, ones_B > 0, ones_B, ones_B, ones_B, zeros_B)
+
+
+Law = CalmLaw | TransformerLaw
+
+# A stage that writes text is a row.
+LAWS: dict[str, Callable[..., Law]] = {"calm": CalmLaw, "transformer": TransformerLaw}

@@ -1,0 +1,205 @@
+"""Claims about rounds of draws: the law is the rule's, however the draws are cut up."""
+
+import functools
+import itertools
+import math
+
+import jax
+import numpy as np
+import pytest
+import scipy.special
+from jax import numpy as jnp
+
+from calm_jax.generation import candidates, rules
+
+LAW = np.array([0.5, 0.3, 0.15, 0.05])
+ROWS = 500
+
+
+def draw_from(law: np.ndarray, key_B: jax.Array):
+  """Patches of two tokens, (x, 2x), x by `law`."""
+
+  def draw(row_S, number_S):
+    keys_S = candidates.keys_of(key_B[row_S], candidates.DRAW, number_S)
+    x_S = jax.vmap(lambda key: jax.random.categorical(key, jnp.log(law)))(keys_S)
+    return candidates.Candidate(jnp.stack([x_S, 2 * x_S], axis=1).astype(jnp.int32), None)
+
+  return draw
+
+
+def wanted(seed: int, power: float, limit: int, tail=(), rows: int = ROWS, attempts: int = 10**6):
+  tail_K = np.zeros(2, np.int32)
+  tail_K[: len(tail)] = tail
+  return candidates.Wanted(
+    key_B=jax.random.split(jax.random.key(seed), rows),
+    power_B=jnp.full(rows, power),
+    limit_B=jnp.full(rows, limit),
+    attempts_B=jnp.full(rows, attempts),
+    tail_BK=jnp.broadcast_to(tail_K, (rows, 2)),
+    length_B=jnp.full(rows, len(tail)),
+    active_B=jnp.ones(rows, bool),
+  )
+
+
+@functools.partial(jax.jit, static_argnames=("rule", "slots", "sizes"))
+def _choose(asked, law, rule, slots, sizes):
+  drawing = draw_from(law, asked.key_B)
+  return candidates.choose(asked, drawing, rules.RULES[rule], slots, list(sizes))
+
+
+def outcomes(rule: str, power: float, limit: int, batches: int, law=LAW, **given):
+  """Choices of many rows, joined."""
+  sizes = tuple(candidates.round_sizes(ROWS, 1, limit))
+  found = [
+    _choose(wanted(seed, power, limit, **given), law, rule, limit, sizes) for seed in range(batches)
+  ]
+  return jax.tree.map(lambda *x: np.concatenate(x), *found)
+
+
+# Batches of rows for a test of a law: 20,000 draws here, 100,000 by hand.
+BATCHES = pytest.mark.parametrize("batches", [40, pytest.param(200, marks=pytest.mark.exhaustive)])
+
+
+def chi_square(found: np.ndarray, law: np.ndarray) -> float:
+  expected = law / law.sum() * len(found)
+  return float(np.sum((np.bincount(found, minlength=len(law)) - expected) ** 2 / expected))
+
+
+# Chi-square's quantile at 1 - 1e-4 with 3 degrees of freedom.
+LIMIT = 21.1
+
+
+@BATCHES
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.5, 0.4])
+def test_exact_draws_have_the_exact_law_and_take_the_expected_number(
+  temperature: float, batches: int
+):
+  power = 1 / temperature
+  found = outcomes("exact", power, 200, batches)
+  assert found.settled_B.all()
+  assert chi_square(found.patch.token_K[:, 0], LAW**power) < LIMIT
+  n = int(power + 1e-9)
+  first_stage = 1 + sum((LAW**j).sum() for j in range(1, n))
+  second_stage = (LAW ** (power - 1)).sum() if power > n + 1e-9 else 0.0
+  expected = (first_stage + second_stage) / (LAW**power).sum()
+  error = found.seen_B.std() / len(found.seen_B) ** 0.5
+  assert abs(found.seen_B.mean() - expected) < 4 * error + 1e-9
+
+
+def race(power: float) -> np.ndarray:
+  """The law of the first patch that is drawn n times, times P^a: by adding up all ways there."""
+  n, won = int(power), np.zeros(len(LAW))
+  ways = {(0,) * len(LAW): 1.0}
+  while ways:
+    after: dict[tuple[int, ...], float] = {}
+    for counts, weight in ways.items():
+      for x, p in enumerate(LAW):
+        if counts[x] == n - 1:
+          won[x] += weight * p
+        else:
+          grown = (*counts[:x], counts[x] + 1, *counts[x + 1 :])
+          after[grown] = after.get(grown, 0.0) + weight * p
+    ways = after
+  return won * LAW ** (power - n)
+
+
+@BATCHES
+@pytest.mark.parametrize("power", [2.0, 3.0, 2.5])
+def test_the_first_to_come_n_times_has_the_law_of_the_race(power: float, batches: int):
+  found = outcomes("first", power, 120, batches)
+  assert found.settled_B.all()
+  assert chi_square(found.patch.token_K[:, 0], race(power)) < LIMIT
+
+
+def weight(count: int, power: float, level: float) -> float:
+  gamma = scipy.special.gamma
+  return gamma(count + 1) / gamma(count - level + 1) if count >= max(int(level), 1) else 0.0
+
+
+def batch_law(power: float, limit: int) -> np.ndarray:
+  """The law of the batch rule: over all counts that `limit` draws can give."""
+  law = np.zeros(len(LAW))
+  for counts in itertools.product(range(limit + 1), repeat=len(LAW)):
+    if sum(counts) != limit:
+      continue
+    ways = math.factorial(limit) / math.prod(map(math.factorial, counts))
+    level = power - max(int(power) - max(counts), 0)
+    weights = np.array([weight(count, power, level) for count in counts])
+    law += ways * np.prod(LAW**counts) * weights / weights.sum()
+  return law
+
+
+@BATCHES
+@pytest.mark.parametrize("power", [2.0, 3.0, 2.5, 1.25])
+def test_the_batch_rule_has_the_law_of_its_weights(power: float, batches: int):
+  found = outcomes("batch", power, 10, batches)
+  assert not found.settled_B.any() and (found.drawn_B == 10).all()
+  assert chi_square(found.patch.token_K[:, 0], batch_law(power, 10)) < LIMIT
+
+
+@BATCHES
+def test_where_the_draws_end_the_batch_rule_takes_over(batches: int):
+  """Two of three equal in the end: settled if they are the first two, chosen else."""
+  found = outcomes("exact", 2.0, 3, batches)
+  law, settled = np.zeros(len(LAW)), 0.0
+  for sequence in itertools.product(range(len(LAW)), repeat=3):
+    p = np.prod(LAW[list(sequence)])
+    counts = np.bincount(sequence, minlength=len(LAW))
+    weights = counts * (counts - 1) if counts.max() > 1 else counts
+    if sequence[0] == sequence[1]:
+      law[sequence[0]] += p
+      settled += p
+    else:
+      law += p * weights / weights.sum()
+  assert chi_square(found.patch.token_K[:, 0], law) < LIMIT
+  count = len(found.settled_B)
+  assert abs(found.settled_B.mean() - settled) < 4 * (settled * (1 - settled) / count) ** 0.5
+
+
+def test_a_tail_leaves_the_law_of_what_begins_with_it():
+  """x is a patch's first token: only draws of x = 1 are seen, about a third of them."""
+  found = outcomes("exact", 2.0, 50, 1, tail=(1,))
+  assert (found.patch.token_K == [1, 2]).all() and (found.longest_B == 1).all()
+  assert (found.seen_B == 2).all()
+  assert abs(found.agreed_B.sum() / found.drawn_B.sum() - 0.3) < 0.05
+
+
+def test_a_tail_that_none_meets_gives_what_came_nearest():
+  found = outcomes("exact", 2.0, 50, 1, tail=(1, 3), attempts=20)
+  assert (found.agreed_B == 0).all() and (found.drawn_B == 20).all()
+  near_B = found.longest_B == 1  # A draw of 1 was among the twenty.
+  assert near_B.mean() > 0.98 and (found.patch.token_K[near_B, 0] == 1).all()
+
+
+@pytest.mark.parametrize("rule", sorted(rules.RULES))
+def test_neither_rounds_nor_other_rows_change_what_a_row_draws(rule: str):
+  asked = wanted(3, 2.5, 30)
+  one = _choose(asked, LAW, rule, 30, (ROWS,))
+  large = _choose(asked, LAW, rule, 30, (2 * ROWS, 7 * ROWS))
+  np.testing.assert_array_equal(one.patch.token_K, large.patch.token_K)
+  np.testing.assert_array_equal(one.seen_B, large.seen_B)
+  alone = _choose(jax.tree.map(lambda x: x[7:8], asked), LAW, rule, 30, (4,))
+  np.testing.assert_array_equal(alone.patch.token_K[0], one.patch.token_K[7])
+
+
+def test_a_settled_row_and_one_that_wants_nothing_draw_no_more():
+  asked = wanted(0, 1.0, 100)._replace(active_B=jnp.arange(ROWS) % 2 == 0)
+  found = _choose(asked, LAW, "first", 100, (ROWS // 2,))
+  np.testing.assert_array_equal(found.drawn_B, jnp.arange(ROWS) % 2 == 0)
+
+
+def test_each_row_has_its_own_temperature_and_number_of_draws():
+  asked = wanted(5, 1.0, 40)
+  cold_B = jnp.arange(ROWS) % 2 == 0
+  asked = asked._replace(power_B=jnp.where(cold_B, 30.0, 1.0), limit_B=jnp.where(cold_B, 40, 1))
+  found = _choose(asked, LAW, "batch", 40, (ROWS,))
+  np.testing.assert_array_equal(found.drawn_B, np.where(cold_B, 40, 1))
+  assert (found.patch.token_K[cold_B, 0] == 0).mean() > 0.9
+  assert abs((found.patch.token_K[~cold_B, 0] == 0).mean() - 0.5) < 0.15
+
+
+def test_round_sizes_grow_from_what_is_surely_needed():
+  assert candidates.round_sizes(1, 3, 200) == [3, 6, 12, 24, 48, 64]
+  assert candidates.round_sizes(32, 3, 200) == [64]
+  assert candidates.round_sizes(4, 1, 1) == [4]
+  assert candidates.round_sizes(100, 1, 1) == [100]
