@@ -87,10 +87,10 @@ def test_unrolled_and_scanned_baselines_compute_what_is_counted():
 
 def test_evaluation_and_decoding_compile():
   plans = {"evaluation": steps.evaluation_plan(job(BASELINE)), **steps.decode_plans(job(CALM))}
-  assert set(plans) == {"evaluation", "next", "choose"}
+  assert set(plans) == {"evaluation", "prompt", "patch"}
   assert all(plan.fits and plan.memory.peak > 0 for plan in plans.values())
   assert plans["evaluation"].facts.tokens == 8 * 128
-  assert "toy, decode: choose" in tables.lines(list(plans.values()))
+  assert "toy, decode: patch" in tables.lines(list(plans.values()))
 
 
 def test_slices_talk_over_their_network():

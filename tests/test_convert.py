@@ -4,13 +4,12 @@ import dataclasses
 import json
 import shutil
 
-import jax
 import pytest
 from folders import GOLDEN, VOCAB, all_params, assert_same, converted, weights
 
 from calm_jax import errors, workdir
 from calm_jax.data import store as store_lib
-from calm_jax.generation import decode
+from calm_jax.generation import decode, requests
 from calm_jax.interchange import formats, tensors, to_workdir
 from calm_jax.training import evaluation
 
@@ -92,11 +91,11 @@ def test_what_goes_out_and_comes_back_scores_the_same(name, request, tokens, tmp
 def test_imported_weights_write_text_from_a_prompt_of_a_patch(trained_calm, tmp_path):
   formats.convert(str(trained_calm), str(tmp_path / "out"), "reference")
   back = converted(tmp_path / "out")
-  decoder = decode.Decoder(back, decode.Settings(max_tokens=8), print)
-  new = [token for patch in decoder.tokens(range(20, 24), jax.random.key(0)) for token in patch]
-  assert len(new) == 8
+  decoder = decode.Decoder(back, requests.Sampler(), print)
+  writing = decoder.start([requests.Request(tuple(range(20, 24)), max_tokens=8)])
+  assert len(writing.advance(2)[0].tokens) == 8 and writing.done
   with pytest.raises(errors.CalmError, match=r"prompt has 3 tokens.*at least a patch, 4 tokens"):
-    list(decoder.tokens(range(3), jax.random.key(0)))
+    decoder.start([requests.Request(tuple(range(3)))])
 
 
 def test_formats_that_a_stage_has_not_are_named(trained_autoencoder, trained_transformer, tmp_path):

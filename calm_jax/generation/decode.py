@@ -21,7 +21,7 @@ TAIL_ROUNDS, TAIL_CANDIDATES = 8, 256
 PROMPT_PATCHES = 8
 
 
-class _Asked(NamedTuple):
+class Asked(NamedTuple):
   """The requests of a batch as arrays; see `candidates.Wanted`."""
 
   key_B: jax.Array
@@ -31,6 +31,34 @@ class _Asked(NamedTuple):
   tail_BK: jax.Array
   length_B: jax.Array
   max_tokens_B: jax.Array
+
+
+def asked(
+  wishes: Sequence[requests.Request],
+  power: Sequence[float],
+  tails: Sequence[Sequence[int]],
+  patch_size: int,
+) -> Asked:
+  """Returns a batch's requests as arrays, given 1/T of each and the tail of each prompt."""
+  limit = [wish.num_candidates if s != 1 else 1 for s, wish in zip(power, wishes, strict=True)]
+  tail_BK = np.zeros((len(wishes), patch_size), np.int32)
+  for row, tail in enumerate(tails):
+    tail_BK[row, : len(tail)] = tail
+  seeds = np.array([wish.seed for wish in wishes], np.uint32)
+  numbers = np.array([wish.number for wish in wishes], np.int32)
+
+  def whole(values: Sequence[int]) -> jax.Array:
+    return jnp.array(values, jnp.int32)
+
+  return Asked(
+    key_B=jax.vmap(lambda seed, n: jax.random.fold_in(jax.random.key(seed), n))(seeds, numbers),
+    power_B=jnp.array(power, jnp.float32),
+    limit_B=whole(limit),
+    attempts_B=whole([TAIL_ROUNDS * max(n, TAIL_CANDIDATES) for n in limit]),
+    tail_BK=jnp.array(tail_BK),
+    length_B=whole([len(tail) for tail in tails]),
+    max_tokens_B=whole([wish.max_tokens for wish in wishes]),
+  )
 
 
 class _State(NamedTuple):
@@ -96,7 +124,7 @@ class Decoder:
     return _State(hidden_BD, cache, max_tokens_B < 1, zeros_B, jnp.int32(0))
 
   def _steps(
-    self, params, asked: _Asked, state: _State, slots: int, sizes: tuple[int, ...], count: int
+    self, params, asked: Asked, state: _State, slots: int, sizes: tuple[int, ...], count: int
   ) -> tuple[_State, candidates.Choice]:
     """Writes up to `count` patches of every text; returns also each patch's choice, [T, B, ...].
 
@@ -170,31 +198,16 @@ class Writing:
   def __init__(self, decoder: Decoder, wishes: Sequence[requests.Request]):
     self._decoder, self._wishes, law = decoder, list(wishes), decoder.law
     power = [law.power(wish) for wish in wishes]
-    limit = [wish.num_candidates if s != 1 else 1 for s, wish in zip(power, wishes, strict=True)]
-    prompts = [self._prompt(number) for number in range(len(wishes))]
-    token_BPK, start_B, tails = self._aligned(prompts)
-    patches = token_BPK.shape[1] + max(-(-wish.max_tokens // law.patch_size) for wish in wishes)
-    tail_BK = np.zeros((len(wishes), law.patch_size), np.int32)
-    for row, tail in enumerate(tails):
-      tail_BK[row, : len(tail)] = tail
-    self._slots = max(limit)
-    self._sizes = tuple(
-      candidates.round_sizes(
-        len(wishes), max(law.least(*x) for x in zip(power, limit, strict=True)), self._slots
-      )
+    token_BPK, start_B, tails = self._aligned(
+      [self._prompt(number) for number in range(len(wishes))]
     )
-    key_B = jax.vmap(lambda seed, number: jax.random.fold_in(jax.random.key(seed), number))(
-      np.array([wish.seed for wish in wishes], np.uint32), np.array([w.number for w in wishes])
-    )
-    attempts = [TAIL_ROUNDS * max(n, TAIL_CANDIDATES) for n in limit]
-    self._asked = _Asked(
-      key_B=key_B, power_B=np.array(power, np.float32), limit_B=np.array(limit, np.int32),
-      attempts_B=np.array(attempts, np.int32), tail_BK=tail_BK,
-      length_B=np.array([len(tail) for tail in tails], np.int32),
-      max_tokens_B=np.array([wish.max_tokens for wish in wishes], np.int32),
-    )  # fmt: skip
-    self._asked = _placed(self._asked)
+    self._asked = _placed(asked(wishes, power, tails, law.patch_size))
     self._tails = [len(tail) for tail in tails]
+    limit = np.asarray(self._asked.limit_B).tolist()
+    least = max(law.least(*both) for both in zip(power, limit, strict=True))
+    self._slots = max(limit)
+    self._sizes = tuple(candidates.round_sizes(len(wishes), least, self._slots))
+    patches = token_BPK.shape[1] + max(-(-wish.max_tokens // law.patch_size) for wish in wishes)
     self._state = decoder.prefill(
       law.params, _placed(token_BPK), _placed(start_B), self._asked.max_tokens_B, self._asked.key_B,
       slots=min(decoder.window, _bucket(patches, decoder.window)),
@@ -296,7 +309,10 @@ class Writing:
     size = self._decoder.law.patch_size
     told = f"{self._name(row)}the prompt ends inside a patch: "
     if choice.agreed_B:
-      told += f"{choice.agreed_B} of {choice.drawn_B} candidates begin with its last {tail} of {size} tokens"
+      told += (
+        f"{choice.agreed_B} of {choice.drawn_B} candidates begin with its last {tail} of {size} "
+        "tokens"
+      )
     else:
       told += (
         f"none of {choice.drawn_B} candidates begins with its last {tail} of {size} tokens; took "

@@ -16,7 +16,7 @@ from jax import numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from calm_jax import config, workdir
-from calm_jax.generation import decode
+from calm_jax.generation import decode, laws, requests
 from calm_jax.models import attention, autoencoder, calm, flops, transformer
 from calm_jax.parallel import mesh as mesh_lib
 from calm_jax.parallel import rules
@@ -200,13 +200,16 @@ def _forward_facts(name: str, params: Tree, tokens: int) -> result.Facts:
 
 
 def decode_plans(job: Job) -> dict[str, result.Plan]:
-  """Returns the plans of the two programs that write a patch of a text, on one device.
+  """Returns the plans of the two programs that write a text, on one device.
+
+  They are the reading of a prompt that fills the window, and the loop that writes,
+  counted for one patch at temperature 1, which takes one candidate.
 
   Raises:
     CalmError: for a stage that writes no text.
   """
   config.require(
-    job.run.stage in decode.LAWS, f"stage {job.run.stage!r} writes no text: leave out --decode"
+    job.run.stage in laws.LAWS, f"stage {job.run.stage!r} writes no text: leave out --decode"
   )
   mesh = mesh_lib.build(config.Mesh(fsdp=1), list(job.mesh.devices.flat)[:1])
   one = dataclasses.replace(job.topology, shape=(1,) * len(job.topology.shape), slices=1)
@@ -217,36 +220,28 @@ def decode_plans(job: Job) -> dict[str, result.Plan]:
 
   found = {}
   with jax.set_mesh(mesh):
-    law = _law(job, decode.Settings())
-    params = placed(law.params)
-    window = job.positions - 1
-    abstract = {
-      "cache": lambda: law.empty_cache(window),
-      "tokens": lambda: jnp.zeros((1, 1, job.patch_size), jnp.int32),
-      "key": lambda: jax.random.key(0),
-    }
-    cache, token_11K, key = (placed(jax.eval_shape(make)) for make in abstract.values())
-    latent_11Z = placed(jax.eval_shape(law.latents, params, token_11K, key))
-    advance = jax.jit(law.advance, donate_argnums=3)
-    hidden_1D, _ = placed(jax.eval_shape(law.advance, params, token_11K, latent_11Z, cache))
-    tail_K = placed(jax.ShapeDtypeStruct((job.patch_size,), jnp.int32))
-    length = placed(jax.ShapeDtypeStruct((), jnp.int32))
-    choose = jax.jit(law.choose, static_argnames="count")
+    decoder = _decoder(job)
+    window, size = decoder.window, job.patch_size
+    params = placed(decoder.law.params)
+    asked = placed(jax.eval_shape(lambda: decode.asked([requests.Request()], [1.0], [()], size)))
+    token_1PK = placed(jax.ShapeDtypeStruct((1, window, size), jnp.int32))
+    prompt = (params, token_1PK, asked.limit_B, asked.max_tokens_B, asked.key_B)
+    state = placed(jax.eval_shape(functools.partial(decoder.prefill, slots=window), *prompt))
     lowered = {
-      "next": advance.lower(params, token_11K, latent_11Z, cache),
-      "choose": choose.lower(params, hidden_1D, key, tail_K, length, count=law.draws),
+      "prompt": (decoder.prefill.lower(*prompt, slots=window), window),
+      "patch": (decoder.steps.lower(params, asked, state, slots=1, sizes=(1,), count=1), 1),
     }
-  for name, one_lowered in lowered.items():
+  for name, (one_lowered, patches) in lowered.items():
     made = program_lib.compile_lowered(one_lowered)
-    facts = _forward_facts(f"{job.name}, decode: {name}", params, job.patch_size)
+    facts = _forward_facts(f"{job.name}, decode: {name}", params, patches * size)
     found[name] = result.Plan.of(facts, one, list(mesh.devices.flat), made)
   return found
 
 
-def _law(job: Job, settings: decode.Settings) -> Any:
-  """Returns what a text is drawn by, with abstract parameters."""
+def _decoder(job: Job) -> decode.Decoder:
+  """Returns what texts are written by, with abstract parameters."""
   run: Any = job.run
-  origin: Any = None  # A law asks nothing of where the weights come from.
+  origin = workdir.Origin("", "", "", job.vocab_size, eos_id=0, appends_eos=True, start_patch=())
   if isinstance(run, config.TransformerRun):
     dtype = jnp.dtype(run.training.compute_dtype)
     model = transformer.Transformer(run.model, job.vocab_size, dtype)
@@ -258,7 +253,7 @@ def _law(job: Job, settings: decode.Settings) -> Any:
       config.AutoencoderRun(model=job.codec), origin, _abstract(codec.initial), 0
     )
     trained = workdir.TrainedCalm(run, origin, _abstract(model.init), 0, stage_one, model)
-  return decode.LAWS[run.stage](trained, settings)
+  return decode.Decoder(trained, requests.Sampler(), lambda line: None)
 
 
 @dataclasses.dataclass(frozen=True)
