@@ -1,7 +1,8 @@
 """The act of measuring: `python -m calm_jax.evaluate --workdir=W`.
 
 Prints the figures of held-out text as JSON and writes them into the workdir's
-evaluation.json. They depend on the context length and on N: both are in it.
+evaluation.json. They depend on the context length and on N: both are in it. With
+`--temperatures` it scores what is written at them, into temperature.json.
 """
 
 from typing import Any
@@ -13,6 +14,7 @@ from etils import epath
 from calm_jax import cli, config, distributed, errors, files, workdir
 from calm_jax.data import pipeline, synthetic
 from calm_jax.data import store as store_lib
+from calm_jax.generation import rules, tradeoff
 from calm_jax.objectives import brier
 from calm_jax.parallel import mesh as mesh_lib
 from calm_jax.training import evaluation
@@ -27,6 +29,16 @@ _SAMPLES = flags.DEFINE_integer(
 _BATCH = flags.DEFINE_integer("batch", 16, "Blocks worked on at once.", 1)
 _SEED = flags.DEFINE_integer("seed", 0, "Of all noise.", 0, 2**32 - 1)
 
+_TEMPERATURES = flags.DEFINE_list(
+  "temperatures",
+  [],
+  "Score in place of the model its continuations at these temperatures, by --rules and "
+  "--num_candidates: accuracy, collision and draws.",
+)
+_NUM_CANDIDATES = flags.DEFINE_list("num_candidates", ["200"], "N, each with --temperatures.")
+_RULES = flags.DEFINE_list("rules", ["first"], f"Of {', '.join(rules.RULES)}, with --temperatures.")
+_PATCHES = flags.DEFINE_integer("patches", 512, "Patches to score, with --temperatures.", 1)
+
 # The unconditional law is read off at most this many training tokens.
 MARGINAL_TOKENS = 50_000_000
 
@@ -39,12 +51,7 @@ def _marginal(store: store_lib.TokenStore, figures: dict[str, Any], size: int) -
   return brier.marginal(brier.grams(train, size), heldout.reshape(-1, brier.ORDERS))
 
 
-def evaluate(directory: str) -> dict[str, Any]:
-  """Returns the figures of a workdir's newest checkpoint on held-out text.
-
-  Raises:
-    CalmError: for a workdir, store or context that do not fit each other.
-  """
+def _store(directory: str) -> store_lib.TokenStore:
   run, origin = workdir.read_run(directory), workdir.read_origin(directory)
   config.require(
     bool(_DATA.value or run.data.path),
@@ -53,6 +60,16 @@ def evaluate(directory: str) -> dict[str, Any]:
   )
   store = synthetic.open_store(_DATA.value or run.data.path)
   workdir.require_same_tokenizer(origin, store, directory)
+  return store
+
+
+def evaluate(directory: str) -> dict[str, Any]:
+  """Returns the figures of a workdir's newest checkpoint on held-out text.
+
+  Raises:
+    CalmError: for a workdir, store or context that do not fit each other.
+  """
+  run, store = workdir.read_run(directory), _store(directory)
   context = _CONTEXT.value or run.data.context
   config.require(
     run.stage == "calm" or not _SAMPLES.value,
@@ -76,15 +93,44 @@ def _figures(directory: str, store: store_lib.TokenStore, context: int) -> dict[
   return {**figures, "data": _DATA.value or trained.run.data.path, "store_hash": store.hash}
 
 
+def _numbers(flag: flags.FlagHolder, kind: type) -> list[Any]:
+  try:
+    return [kind(value) for value in flag.value]
+  except ValueError as error:
+    raise errors.CalmError(f"--{flag.name} is no list of numbers: {error}") from error
+
+
+def _tradeoff(directory: str) -> dict[str, Any]:
+  """Returns what continuations score at each temperature."""
+  for name in _RULES.value:
+    config.require(
+      name in rules.RULES, f"--rules has {name!r}: {config.nearest(name, rules.RULES)}"
+    )
+  store = _store(directory)
+  temperatures, numbers = _numbers(_TEMPERATURES, float), _numbers(_NUM_CANDIDATES, int)
+  trained = workdir.load(directory)
+  rows = tradeoff.measure(
+    trained, store, temperatures, numbers, _RULES.value, _PATCHES.value, _SEED.value
+  )
+  return {
+    "stage": trained.run.stage, "step": trained.step, "context_tokens": trained.run.data.context,
+    "seed": _SEED.value, "store_hash": store.hash, "rows": rows,
+  }  # fmt: skip
+
+
 def main() -> None:
   if not _WORKDIR.value:
     raise errors.CalmError("give --workdir=DIR, the folder of a training run")
   distributed.initialize()
   distributed.watch_peers(errors.EXIT_RESTART)
-  text = files.to_json(files.finite(evaluate(_WORKDIR.value)))
+  if _TEMPERATURES.value:
+    name, figures = workdir.TRADEOFF, _tradeoff(_WORKDIR.value)
+  else:
+    name, figures = workdir.EVALUATION, files.finite(evaluate(_WORKDIR.value))
+  text = files.to_json(figures)
   if distributed.is_first():
     print(text, end="", flush=True)
-    files.write(epath.Path(_WORKDIR.value) / workdir.EVALUATION, text)
+    files.write(epath.Path(_WORKDIR.value) / name, text)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ origin.json       what they were trained on: hashes, vocabulary, first patch
 tokenizer.*       a copy, so that the workdir needs no token store to write text
 checkpoints/      see training.checkpoint
 autoencoder/      stage two only: the same four of its frozen autoencoder
-metrics.jsonl evaluation.json samples.jsonl   figures and texts
+metrics.jsonl evaluation.json temperature.json samples.jsonl   figures and texts
 """
 
 import dataclasses
@@ -30,6 +30,7 @@ Params = Any
 AUTOENCODER = "autoencoder"
 METRICS = "metrics.jsonl"
 EVALUATION = "evaluation.json"
+TRADEOFF = "temperature.json"
 SAMPLES = "samples.jsonl"
 
 
