@@ -127,7 +127,7 @@ def of_calm(
         power = temperature.power(value)
         pair = [_taken(pool_BNK, power, key_B, name, n) for pool_BNK in pool_2BNK]
         found[name, value, n].append(
-          jax.tree.map(lambda x, count=len(some): np.asarray(x)[:count], pair)
+          jax.tree.map(lambda x, some=some: np.asarray(x)[: len(some)], pair)
         )
     left -= len(places)
   target_PK = np.concatenate(targets)
