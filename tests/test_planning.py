@@ -86,6 +86,14 @@ def test_the_largest_buffers_are_read():
   ]
 
 
+def test_the_compilers_own_report_is_believed_about_temporaries():
+  compiled = jax.jit(lambda x: 2 * x).lower(jnp.ones(64)).compile()
+  lines = ["Memory Space: default (color=0)", "Total bytes: 1512 (1.5KiB)", ""]
+  vmem = ["Memory Space: vmem (color=1)", "Total bytes: 9999 (9.8KiB)"]
+  holds = memory.memory_of(compiled, "\n".join(lines + vmem))
+  assert (holds.peak, holds.temporaries) == (1512, 1000)  # 64 numbers in, 64 out.
+
+
 # Traffic.
 
 MOVES = """HloModule one

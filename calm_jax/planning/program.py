@@ -68,12 +68,12 @@ def compile_lowered(lowered: Any, options: dict[str, Any] | None = None) -> Prog
         raise
     seconds = time.perf_counter() - start
     module = runs.read(_text(folder, compiled))
-    reports = [path.read_text() for path in folder.glob("*-memory-usage-report.txt")]
+    report = "\n".join(path.read_text() for path in folder.glob("*-memory-usage-report.txt"))
   if overflow:
     holds = memory_lib.memory_of_refused(module, overflow)
   else:
-    holds = memory_lib.memory_of(compiled)
-  return Program(module, holds, overflow, tuple(memory_lib.largest("\n".join(reports))), seconds)
+    holds = memory_lib.memory_of(compiled, report)
+  return Program(module, holds, overflow, tuple(memory_lib.largest(report)), seconds)
 
 
 @contextlib.contextmanager
