@@ -14,7 +14,7 @@ from etils import epath
 from calm_jax import cli, config, distributed, errors, files, workdir
 from calm_jax.data import pipeline, synthetic
 from calm_jax.data import store as store_lib
-from calm_jax.generation import rules, tradeoff
+from calm_jax.generation import requests, tradeoff
 from calm_jax.objectives import brier
 from calm_jax.parallel import mesh as mesh_lib
 from calm_jax.training import evaluation
@@ -32,11 +32,15 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of all noise.", 0, 2**32 - 1)
 _TEMPERATURES = flags.DEFINE_list(
   "temperatures",
   [],
-  "Score in place of the model its continuations at these temperatures, by --rules and "
+  "Score in place of the model its continuations at these temperatures, by --samplers and "
   "--num_candidates: accuracy, collision and draws.",
 )
-_NUM_CANDIDATES = flags.DEFINE_list("num_candidates", ["200"], "N, each with --temperatures.")
-_RULES = flags.DEFINE_list("rules", ["first"], f"Of {', '.join(rules.RULES)}, with --temperatures.")
+_NUM_CANDIDATES = flags.DEFINE_list("num_candidates", ["32"], "N, each with --temperatures.")
+_SAMPLERS = flags.DEFINE_list(
+  "samplers",
+  ["first:prefix"],
+  "RULE:AT_LIMIT as for generate, each with --temperatures; none:batch is the published one.",
+)
 _PATCHES = flags.DEFINE_integer("patches", 512, "Patches to score, with --temperatures.", 1)
 
 # The unconditional law is read off at most this many training tokens.
@@ -102,15 +106,12 @@ def _numbers(flag: flags.FlagHolder, kind: type) -> list[Any]:
 
 def _tradeoff(directory: str) -> dict[str, Any]:
   """Returns what continuations score at each temperature."""
-  for name in _RULES.value:
-    config.require(
-      name in rules.RULES, f"--rules has {name!r}: {config.nearest(name, rules.RULES)}"
-    )
+  samplers = [requests.Sampler(*pair.split(":")[:2]) for pair in _SAMPLERS.value]
   store = _store(directory)
   temperatures, numbers = _numbers(_TEMPERATURES, float), _numbers(_NUM_CANDIDATES, int)
   trained = workdir.load(directory)
   rows = tradeoff.measure(
-    trained, store, temperatures, numbers, _RULES.value, _PATCHES.value, _SEED.value
+    trained, store, temperatures, numbers, samplers, _PATCHES.value, _SEED.value
   )
   return {
     "stage": trained.run.stage, "step": trained.step, "context_tokens": trained.run.data.context,

@@ -16,7 +16,7 @@ from absl import flags
 from etils import epath
 
 from calm_jax import cli, config, errors, files, workdir
-from calm_jax.generation import decode, precision, prompts, requests, rules, session
+from calm_jax.generation import choosers, decode, precision, prompts, requests, rules, session
 from calm_jax.parallel import mesh as mesh_lib
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a language model's training run.")
@@ -38,22 +38,23 @@ _INTERACTIVE = flags.DEFINE_bool(
 )
 _TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "CALM: in (0, 1]; the baseline: any.")
 _NUM_CANDIDATES = flags.DEFINE_integer(
-  "num_candidates", 200, "Draws a patch below temperature 1, at most; more is nearer to the law."
+  "num_candidates",
+  requests.Request.num_candidates,
+  "Draws a patch below temperature 1, at most; more is nearer to the law and less diverse.",
 )
 _RULE = flags.DEFINE_enum(
   "rule",
   requests.Sampler.rule,
   list(rules.RULES),
-  "Which draw is taken: exact: with P^(1/T), by the paper's first algorithm; first: the patch "
-  "that is first drawn 1/T times; batch: all are drawn, by the paper's second algorithm.",
+  "What settles a patch below temperature 1 before its draws end: first: the patch that is first "
+  "drawn 1/T times; exact: P^(1/T), by the paper's first algorithm; none: nothing.",
 )
 _AT_LIMIT = flags.DEFINE_enum(
   "at_limit",
   requests.Sampler.at_limit,
-  list(requests.AT_LIMIT),
-  "Where the draws end before the rule has settled: "
-  + "; ".join(f"{name}: {meaning}" for name, meaning in requests.AT_LIMIT.items())
-  + ".",
+  [*choosers.CHOOSERS, requests.ERROR],
+  "What chooses where the draws end: prefix: token by token, by how many draws go on with it; "
+  "batch: whole patches by their number, the paper's second algorithm; error: the run ends.",
 )
 _WEIGHTS = flags.DEFINE_enum(
   "weights", "float32", list(precision.WEIGHTS), "What weights are kept as while writing."
@@ -120,7 +121,7 @@ class _Act:
     """Writes a batch; returns a line of JSON for each text."""
     every = _EVERY.value or (1 if len(wishes) == 1 else 16)
     texts = self.session.write([self._request(wish) for wish in wishes], every, show)
-    told = {"rule": _RULE.value, "step": self._trained.step}
+    told = {"rule": _RULE.value, "at_limit": _AT_LIMIT.value, "step": self._trained.step}
     return [
       json.dumps({**wish, **told, **found.record()}) + "\n"
       for wish, found in zip(wishes, texts, strict=True)

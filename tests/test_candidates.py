@@ -10,7 +10,7 @@ import pytest
 import scipy.special
 from jax import numpy as jnp
 
-from calm_jax.generation import candidates, rules
+from calm_jax.generation import candidates, choosers, rules
 
 LAW = np.array([0.5, 0.3, 0.15, 0.05])
 ROWS = 500
@@ -41,10 +41,10 @@ def wanted(seed: int, power: float, limit: int, tail=(), rows: int = ROWS, attem
   )
 
 
-@functools.partial(jax.jit, static_argnames=("rule", "slots", "sizes"))
-def _choose(asked, law, rule, slots, sizes):
-  drawing = draw_from(law, asked.key_B)
-  return candidates.choose(asked, drawing, rules.RULES[rule], slots, list(sizes))
+@functools.partial(jax.jit, static_argnames=("rule", "slots", "sizes", "chooser"))
+def _choose(asked, law, rule, slots, sizes, chooser="batch"):
+  drawing, choosing = draw_from(law, asked.key_B), choosers.CHOOSERS[chooser]
+  return candidates.choose(asked, drawing, rules.RULES[rule], choosing, slots, list(sizes))
 
 
 def outcomes(rule: str, power: float, limit: int, batches: int, law=LAW, **given):
@@ -111,9 +111,16 @@ def test_the_first_to_come_n_times_has_the_law_of_the_race(power: float, batches
   assert chi_square(found.patch.token_K[:, 0], race(power)) < LIMIT
 
 
-def weight(count: int, power: float, level: float) -> float:
+def weight(count: int, level: float) -> float:
   gamma = scipy.special.gamma
   return gamma(count + 1) / gamma(count - level + 1) if count >= max(int(level), 1) else 0.0
+
+
+def shares(counts: np.ndarray, power: float) -> np.ndarray:
+  """The law of one draw, given how often each outcome was drawn."""
+  level = power - max(int(power) - max(counts), 0)
+  weights = np.array([weight(count, level) for count in counts])
+  return weights / weights.sum()
 
 
 def batch_law(power: float, limit: int) -> np.ndarray:
@@ -123,16 +130,14 @@ def batch_law(power: float, limit: int) -> np.ndarray:
     if sum(counts) != limit:
       continue
     ways = math.factorial(limit) / math.prod(map(math.factorial, counts))
-    level = power - max(int(power) - max(counts), 0)
-    weights = np.array([weight(count, power, level) for count in counts])
-    law += ways * np.prod(LAW**counts) * weights / weights.sum()
+    law += ways * np.prod(LAW**counts) * shares(counts, power)
   return law
 
 
 @BATCHES
 @pytest.mark.parametrize("power", [2.0, 3.0, 2.5, 1.25])
 def test_the_batch_rule_has_the_law_of_its_weights(power: float, batches: int):
-  found = outcomes("batch", power, 10, batches)
+  found = outcomes("none", power, 10, batches)
   assert not found.settled_B.any() and (found.drawn_B == 10).all()
   assert chi_square(found.patch.token_K[:, 0], batch_law(power, 10)) < LIMIT
 
@@ -154,6 +159,36 @@ def test_where_the_draws_end_the_batch_rule_takes_over(batches: int):
   assert chi_square(found.patch.token_K[:, 0], law) < LIMIT
   count = len(found.settled_B)
   assert abs(found.settled_B.mean() - settled) < 4 * (settled * (1 - settled) / count) ** 0.5
+
+
+@BATCHES
+@pytest.mark.parametrize("power", [2.0, 2.5])
+def test_token_by_token_the_next_token_has_the_law_of_its_weights(power: float, batches: int):
+  """Patches (x // 2, x): over all that four draws can be."""
+  law = np.zeros(4)
+  for sequence in itertools.product(range(4), repeat=4):
+    p = np.prod(LAW[list(sequence)])
+    first = np.bincount([x // 2 for x in sequence], minlength=2)
+    for begin, share in enumerate(shares(first, power)):
+      counts = np.bincount([x for x in sequence if x // 2 == begin], minlength=4)
+      if share:
+        law += p * share * shares(counts, power)
+
+  @jax.jit
+  def chosen(key):
+    draw_key, choice_key = jax.random.split(key)
+    x_BN = jax.random.categorical(draw_key, jnp.log(LAW), shape=(ROWS, 4))
+    token_BNK = jnp.stack([x_BN // 2, x_BN], axis=-1)
+    index_B = choosers.prefix(
+      token_BNK,
+      jnp.ones((ROWS, 4), bool),
+      jnp.full(ROWS, power),
+      jax.random.split(choice_key, ROWS),
+    )
+    return jnp.take_along_axis(x_BN, index_B[:, None], axis=1)[:, 0]
+
+  found = np.concatenate([chosen(jax.random.key(seed)) for seed in range(batches)])
+  assert chi_square(found, law) < LIMIT
 
 
 def test_a_tail_leaves_the_law_of_what_begins_with_it():
@@ -192,7 +227,7 @@ def test_each_row_has_its_own_temperature_and_number_of_draws():
   asked = wanted(5, 1.0, 40)
   cold_B = jnp.arange(ROWS) % 2 == 0
   asked = asked._replace(power_B=jnp.where(cold_B, 30.0, 1.0), limit_B=jnp.where(cold_B, 40, 1))
-  found = _choose(asked, LAW, "batch", 40, (ROWS,))
+  found = _choose(asked, LAW, "none", 40, (ROWS,))
   np.testing.assert_array_equal(found.drawn_B, np.where(cold_B, 40, 1))
   assert (found.patch.token_K[cold_B, 0] == 0).mean() > 0.9
   assert abs((found.patch.token_K[~cold_B, 0] == 0).mean() - 0.5) < 0.15

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 from jax import numpy as jnp
 
-from calm_jax.generation import rules, temperature
+from calm_jax.generation import choosers, rules
 
 # The largest round, in candidates of all rows together.
 ROUND = 64
@@ -49,8 +49,7 @@ class Choice(NamedTuple):
 
   Attributes:
     patch: of B rows.
-    settled_B: by the rule; else the draws ended before and were chosen from by the
-      batch rule.
+    settled_B: by the rule; else the draws ended before, and one was chosen from them all.
     drawn_B: candidates made. agreed_B: those of them that begin with the whole tail.
     seen_B: those of these that the rule saw before it was settled.
     longest_B: tokens of the tail that the patch begins with: where it is not all of it, no
@@ -114,6 +113,7 @@ def choose(
   wanted: Wanted,
   draw: Callable[[jax.Array, jax.Array], Candidate],
   rule: rules.Rule,
+  chooser: choosers.Chooser,
   slots: int,
   sizes: list[int],
 ) -> Choice:
@@ -124,6 +124,7 @@ def choose(
 
   Args:
     draw: for rows [S] and the numbers of their draws [S], the candidates [S, ...].
+    chooser: what takes one of a row's draws where they end before the rule has settled.
     slots: N of the row that has most.
     sizes: see `round_sizes`.
   """
@@ -205,7 +206,7 @@ def choose(
   settled_B = pool.progress.settled_B
   left_B = wanted.active_B & ~settled_B & (pool.held_B > 0)
   chosen_B = jax.lax.cond(
-    jnp.any(left_B), lambda: _by_weight(pool, wanted), lambda: pool.progress.star_B
+    jnp.any(left_B), lambda: _chosen(pool, wanted, chooser), lambda: pool.progress.star_B
   )
   chosen_B = jnp.where(settled_B, pool.progress.star_B, chosen_B)
   patch = _rows(pool.held, (every_B, chosen_B))
@@ -214,18 +215,8 @@ def choose(
   return Choice(patch, settled_B, pool.drawn_B, pool.agreed_B, pool.seen_B, pool.longest_B)
 
 
-def _by_weight(pool: _Pool, wanted: Wanted) -> jax.Array:
-  """Returns the draw of each row that the batch rule chooses among all it holds: [B]."""
-  token_BNK = pool.held.token_K
-  here_BN = jnp.arange(token_BNK.shape[1])[None] < pool.held_B[:, None]
-
-  def counts(row):
-    token_NK, here_N = row
-    same_NN = jnp.all(token_NK[:, None] == token_NK[None], axis=-1) & here_N[None]
-    return jnp.where(here_N, jnp.sum(same_NN, axis=1), 0)
-
-  count_BN = jax.lax.map(counts, (token_BNK, here_BN))
-  log_BN = temperature.log_weights(count_BN, wanted.power_B)
-
-  zeros_B = jnp.zeros_like(pool.held_B)
-  return jax.vmap(jax.random.categorical)(keys_of(wanted.key_B, _CHOICE, zeros_B), log_BN)
+def _chosen(pool: _Pool, wanted: Wanted, chooser: choosers.Chooser) -> jax.Array:
+  """Returns the draw of each row that is chosen among all it holds: [B]."""
+  here_BN = jnp.arange(pool.held.token_K.shape[1])[None] < pool.held_B[:, None]
+  key_B = keys_of(wanted.key_B, _CHOICE, jnp.zeros_like(pool.held_B))
+  return chooser(pool.held.token_K, here_BN, wanted.power_B, key_B)

@@ -296,7 +296,7 @@ class Writing:
       written.drawn.append(int(found.drawn_B[patch]))
       written.seen.append(int(found.seen_B[patch]))
       written.settled.append(bool(found.settled_B[patch]))
-      if not written.settled[-1] and self._decoder.sampler.at_limit == "error":
+      if not written.settled[-1] and self._decoder.sampler.at_limit == requests.ERROR:
         raise errors.CalmError(
           f"{self._name(row)}patch {self._patch + patch + 1} is not settled after "
           f"{written.seen[-1]} draws at temperature {wish.temperature}: raise num_candidates, or "

@@ -7,7 +7,7 @@ import jax
 from jax import numpy as jnp
 
 from calm_jax import errors, workdir
-from calm_jax.generation import candidates, requests, rules, temperature
+from calm_jax.generation import candidates, choosers, requests, rules, temperature
 from calm_jax.models import calm, layers
 
 
@@ -16,7 +16,9 @@ class CalmLaw:
 
   def __init__(self, trained: workdir.TrainedCalm, sampler: requests.Sampler):
     self._model, self._rule = trained.model, rules.RULES[sampler.rule]
-    self._draws_all = sampler.rule == "batch"
+    # Where unsettled patches are an error, any choice does until the error is told.
+    self._chooser = choosers.CHOOSERS.get(sampler.at_limit, choosers.batch)
+    self._draws_all = sampler.rule == "none"
     self.patch_size = trained.model.autoencoder.sizes.patch_size
     self.params = (trained.params, trained.autoencoder.params)
     self._reads_latents = trained.run.model.reads_latents
@@ -70,7 +72,7 @@ class CalmLaw:
       token_SK = calm.decode_tokens(model.autoencoder, params[1], latent_SZ)
       return candidates.Candidate(token_SK, latent_SZ if self._reads_latents else None)
 
-    choice = candidates.choose(wanted, draw, self._rule, slots, sizes)
+    choice = candidates.choose(wanted, draw, self._rule, self._chooser, slots, sizes)
     tail_BK = jnp.arange(self.patch_size)[None] < wanted.length_B[:, None]
     token_BK = jnp.where(tail_BK, wanted.tail_BK, choice.patch.token_K)
     latent_BZ = choice.patch.latent_Z

@@ -4,13 +4,9 @@ import dataclasses
 import math
 
 from calm_jax import config, errors
-from calm_jax.generation import rules
+from calm_jax.generation import choosers, rules
 
-# What becomes of a patch whose draws end before its rule has settled.
-AT_LIMIT = {
-  "batch": "the batch rule chooses among the draws that were made",
-  "error": "the run ends",
-}
+ERROR = "error"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +24,7 @@ class Request:
 
   prompt: tuple[int, ...] = ()
   temperature: float = 1.0
-  num_candidates: int = 200
+  num_candidates: int = 32
   max_tokens: int = 256
   seed: int = 0
   number: int = 0
@@ -50,14 +46,14 @@ class Sampler:
   """How CALM draws below temperature 1, the same for all texts.
 
   Attributes:
-    rule: see `rules`.
-    at_limit: see AT_LIMIT.
+    rule: what settles a patch before its draws end; see `rules`.
+    at_limit: what chooses among the draws where they do; see `choosers`. ERROR: nothing.
   """
 
   rule: str = "first"
-  at_limit: str = "batch"
+  at_limit: str = "prefix"
 
   def __post_init__(self):
-    for name, table in (("rule", rules.RULES), ("at_limit", AT_LIMIT)):
+    for name, table in (("rule", rules.RULES), ("at_limit", [*choosers.CHOOSERS, ERROR])):
       value = getattr(self, name)
       config.require(value in table, f"{name} is {value!r}: {config.nearest(value, table)}")

@@ -106,12 +106,9 @@ def first(before: Progress, draw: Draw) -> Progress:
   return _second_stage(before, draw, draw.index_B, jnp.sum(counted_BN, axis=1, dtype=jnp.int32))
 
 
-def batch(before: Progress, draw: Draw) -> Progress:
-  """Never settles below temperature 1: all N draws decide, by `temperature.log_weights`.
-
-  Source: CALM (arXiv:2510.27688), algorithm 2.
-  """
+def none(before: Progress, draw: Draw) -> Progress:
+  """Never settles below temperature 1: all N draws decide, by `choosers`."""
   return before._replace(star_B=draw.index_B, settled_B=before.settled_B | (draw.power_B == 1))
 
 
-RULES: dict[str, Rule] = {"exact": exact, "first": first, "batch": batch}
+RULES: dict[str, Rule] = {"exact": exact, "first": first, "none": none}

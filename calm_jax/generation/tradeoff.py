@@ -16,7 +16,7 @@ from jax import numpy as jnp
 from calm_jax import errors, workdir
 from calm_jax.data import pipeline
 from calm_jax.data import store as store_lib
-from calm_jax.generation import candidates, rules, temperature
+from calm_jax.generation import candidates, choosers, requests, rules, temperature
 from calm_jax.models import calm, layers
 from calm_jax.objectives import brier
 
@@ -47,9 +47,9 @@ def _blocks(
     yield block["tokens"]
 
 
-@functools.partial(jax.jit, static_argnames=("rule", "slots"))
-def _taken(pool_BNK, power, key_B, rule: str, slots: int):
-  """Returns what a rule takes of each row's draws, at most `slots` of them."""
+@functools.partial(jax.jit, static_argnames=("sampler", "slots"))
+def _taken(pool_BNK, power, key_B, sampler: requests.Sampler, slots: int):
+  """Returns what is taken of each row's draws, at most `slots` of them."""
   rows, _, size = pool_BNK.shape
   ones_B = jnp.ones(rows, jnp.int32)
   wanted = candidates.Wanted(
@@ -60,7 +60,8 @@ def _taken(pool_BNK, power, key_B, rule: str, slots: int):
   def draw(row_S, number_S):
     return candidates.Candidate(pool_BNK[row_S, number_S], None)
 
-  return candidates.choose(wanted, draw, rules.RULES[rule], slots, [rows])
+  rule, chooser = rules.RULES[sampler.rule], choosers.CHOOSERS[sampler.at_limit]
+  return candidates.choose(wanted, draw, rule, chooser, slots, [rows])
 
 
 def _equal_so_far(a_PK: np.ndarray, b_PK: np.ndarray) -> np.ndarray:
@@ -72,14 +73,13 @@ def of_calm(
   store: store_lib.TokenStore,
   temperatures: Sequence[float],
   num_candidates: Sequence[int],
-  names: Sequence[str],
+  samplers: Sequence[requests.Sampler],
   patches: int,
   seed: int,
 ) -> list[dict[str, Any]]:
-  """Returns a row for each rule, temperature and N, all on the same draws and patches.
+  """Returns a row for each sampler, temperature and N, all on the same draws and patches.
 
   Args:
-    names: of the rules.
     patches: predicted ones that are used, from all over the held-out text.
   """
   model, most = trained.model, max(num_candidates)
@@ -103,8 +103,8 @@ def of_calm(
     return jnp.moveaxis(token_NBK.reshape(2, most, *token_NBK.shape[1:]), 2, 1)
 
   settings = [
-    (name, value, n if value != 1 else 1)
-    for name in names
+    (sampler, value, n if value != 1 else 1)
+    for sampler in samplers
     for value in temperatures
     for n in (num_candidates if value != 1 else num_candidates[:1])
   ]
@@ -121,26 +121,30 @@ def of_calm(
       filled = np.resize(some, ROWS)  # One program for all.
       own = jax.random.fold_in(block_key, begin + 1)
       pool_2BNK = draws(hidden_PD[filled], jax.random.fold_in(own, 0))
-      key_B = jax.random.split(jax.random.fold_in(own, 1), ROWS)
+      key_2B = jax.random.split(jax.random.fold_in(own, 1), (2, ROWS))
       targets.append(token_1PK[0, some + 1])
-      for name, value, n in settings:
+      for sampler, value, n in settings:
         power = temperature.power(value)
-        pair = [_taken(pool_BNK, power, key_B, name, n) for pool_BNK in pool_2BNK]
-        found[name, value, n].append(
+        pair = [
+          _taken(pool_BNK, power, key_B, sampler, n)
+          for pool_BNK, key_B in zip(pool_2BNK, key_2B, strict=True)
+        ]
+        found[sampler, value, n].append(
           jax.tree.map(lambda x, some=some: np.asarray(x)[: len(some)], pair)
         )
     left -= len(places)
   target_PK = np.concatenate(targets)
   orders = min(size, brier.ORDERS)
   result = []
-  for (name, value, n), pairs in found.items():
+  for (sampler, value, n), pairs in found.items():
     one, other = (
       jax.tree.map(lambda *x: np.concatenate(x), *(pair[i] for pair in pairs)) for i in range(2)
     )
     right = [_equal_so_far(x.patch.token_K, target_PK)[:, :orders] for x in (one, other)]
     equal = _equal_so_far(one.patch.token_K, other.patch.token_K)[:, :orders]
     result.append({
-      "rule": name, "temperature": value, "num_candidates": n, "patches": len(target_PK),
+      "rule": sampler.rule, "at_limit": sampler.at_limit, "temperature": value,
+      "num_candidates": n, "patches": len(target_PK),
       "draws": float(one.seen_B.mean()), "settled": float(one.settled_B.mean()),
       **_figures(np.mean(right, axis=0), equal),
     })  # fmt: skip
@@ -173,7 +177,8 @@ def of_transformer(
   right_ST, equal_ST = (np.concatenate([np.asarray(x[i]) for x in found]) for i in range(2))
   return [
     {
-      "rule": "exact", "temperature": value, "num_candidates": 1, "patches": len(right_ST),
+      "rule": "exact", "at_limit": requests.ERROR, "temperature": value, "num_candidates": 1,
+      "patches": len(right_ST),
       "draws": 1.0, "settled": 1.0, **_figures(right_ST[:, [i]], equal_ST[:, [i]]),
     }
     for i, value in enumerate(temperatures)
@@ -182,7 +187,7 @@ def of_transformer(
 
 def measure(
   trained: workdir.Trained, store: store_lib.TokenStore, temperatures: Sequence[float],
-  num_candidates: Sequence[int], names: Sequence[str], patches: int, seed: int,
+  num_candidates: Sequence[int], samplers: Sequence[requests.Sampler], patches: int, seed: int,
 ) -> list[dict[str, Any]]:  # fmt: skip
   """Returns the rows of `of_calm` or `of_transformer`.
 
@@ -200,4 +205,4 @@ def measure(
       raise errors.CalmError(
         f"num_candidates must be at least 1/temperature = {power:g}, got {fewest}"
       )
-  return of_calm(trained, store, temperatures, num_candidates, names, patches, seed)
+  return of_calm(trained, store, temperatures, num_candidates, samplers, patches, seed)
