@@ -12,16 +12,18 @@ import jax
 from absl import flags
 
 from calm_jax import cli, config, errors, files
-from calm_jax.benchmarking import conversion, evaluation
+from calm_jax.benchmarking import conversion, decoding, evaluation
 from calm_jax.reporting import provenance
 
 # A suite comes in as a row: it returns lines to be read, and its figures.
 SUITES: dict[str, Callable[[], tuple[list[str], Any]]] = {
   "eval": evaluation.measure,
+  "decode": lambda: decoding.measure(_WORKDIR.value),
   "convert": conversion.measure,
 }
 
 _SUITE = flags.DEFINE_string("suite", None, f"What to time: {', '.join(SUITES)}.")
+_WORKDIR = flags.DEFINE_string("workdir", "", "The model of --suite=decode.")
 _OUTPUT = flags.DEFINE_string("output", "", "JSON file for the figures; by default none.")
 
 

@@ -193,7 +193,11 @@ def _bucket(size: int, largest: int) -> int:
 
 
 class Writing:
-  """A batch of texts in the making: `advance` until all have ended."""
+  """A batch of texts in the making: `advance` until all have ended.
+
+  Attributes:
+    state: where they stand, on the devices.
+  """
 
   def __init__(self, decoder: Decoder, wishes: Sequence[requests.Request]):
     self._decoder, self._wishes, law = decoder, list(wishes), decoder.law
@@ -208,7 +212,7 @@ class Writing:
     self._slots = max(limit)
     self._sizes = tuple(candidates.round_sizes(len(wishes), least, self._slots))
     patches = token_BPK.shape[1] + max(-(-wish.max_tokens // law.patch_size) for wish in wishes)
-    self._state = decoder.prefill(
+    self.state = decoder.prefill(
       law.params, _placed(token_BPK), _placed(start_B), self._asked.max_tokens_B, self._asked.key_B,
       slots=min(decoder.window, _bucket(patches, decoder.window)),
     )  # fmt: skip
@@ -256,7 +260,7 @@ class Writing:
   def end(self, row: int) -> None:
     """Ends a text: nothing more of it is wanted."""
     self._ended[row] = True
-    self._state = self._state._replace(done_B=self._state.done_B.at[row].set(True))
+    self.state = self.state._replace(done_B=self.state.done_B.at[row].set(True))
 
   def advance(self, count: int) -> list[Written]:
     """Returns what up to `count` patches add to each text.
@@ -265,8 +269,8 @@ class Writing:
       CalmError: where draws end before a rule settles, if that is asked for.
     """
     decoder = self._decoder
-    self._state, found = decoder.steps(
-      decoder.law.params, self._asked, self._state,
+    self.state, found = decoder.steps(
+      decoder.law.params, self._asked, self.state,
       slots=self._slots, sizes=self._sizes, count=count,
     )  # fmt: skip
     found = jax.device_get(found)

@@ -7,7 +7,7 @@ forward only.
 """
 
 from calm_jax import config
-from calm_jax.models import attention, denoiser
+from calm_jax.models import attention, denoiser, diffusion_head, flow_head
 
 
 def _swiglu(width: int, ffn: int) -> int:
@@ -29,6 +29,12 @@ def decoder_per_patch(sizes: config.Autoencoder, vocab_size: int) -> int:
   linears = 2 * sizes.width * (sizes.latent + sizes.patch_size * sizes.width)
   vocabulary = 2 * sizes.patch_size * sizes.width * vocab_size
   return (sizes.patch_size + 1) * half * block + linears + vocabulary
+
+
+def decoder_weights(sizes: config.Autoencoder) -> int:
+  """Weights of the decoder but its token table."""
+  blocks = sizes.decoder_layers // 2 * 2 * 3 * sizes.width * sizes.ffn
+  return blocks + sizes.width * (sizes.latent + sizes.patch_size * sizes.width)
 
 
 def transformer_per_position(sizes: config.Transformer, positions: int) -> float:
@@ -76,16 +82,36 @@ def _computed_transformer(sizes: config.Transformer, positions: int) -> float:
   return 3 * forward + (attention.FORWARD_PRODUCTS + attention.BACKWARD_PRODUCTS) * product
 
 
+def _energy_parts(sizes: config.Head, width: int, latent: int) -> tuple[int, int]:
+  shared = 2 * width * width * (sizes.blocks + 1)
+  block = 2 * width * (width + width + 2 * width + width)
+  return shared, sizes.blocks * block + 2 * width * (sizes.noise + width + latent)
+
+
+def _denoiser_parts(sizes: config.Head, width: int, latent: int) -> tuple[int, int]:
+  outputs, steps = {
+    "flow": (latent, 2 * (sizes.steps or flow_head.STEPS)),
+    "diffusion": (2 * latent, sizes.steps or diffusion_head.STEPS),
+  }[sizes.kind]
+  shared = 2 * width * width
+  return shared, steps * (_denoiser_call(sizes, width, latent, outputs) - shared)
+
+
+_HEAD_PARTS = {"energy": _energy_parts, "flow": _denoiser_parts, "diffusion": _denoiser_parts}
+
+
+def head_parts(sizes: config.Head, width: int, latent: int) -> tuple[int, int]:
+  """Forward FLOPs of the head while writing: once a hidden state, and of each draw."""
+  return _HEAD_PARTS[sizes.kind](sizes, width, latent)
+
+
 def _computed_energy(run: config.CalmRun, codec: config.Autoencoder) -> float:
   """Training FLOPs of the head for one patch: what reads the hidden state alone is computed
   once, and noise needs no gradient.
   """
-  head, width = run.head, run.model.width
-  once = 2 * width * width * (head.blocks + 1)
-  sample = head.blocks * 2 * width * (width + width + 2 * width + width)
-  sample += 2 * width * (width + codec.latent)
-  noise = 2 * head.noise * width
-  return 3 * (once + run.loss.samples * sample) + 2 * run.loss.samples * noise
+  once, sample = head_parts(run.head, run.model.width, codec.latent)
+  noise = 2 * run.head.noise * run.model.width
+  return 3 * (once + run.loss.samples * sample) - run.loss.samples * noise
 
 
 def _computed_calm(run: config.CalmRun, codec: config.Autoencoder, vocab_size: int) -> float:
@@ -103,31 +129,50 @@ def _computed_baseline(run: config.TransformerRun, codec, vocab_size: int) -> fl
   return backbone + 3 * 2 * run.model.width * vocab_size
 
 
-def _autoencoder_patch(run: config.AutoencoderRun, codec, vocab_size: int) -> float:
-  return 3 * (encoder_per_patch(run.model) + decoder_per_patch(run.model, vocab_size))
+Parts = dict[str, float]
 
 
-def _calm_patch(run: config.CalmRun, codec: config.Autoencoder, vocab_size: int) -> float:
+def _layers(sizes: config.Transformer, positions: int) -> Parts:
+  whole, alone = (transformer_per_position(sizes, n) for n in (positions, 0))
+  return {"backbone": 3 * alone, "attention": 3 * (whole - alone)}
+
+
+def _autoencoder_parts(run: config.AutoencoderRun, codec, vocab_size: int) -> Parts:
+  trunk = decoder_per_patch(run.model, 0)
+  return {
+    "encoder": 3 * encoder_per_patch(run.model),
+    "decoder": 3 * trunk,
+    "vocabulary": 3 * (decoder_per_patch(run.model, vocab_size) - trunk),
+  }
+
+
+def _calm_parts(run: config.CalmRun, codec: config.Autoencoder, vocab_size: int) -> Parts:
   patches = run.data.context // codec.patch_size
-  forward = transformer_per_position(run.model, patches) + input_per_patch(run.model, codec)
   sample = HEAD_SAMPLES[run.head.kind](run.head, run.model.width, codec.latent)
-  return 3 * (forward + run.loss.samples * sample) + encoder_per_patch(codec)
+  return {
+    **_layers(run.model, patches),
+    "input": 3 * input_per_patch(run.model, codec),
+    "head": 3 * run.loss.samples * sample,
+    "frozen encoder": encoder_per_patch(codec),
+  }
 
 
-def _transformer_patch(run: config.TransformerRun, codec, vocab_size: int) -> float:
-  forward = transformer_per_position(run.model, run.data.context)
-  return 3 * (forward + 2 * run.model.width * vocab_size)
+def _transformer_parts(run: config.TransformerRun, codec, vocab_size: int) -> Parts:
+  return {
+    **_layers(run.model, run.data.context),
+    "vocabulary": 3 * 2 * run.model.width * vocab_size,
+  }
 
 
 _STAGES = {
-  "autoencoder": _autoencoder_patch,
-  "calm": _calm_patch,
-  "transformer": _transformer_patch,
+  "autoencoder": _autoencoder_parts,
+  "calm": _calm_parts,
+  "transformer": _transformer_parts,
 }
 
 
 _COMPUTED = {
-  "autoencoder": _autoencoder_patch,
+  "autoencoder": lambda *given: sum(_autoencoder_parts(*given).values()),
   "calm": _computed_calm,
   "transformer": _computed_baseline,
 }
@@ -143,6 +188,12 @@ def computed_per_token(run: config.Run, codec: config.Autoencoder | None, vocab_
   return _COMPUTED[run.stage](run, codec, vocab_size) / (codec.patch_size if codec else 1)
 
 
+def train_parts(run: config.Run, codec: config.Autoencoder | None, vocab_size: int) -> Parts:
+  """Training FLOPs a token of any stage by part; `codec` holds the sizes of stage two's."""
+  parts = _STAGES[run.stage](run, codec, vocab_size)
+  return {name: value / (codec.patch_size if codec else 1) for name, value in parts.items()}
+
+
 def train_per_token(run: config.Run, codec: config.Autoencoder | None, vocab_size: int) -> float:
-  """Training FLOPs a token of any stage; `codec` holds the sizes of stage two's autoencoder."""
-  return _STAGES[run.stage](run, codec, vocab_size) / (codec.patch_size if codec else 1)
+  """Training FLOPs a token of any stage; see `train_parts`."""
+  return sum(train_parts(run, codec, vocab_size).values())

@@ -1,0 +1,194 @@
+"""The act of counting: `python -m calm_jax.cost --config=configs/calm.py:m [--temperature=0.5]`.
+
+Prints what training and writing a token cost, part by part, beside the Transformer of
+about equal quality, and the time that writing takes on a chip at its published peaks.
+Counted from the sizes alone: nothing is run.
+"""
+
+import sys
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from calm_jax import cli, config, errors, files
+from calm_jax.generation import candidates, requests, temperature
+from calm_jax.models import flops
+from calm_jax.planning import published, topologies, writing
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "Settings: configs/STAGE.py, with :SIZE where the file has sizes.",
+  lock_config=True,
+)  # fmt: skip
+_BASELINE = config_flags.DEFINE_config_file(
+  "baseline", None, "What to compare with; by default the published Transformer of equal quality.",
+  lock_config=True,
+)  # fmt: skip
+_AUTOENCODER = config_flags.DEFINE_config_file(
+  "autoencoder_config", None, "Sizes of stage two's autoencoder; by default the published ones.",
+  lock_config=True,
+)  # fmt: skip
+_VOCAB = flags.DEFINE_integer("vocab_size", published.VOCAB, "Tokens; by default Llama 3's.", 2)
+_TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "CALM: in (0, 1].")
+_NUM_CANDIDATES = flags.DEFINE_integer(
+  "num_candidates", 200, "N, draws a patch below temperature 1; by default the paper's.", 1
+)
+_DRAWS = flags.DEFINE_float(
+  "draws",
+  0.0,
+  "Draws that a patch takes on average below temperature 1, where a rule settles it before N: "
+  "evaluate --temperatures measures it; by default all N.",
+)
+_BATCH = flags.DEFINE_integer("batch", 1, "Texts written at once.", 1)
+_CHIP = flags.DEFINE_enum("chip", "v5e", list(topologies.CHIPS), "Where it is written.")
+_PUBLISHED = flags.DEFINE_bool(
+  "published", False, "Instead print the published table beside the paper's count and the true one."
+)
+_OUTPUT = flags.DEFINE_string("output", "", "JSON file for the figures; by default none.")
+
+
+def _run(flag: Any, name: str) -> config.Run | None:
+  if flag.value is None:
+    return None
+  try:
+    return config.from_mapping(flag.value.to_dict())
+  except OSError as error:
+    reason = " ".join(str(error).partition("Attempted")[2].split())
+    raise errors.CalmError(f"can't load --{name}: {reason}") from error
+
+
+def _writes(run: config.Run, name: str) -> config.CalmRun | config.TransformerRun:
+  if isinstance(run, config.AutoencoderRun):
+    raise errors.CalmError(f"--{name} is an autoencoder's, which writes no text by itself")
+  return run
+
+
+def _codec() -> config.Autoencoder:
+  run = _run(_AUTOENCODER, "autoencoder_config")
+  config.require(
+    run is None or isinstance(run, config.AutoencoderRun),
+    "--autoencoder_config is no autoencoder's: give stage one's",
+  )
+  return run.model if isinstance(run, config.AutoencoderRun) else config.Autoencoder()
+
+
+def _job(run: config.CalmRun | config.TransformerRun, codec: config.Autoencoder) -> writing.Job:
+  """Returns what is written; the baseline takes one draw at any temperature."""
+  draws, rounds = 1.0, 1
+  if isinstance(run, config.CalmRun):
+    wish = requests.Request((), _TEMPERATURE.value, _NUM_CANDIDATES.value)
+    if temperature.power(wish.temperature) != 1:
+      draws = _DRAWS.value or float(wish.num_candidates)
+      config.require(
+        1 <= draws <= wish.num_candidates,
+        f"--draws must lie in [1, num_candidates = {wish.num_candidates}], got {draws}",
+      )
+    rounds = -(-draws * _BATCH.value // max(candidates.ROUND, _BATCH.value))
+  own = codec if isinstance(run, config.CalmRun) else None
+  window = run.data.context // (own.patch_size if own else 1)
+  return writing.Job(run, own, _VOCAB.value, window, draws=draws, rounds=rounds, batch=_BATCH.value)
+
+
+def _equal(run: config.Run) -> config.TransformerRun | None:
+  """Returns the published Transformer of about the quality of a published CALM."""
+  found = [
+    published.EQUALS[row.name].run
+    for row in published.ROWS
+    if row.name in published.EQUALS and row.run.model == run.model
+  ]
+  return found[0] if found and isinstance(found[0], config.TransformerRun) else None
+
+
+def _table(title: str, unit: str, columns: dict[str, dict[str, float]]) -> list[str]:
+  """Returns lines of a table: parts down, models across, then the sums."""
+  names = list(dict.fromkeys(part for parts in columns.values() for part in parts))
+  lines = [f"{title:26}" + "".join(f"{name:>22}" for name in columns)]
+  for name in [*names, "in all"]:
+    cells = []
+    for parts in columns.values():
+      total = sum(parts.values())
+      value = total if name == "in all" else parts.get(name)
+      cells.append("" if value is None else f"{value / 1e6:,.2f} {unit} {value / total:5.0%}")
+    lines.append(f"  {name:24}" + "".join(f"{cell:>22}" for cell in cells))
+  return lines
+
+
+def _figures(name: str, run, codec: config.Autoencoder) -> dict[str, Any]:
+  job, chip = _job(run, codec), topologies.CHIPS[_CHIP.value]
+  found = writing.parts(job)
+  seconds, bound = writing.seconds(found, chip)
+  return {
+    "name": name,
+    "training_flops": flops.train_parts(run, job.codec, job.vocab_size),
+    "writing_flops": {part.name: part.flops for part in found},
+    "writing_bytes": {part.name: part.bytes for part in found},
+    "draws": job.draws,
+    "seconds": seconds,
+    "bound": bound,
+  }
+
+
+def _published() -> tuple[list[str], Any]:
+  lines = [
+    f"{'':14}{'training, 1e20 FLOPs':>34}{'writing a token, 1e8 FLOPs':>34}"
+    f"{'true: T = 1':>14}{'200 draws':>12}",
+    f"{'':14}" + 2 * f"{'published':>12}{'by its count':>13}{'':>9}" + f"{'1e8':>14}{'1e8':>12}",
+  ]
+  figures = []
+  for row in published.ROWS:
+    counted = published.counted_training(row), published.counted_writing(row)
+    true = [published.true_writing(row, draws) for draws in (1, 200 if row.codec else 1)]
+    lines.append(
+      f"{row.name:14}{row.training / 1e20:12.1f}{counted[0] / 1e20:13.2f}"
+      f"{counted[0] / row.training - 1:+9.1%}{row.writing / 1e8:12.1f}{counted[1] / 1e8:13.2f}"
+      f"{counted[1] / row.writing - 1:+9.1%}{true[0] / 1e8:14.2f}{true[1] / 1e8:12.1f}"
+    )
+    figures.append({
+      "name": row.name, "training": row.training, "writing": row.writing,
+      "counted_training": counted[0], "counted_writing": counted[1],
+      "true_writing": true[0], "true_writing_200_draws": true[1],
+    })  # fmt: skip
+  return lines, figures
+
+
+def _cost() -> tuple[list[str], Any]:
+  run = _run(_CONFIG, "config")
+  if run is None:
+    raise errors.CalmError("give --config=configs/STAGE.py[:SIZE]")
+  run, codec = _writes(run, "config"), _codec()
+  given = _run(_BASELINE, "baseline")
+  other = _equal(run) if given is None else _writes(given, "baseline")
+  name = config_flags.get_config_filename(flags.FLAGS["config"])
+  models = [_figures(name, run, codec)]
+  if other:
+    told = "its equal" if given is None else "baseline"
+    models.append(_figures(told, other, codec))
+  draws = f"{models[0]['draws']:g} draw{'s' * (models[0]['draws'] != 1)} a patch"
+  lines = _table(
+    "training, a token", "MFLOP", {one["name"]: one["training_flops"] for one in models}
+  )
+  lines += ["", *_table(
+    f"writing, {draws}", "MFLOP", {one["name"]: one["writing_flops"] for one in models}
+  )]  # fmt: skip
+  lines += ["", *_table(
+    f"writing, batch {_BATCH.value}", "MB", {one["name"]: one["writing_bytes"] for one in models}
+  )]  # fmt: skip
+  lines.append("")
+  for one in models:
+    lines.append(
+      f"{one['name']}: {1e6 * one['seconds']:,.1f} us a token of one text on a {_CHIP.value} at "
+      f"its peaks, bound by {one['bound']}"
+    )
+  return lines, models
+
+
+def main() -> None:
+  lines, figures = _published() if _PUBLISHED.value else _cost()
+  print("\n".join(lines))
+  if _OUTPUT.value:
+    files.write(_OUTPUT.value, files.to_json({"models": figures}))
+    print(f"wrote {_OUTPUT.value}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+  cli.run(main)
