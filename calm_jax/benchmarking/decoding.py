@@ -140,10 +140,9 @@ def measure(directory: str) -> tuple[list[str], dict[str, Any]]:
     trained, origin=dataclasses.replace(trained.origin, appends_eos=False, start_patch=())
   )
   for batch in BATCHES:
-    tokens = np.stack([
-      store.read("heldout", i * 997 * size, (i * 997 + PROMPT_PATCHES) * size)
-      for i in range(batch)
-    ]).astype(np.int32)  # fmt: skip
+    length = PROMPT_PATCHES * size
+    places = np.linspace(0, store.num_tokens("heldout") - length, batch).astype(int)
+    tokens = np.stack([store.read("heldout", i, i + length) for i in places]).astype(np.int32)
     count = batch * NEW_PATCHES * size
     bare = count / _bare(endless, tokens.reshape(batch, PROMPT_PATCHES, size))
     lines.append(f"batch {batch:2}  bare loop, T = 1, one draw: {bare:9,.1f} tokens/s")
@@ -168,14 +167,15 @@ def measure(directory: str) -> tuple[list[str], dict[str, Any]]:
         "draws": drawn, "seen": seen, "mflop": sum(x.flops for x in writing.parts(job)) / 1e6,
       }  # fmt: skip
       speeds.append(found)
+      speed = found["tokens_per_second"]
       line = (
-        f"batch {batch:2}  {name:10} T = {value:.3f}, N = {n:3}: {found['tokens_per_second']:9,.1f} "
-        f"tokens/s, {drawn:6.1f} draws a patch, {found['mflop']:8.1f} MFLOP a token"
+        f"batch {batch:2}  {name:10} T = {value:.3f}, N = {n:3}: {speed:9,.1f} tokens/s, "
+        f"{drawn:6.1f} draws a patch, {found['mflop']:8.1f} MFLOP a token"
       )
       if name == "ours":
-        line += f", {found['tokens_per_second'] / before:.1f} times the published way"
+        line += f", {speed / before:.1f} times the published way"
       lines.append(line)
-      before = found["tokens_per_second"]
+      before = speed
   quality = []
   for sampler, n in ((PUBLISHED, 200), (requests.Sampler(), 24)):
     quality += tradeoff.of_calm(
