@@ -234,7 +234,8 @@ def test_each_row_has_its_own_temperature_and_number_of_draws():
 
 
 def test_round_sizes_grow_from_what_is_surely_needed():
-  assert candidates.round_sizes(1, 3, 200) == [3, 6, 12, 24, 48, 64]
+  assert candidates.round_sizes(1, 3, 200) == [8, 16, 32, 64]
+  assert candidates.round_sizes(4, 3, 20) == [12, 24, 48, 64]
   assert candidates.round_sizes(32, 3, 200) == [64]
   assert candidates.round_sizes(4, 1, 1) == [4]
   assert candidates.round_sizes(100, 1, 1) == [100]

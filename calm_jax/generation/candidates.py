@@ -9,8 +9,9 @@ from jax import numpy as jnp
 
 from calm_jax.generation import choosers, rules
 
-# The largest round, in candidates of all rows together.
-ROUND = 64
+# The largest round, in candidates of all rows together, and the smallest that is worth it:
+# fewer take as long, as the weights must be read anyway.
+ROUND, FEWEST = 64, 8
 
 # The uses of a row's key.
 DRAW, _RULE, _CHOICE, POSTERIOR = range(4)
@@ -93,13 +94,13 @@ def keys_of(key_B: jax.Array, use: int, number_B: jax.Array) -> jax.Array:
 def round_sizes(rows: int, least: int, most: int) -> list[int]:
   """Returns the candidates of each round, of all rows together; the last one repeats.
 
-  The first is as many as a sure model needs, each further one twice as many.
+  The first is about as many as a sure model needs, each further one twice as many.
 
   Args:
     least, most: draws that a row takes.
   """
   largest = min(max(ROUND, rows), rows * most)
-  sizes = [min(rows * least, largest)]
+  sizes = [min(max(rows * least, FEWEST), largest)]
   while sizes[-1] < largest:
     sizes.append(min(2 * sizes[-1], largest))
   return sizes
@@ -184,7 +185,7 @@ def choose(
     token_BNK = pool.held.token_K
     same_BN = jnp.all(token_BNK == token_BNK[every_B, index_B][:, None], axis=-1)
     same_BN &= jnp.arange(slots)[None] <= index_B[:, None]
-    uniform_B = jax.vmap(jax.random.uniform)(keys_of(wanted.key_B, _RULE, index_B))
+    uniform_B = uniform_BN[every_B, index_B]
     after = rule(pool.progress, rules.Draw(index_B, same_BN, wanted.power_B, uniform_B))
     progress = jax.tree.map(lambda x, new: jnp.where(new_B, new, x), pool.progress, after)
     return pool._replace(seen_B=pool.seen_B + new_B, progress=progress)
@@ -194,9 +195,19 @@ def choose(
     pool = jax.lax.switch(number, [functools.partial(fill, size=size) for size in sizes], pool)
     return jax.lax.while_loop(lambda pool: jnp.any(unseen(pool)), look, pool)
 
+  def uniforms() -> jax.Array:
+    key_B = keys_of(wanted.key_B, _RULE, zeros_B)
+    return jax.vmap(lambda key: jax.random.uniform(key, (slots,)))(key_B)
+
+  zeros_B = jnp.zeros((batch,), jnp.int32)
+  # Only a second stage asks for them.
+  uniform_BN = jax.lax.cond(
+    jnp.any(wanted.power_B != jnp.floor(wanted.power_B)),
+    uniforms,
+    lambda: jnp.zeros((batch, slots)),
+  )
   nothing = jax.eval_shape(draw, every_B, every_B)
   empty = jax.tree.map(lambda x: jnp.zeros((batch, slots, *x.shape[1:]), x.dtype), nothing)
-  zeros_B = jnp.zeros((batch,), jnp.int32)
   pool = _Pool(
     held=empty, held_B=zeros_B, drawn_B=zeros_B, agreed_B=zeros_B, seen_B=zeros_B,
     progress=rules.Progress.start(batch), best=_rows(empty, (every_B, 0)), longest_B=zeros_B - 1,
