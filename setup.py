@@ -44,6 +44,7 @@ setuptools.setup(
     "ahead": ["jax[tpu]"],  # The libtpu that goes with this jax.
     "cuda": ["jax[cuda13]"],
     "cuda12": ["jax[cuda12]"],
+    "int8": ["qwix>=0.1.8"],
     "tensorboard": ["tensorboardX>=2.6.4"],
     "torch": ["torch>=2.6", "transformers>=4.57"],
     "onnx": ["torch>=2.6", "transformers>=4.57", "onnxscript>=0.7", "onnxruntime>=1.20"],

@@ -118,6 +118,8 @@ def test_a_text_ends_before_a_stop_string(trained_calm: pathlib.Path):
 @pytest.mark.parametrize("kind", [x for x in precision.WEIGHTS if x != "float32"])
 def test_smaller_weights_draw_nearly_the_same_patches(kind: str, trained_calm: pathlib.Path):
   """With the same noise: the share that differs bounds the laws' total variation."""
+  if kind == "int8":
+    pytest.importorskip("qwix")
   trained = workdir.load_calm(str(trained_calm))
   small = precision.WEIGHTS[kind](trained)
   held = [sum(x.nbytes for x in jax.tree.leaves(one.params)) for one in (trained, small)]
@@ -131,3 +133,11 @@ def test_smaller_weights_draw_nearly_the_same_patches(kind: str, trained_calm: p
 
   differs = jnp.any(drawn(trained) != drawn(small), axis=-1)
   assert jnp.mean(differs) < 0.2
+  (text,) = texts(str(trained_calm), kind, WISHES[:1])
+  assert text.tokens
+
+
+def test_a_baseline_of_int8_writes(trained_transformer: pathlib.Path):
+  pytest.importorskip("qwix")
+  (text,) = texts(str(trained_transformer), "int8", WISHES[:1])
+  assert text.tokens
