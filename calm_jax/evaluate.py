@@ -5,6 +5,7 @@ evaluation.json. They depend on the context length and on N: both are in it. Wit
 `--temperatures` it scores what is written at them, into temperature.json.
 """
 
+import typing
 from typing import Any
 
 import jax
@@ -42,6 +43,9 @@ _SAMPLERS = flags.DEFINE_list(
   "RULE:AT_LIMIT as for generate, each with --temperatures; none:batch is the published one.",
 )
 _PATCHES = flags.DEFINE_integer("patches", 512, "Patches to score, with --temperatures.", 1)
+_BASELINE = flags.DEFINE_string(
+  "baseline", "", "Workdir of a Transformer whose figures stand beside them, with --temperatures."
+)
 
 # The unconditional law is read off at most this many training tokens.
 MARGINAL_TOKENS = 50_000_000
@@ -113,10 +117,15 @@ def _tradeoff(directory: str) -> dict[str, Any]:
   rows = tradeoff.measure(
     trained, store, temperatures, numbers, samplers, _PATCHES.value, _SEED.value
   )
-  return {
+  figures = {
     "stage": trained.run.stage, "step": trained.step, "context_tokens": trained.run.data.context,
     "seed": _SEED.value, "store_hash": store.hash, "rows": rows,
   }  # fmt: skip
+  if _BASELINE.value:
+    workdir.require_same_tokenizer(workdir.read_origin(_BASELINE.value), store, _BASELINE.value)
+    other = typing.cast(workdir.TrainedTransformer, workdir.load(_BASELINE.value, "transformer"))
+    figures["baseline"] = tradeoff.of_transformer(other, store, temperatures, _PATCHES.value)
+  return figures
 
 
 def main() -> None:

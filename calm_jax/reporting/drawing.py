@@ -45,10 +45,11 @@ class Picture:
   """A picture of an account and when it can be drawn.
 
   Attributes:
-    source: "train", "evaluations" or "evaluation" of the account.
+    source: "train", "evaluations", "evaluation" or "tradeoff" of the account.
     needs: the figure without which there is nothing to draw.
     caption: what to look for.
     caveat: an account -> a sentence on what this picture lacks, or "".
+    flags: of evaluate, where they make the figures.
   """
 
   title: str
@@ -57,6 +58,7 @@ class Picture:
   caption: str
   draw: Callable[[Figure, records.Account], None]
   caveat: Callable[[records.Account], str] = lambda account: ""
+  flags: str = ""
 
   def png(self, account: records.Account) -> bytes | None:
     """Returns the picture, or None where its figures are missing."""
@@ -69,8 +71,9 @@ class Picture:
     return buffer.getvalue()
 
   def _can_be_drawn(self, account: records.Account) -> bool:
-    if self.source == "evaluation":
-      return bool((account.best_evaluation or {}).get(self.needs))
+    whole = {"evaluation": account.best_evaluation, "tradeoff": account.tradeoff}
+    if self.source in whole:
+      return bool((whole[self.source] or {}).get(self.needs))
     return bool(np.isfinite(records.column(getattr(account, self.source), self.needs)).any())
 
 

@@ -15,6 +15,7 @@ from calm_jax.reporting import (
   provenance,
   records,
   tables,
+  temperature_pictures,
   training_pictures,
 )
 from calm_jax.training import ledger
@@ -23,8 +24,12 @@ FILE = "report.html"
 
 PICTURES: Mapping[str, Sequence[drawing.Picture]] = {
   "autoencoder": (*autoencoder_pictures.PICTURES, *training_pictures.PICTURES),
-  "calm": (*calm_pictures.PICTURES, *training_pictures.PICTURES),
-  "transformer": (*brier_pictures.PICTURES, *training_pictures.PICTURES),
+  "calm": (*calm_pictures.PICTURES, *temperature_pictures.PICTURES, *training_pictures.PICTURES),
+  "transformer": (
+    *brier_pictures.PICTURES,
+    *temperature_pictures.PICTURES,
+    *training_pictures.PICTURES,
+  ),
 }
 HEADINGS = {
   "autoencoder": "Stage 1: autoencoder",
@@ -175,7 +180,10 @@ def _evaluation(account: records.Account) -> str:
 def _picture(picture: drawing.Picture, account: records.Account) -> str:
   png, title = picture.png(account), _escape(picture.title)
   if png is None:
-    caption, image = f"Not drawn: this run has no figures of {picture.needs}.", ""
+    told = f"Not drawn: this run has no figures of {picture.needs}."
+    if picture.flags:
+      told = f"Not drawn; this finds its figures: {account.evaluate_command} {picture.flags}"
+    caption, image = told, ""
   else:
     caption = f"{picture.caption} {picture.caveat(account)}"
     data = base64.b64encode(png).decode("ascii")

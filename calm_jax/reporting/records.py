@@ -22,7 +22,7 @@ class Account:
     patch_size: K; None if the frozen autoencoder of stage two is not there, and for the
       baseline.
     train, evaluations: reports of the loop, in order of steps.
-    evaluation: evaluation.json, or None.
+    evaluation: evaluation.json, or None. tradeoff: temperature.json, or None.
     samples: written texts.
     notes: sentences on what is missing, unfinished or broken.
   """
@@ -33,6 +33,7 @@ class Account:
   train: Sequence[Record]
   evaluations: Sequence[Record]
   evaluation: Record | None
+  tradeoff: Record | None
   samples: Sequence[Record]
   notes: Sequence[str]
 
@@ -78,6 +79,7 @@ def read(directory: str) -> Account:
     metrics, broken = _read_lines(path / workdir.METRICS, {"kind": str, "step": int})
     samples, broken_samples = _read_lines(path / workdir.SAMPLES, {"prompt": str, "text": str})
     evaluation = read_evaluation(directory)
+    tradeoff = read_evaluation(directory, workdir.TRADEOFF)
   except OSError as error:
     raise errors.CalmError(f"can't read workdir {directory}: {error}") from error
   train = [record for record in metrics if record["kind"] == "train"]
@@ -96,6 +98,7 @@ def read(directory: str) -> Account:
     train=train,
     evaluations=[record for record in metrics if record["kind"] == "evaluation"],
     evaluation=evaluation,
+    tradeoff=tradeoff,
     samples=samples,
     notes=(),
   )
@@ -130,9 +133,9 @@ def _parse(line: bytes, required: Mapping[str, type]) -> Record | None:
   return record if complete else None
 
 
-def read_evaluation(directory: str) -> Record | None:
-  """Returns the figures in a workdir's evaluation.json, None where there is none."""
-  path = epath.Path(directory) / workdir.EVALUATION
+def read_evaluation(directory: str, name: str = workdir.EVALUATION) -> Record | None:
+  """Returns the figures in a file that evaluate writes, None where there is none."""
+  path = epath.Path(directory) / name
   if not path.exists():
     return None
   try:
