@@ -109,7 +109,7 @@ def of_calm(
     for n in (num_candidates if value != 1 else num_candidates[:1])
   ]
   found: dict[Any, list[Any]] = {setting: [] for setting in settings}
-  each = max(ROWS, min(trained.run.data.context // size - 1, 4 * ROWS))  # Of a block.
+  each = min(trained.run.data.context // size - 1, 4 * ROWS)  # Of a block.
   left, targets = patches, []
   for number, token_1S in enumerate(_blocks(store, trained.run.data.context, patches, each)):
     token_1PK = token_1S.reshape(1, -1, size)
