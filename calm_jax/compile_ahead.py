@@ -34,6 +34,10 @@ _VOCAB = flags.DEFINE_integer(
 )
 _EVALUATION = flags.DEFINE_bool("evaluation", False, "Also the scoring of held-out text.")
 _DECODE = flags.DEFINE_bool("decode", False, "Also the writing of text, on one device.")
+_TEXTS = flags.DEFINE_integer("texts", 1, "Texts written at once, with --decode.", 1)
+_NUM_CANDIDATES = flags.DEFINE_integer(
+  "num_candidates", 1, "Draws a patch, with --decode; above 1 as below temperature 1.", 1
+)
 _CHECK_FLOPS = flags.DEFINE_bool(
   "check_flops", False,
   "Instead compare the program's FLOPs, layers unrolled and looped over, with the analytic count.",
@@ -109,7 +113,7 @@ def _plan(job: steps.Job) -> None:
   if _EVALUATION.value:
     plans["evaluation"] = steps.evaluation_plan(job)
   if _DECODE.value:
-    plans |= steps.decode_plans(job)
+    plans |= steps.decode_plans(job, _TEXTS.value, _NUM_CANDIDATES.value)
   others = [plan for name, plan in plans.items() if name != "train"]
   if others:
     print(f"\n{tables.lines(others)}")

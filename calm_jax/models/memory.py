@@ -15,10 +15,22 @@ SCORES = 2**26
 
 
 class LayerCache(NamedTuple):
-  """Keys, rotated already, and values of one layer: [B, W, G, C] each; of all, [L, B, W, G, C]."""
+  """Keys, rotated already, and values of one layer: [B, W, U] each, U = G C; of all, [L, B, W, U].
 
-  key_BWGC: jax.Array
-  value_BWGC: jax.Array
+  Groups and channels are one axis: a TPU fills up a last axis of 64 channels to 128.
+  """
+
+  key_BWU: jax.Array
+  value_BWU: jax.Array
+
+  @classmethod
+  def of(cls, key_BPGC: jax.Array, value_BPGC: jax.Array) -> "LayerCache":
+    """Returns keys and values of P positions as they are kept."""
+    return cls(*(x.reshape(*x.shape[:-2], -1) for x in (key_BPGC, value_BPGC)))
+
+  def part(self, key_BPGC: jax.Array, visible: jax.Array) -> "Part":
+    """Returns what queries attend to, in groups as those of `key_BPGC`."""
+    return Part(*(x.reshape(*x.shape[:-1], *key_BPGC.shape[-2:]) for x in self), visible)
 
 
 class Part(NamedTuple):
@@ -84,7 +96,7 @@ class Cache(NamedTuple):
   def allocated(self, sizes: config.Transformer, batch: int, dtype: jnp.dtype) -> "Cache":
     """Returns the same cache with its arrays, where what takes it must know their shapes."""
     slots = self.position_W.shape[0]
-    shape = (sizes.layers, batch, slots, sizes.kv_heads, sizes.width // sizes.heads)
+    shape = (sizes.layers, batch, slots, sizes.width // sizes.heads * sizes.kv_heads)
     return self._replace(layers=LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)))
 
   def positions(self, count: int) -> jax.Array:
@@ -105,11 +117,11 @@ class Cache(NamedTuple):
       # Positions before an example's start read themselves: a softmax over nothing is NaN.
       return ((age_PS >= 0) & (age_PS < slots))[None] & (begun_BS[:, None] | (age_PS == 0)[None])
 
-    added = LayerCache(key_BPGC, value_BPGC)
+    added = LayerCache.of(key_BPGC, value_BPGC)
     if layer is not None:
-      known = Part(*layer, visible(self.position_W, start_B) & (self.position_W >= 0)[None, None])
-      own = Part(*added, visible(position_P, start_B))
-      return _read(query_BPHC, [known, own]), added
+      seen = visible(self.position_W, start_B) & (self.position_W >= 0)[None, None]
+      own = Part(key_BPGC, value_BPGC, visible(position_P, start_B))
+      return _read(query_BPHC, [layer.part(key_BPGC, seen), own]), added
 
     def some(examples):
       query_BPHC, key_BPGC, value_BPGC, start_B = examples
@@ -120,11 +132,11 @@ class Cache(NamedTuple):
     return (some(read) if at_once >= batch else layers.in_chunks(some, read, at_once)), added
 
   def advanced(self, written: LayerCache, count: int) -> "Cache":
-    """Returns the cache with what all layers added at `count` positions, [L, B, P, G, C]."""
+    """Returns the cache with what all layers added at `count` positions, [L, B, P, U]."""
     held = self.layers
     if held is None:
-      depth, batch, _, groups, channels = written.key_BWGC.shape
-      shape = (depth, batch, self.position_W.shape[0], groups, channels)
+      depth, batch, _, width = written.key_BWU.shape
+      shape = (depth, batch, self.position_W.shape[0], width)
       held = LayerCache(*(jnp.zeros(shape, x.dtype) for x in written))
     held = LayerCache(*(self._with(old, new, 2) for old, new in zip(held, written, strict=True)))
     position_W = self._with(self.position_W, self.positions(count), 0)
@@ -148,12 +160,12 @@ class LayerBranches(NamedTuple):
   Attributes:
     prefix: the text's keys and values, position p in slot p. P branches may be fewer
       than its W positions: they are the first P.
-    key_BPJGC, value_BPJGC: those of the branches' own J positions.
+    key_BPJU, value_BPJU: those of the branches' own J positions.
   """
 
   prefix: LayerCache
-  key_BPJGC: jax.Array
-  value_BPJGC: jax.Array
+  key_BPJU: jax.Array
+  value_BPJU: jax.Array
 
 
 class Branches(NamedTuple):
@@ -170,35 +182,38 @@ class Branches(NamedTuple):
   def of(cls, cache: Cache, count: int) -> "Branches":
     """Returns `count` branches, nothing added yet, of a cache that has not wrapped."""
     assert cache.layers is not None  # The text has been read.
-    key_LBWGC = cache.layers.key_BWGC
-    depth, batch, _, groups, channels = key_LBWGC.shape
-    nothing = jnp.zeros((depth, batch, count, 0, groups, channels), key_LBWGC.dtype)
+    key_LBWU = cache.layers.key_BWU
+    depth, batch, _, width = key_LBWU.shape
+    nothing = jnp.zeros((depth, batch, count, 0, width), key_LBWU.dtype)
     return cls(LayerBranches(cache.layers, nothing, nothing))
 
   def positions(self, count: int) -> jax.Array:
     """Returns the position of each branch's new vector, int [P]."""
-    return jnp.arange(count) + 1 + self.layers.key_BPJGC.shape[3]
+    return jnp.arange(count) + 1 + self.layers.key_BPJU.shape[3]
 
   def attend(self, layer: LayerBranches, query_BPHC, key_BPGC, value_BPGC):
     """Adds one position to every branch; returns what it reads, and the branches' own."""
-    prefix = layer.prefix
-    key_BPJGC = jnp.concatenate([layer.key_BPJGC, key_BPGC[:, :, None]], axis=2)
-    value_BPJGC = jnp.concatenate([layer.value_BPJGC, value_BPGC[:, :, None]], axis=2)
     batch, count = query_BPHC.shape[:2]
-    slots = prefix.key_BWGC.shape[1]
+    slots = layer.prefix.key_BWU.shape[1]
+    added = LayerCache.of(key_BPGC, value_BPGC)
+    key_BPJU, value_BPJU = (
+      jnp.concatenate([held, new[:, :, None]], axis=2)
+      for held, new in zip((layer.key_BPJU, layer.value_BPJU), added, strict=True)
+    )
 
     def one(branch):
-      index, query_BHC, key_BJGC, value_BJGC = branch
+      index, query_BHC, key_BJU, value_BJU = branch
       seen_11W = (jnp.arange(slots) <= index)[None, None]
-      own_11J = jnp.ones((1, 1, key_BJGC.shape[1]), bool)
-      parts = [Part(*prefix, seen_11W), Part(key_BJGC, value_BJGC, own_11J)]
+      own_11J = jnp.ones((1, 1, key_BJU.shape[1]), bool)
+      own = LayerCache(key_BJU, value_BJU)
+      parts = [layer.prefix.part(key_BPGC, seen_11W), own.part(key_BPGC, own_11J)]
       return _read(query_BHC[:, None], parts)[:, 0]
 
     branches = (jnp.arange(count), *(jnp.moveaxis(x, 1, 0) for x in (
-      query_BPHC, key_BPJGC, value_BPJGC
+      query_BPHC, key_BPJU, value_BPJU
     )))  # fmt: skip
     y_PBHC = jax.lax.map(one, branches, batch_size=max(1, min(count, BRANCH_CHUNK // batch)))
-    return jnp.moveaxis(y_PBHC, 0, 1), (key_BPJGC, value_BPJGC)
+    return jnp.moveaxis(y_PBHC, 0, 1), (key_BPJU, value_BPJU)
 
   def advanced(self, written: Any, count: int) -> "Branches":
     """Returns the branches with the position that was written, keys and values."""

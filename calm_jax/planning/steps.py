@@ -7,6 +7,7 @@ text is written by. No data and no workdir is needed, and no array is made.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ from jax import numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from calm_jax import config, workdir
-from calm_jax.generation import decode, laws, requests
+from calm_jax.generation import candidates, decode, laws, requests
 from calm_jax.models import attention, autoencoder, calm, flops, transformer
 from calm_jax.parallel import mesh as mesh_lib
 from calm_jax.parallel import rules
@@ -199,11 +200,14 @@ def _forward_facts(name: str, params: Tree, tokens: int) -> result.Facts:
   )
 
 
-def decode_plans(job: Job) -> dict[str, result.Plan]:
-  """Returns the plans of the two programs that write a text, on one device.
+def decode_plans(job: Job, texts: int = 1, draws: int = 1) -> dict[str, result.Plan]:
+  """Returns the plans of the two programs that write texts, on one device.
 
-  They are the reading of a prompt that fills the window, and the loop that writes,
-  counted for one patch at temperature 1, which takes one candidate.
+  They are the reading of prompts that fill the window, and the loop that writes, counted
+  for one patch and one of each kind of round: how many rounds come the program can't tell.
+
+  Args:
+    draws: N, candidates a patch at most. Below temperature 1 it is above 1.
 
   Raises:
     CalmError: for a stage that writes no text.
@@ -223,17 +227,20 @@ def decode_plans(job: Job) -> dict[str, result.Plan]:
     decoder = _decoder(job)
     window, size = decoder.window, job.patch_size
     params = placed(decoder.law.params)
-    asked = placed(jax.eval_shape(lambda: decode.asked([requests.Request()], [1.0], [()], size)))
-    token_1PK = placed(jax.ShapeDtypeStruct((1, window, size), jnp.int32))
-    prompt = (params, token_1PK, asked.limit_B, asked.max_tokens_B, asked.key_B)
+    wishes, none = [requests.Request(num_candidates=draws)] * texts, [()] * texts
+    power = [2.0 if draws > 1 else 1.0] * texts
+    asked = placed(jax.eval_shape(lambda: decode.asked(wishes, power, none, size)))
+    token_BPK = placed(jax.ShapeDtypeStruct((texts, window, size), jnp.int32))
+    sizes = tuple(candidates.round_sizes(texts, math.ceil(power[0]), draws))
+    prompt = (params, token_BPK, asked.limit_B, asked.max_tokens_B, asked.key_B)
     state = placed(jax.eval_shape(functools.partial(decoder.prefill, slots=window), *prompt))
     lowered = {
       "prompt": (decoder.prefill.lower(*prompt, slots=window), window),
-      "patch": (decoder.steps.lower(params, asked, state, slots=1, sizes=(1,), count=1), 1),
+      "patch": (decoder.steps.lower(params, asked, state, slots=draws, sizes=sizes, count=1), 1),
     }
   for name, (one_lowered, patches) in lowered.items():
     made = program_lib.compile_lowered(one_lowered)
-    facts = _forward_facts(f"{job.name}, decode: {name}", params, patches * size)
+    facts = _forward_facts(f"{job.name}, decode: {name}", params, texts * patches * size)
     found[name] = result.Plan.of(facts, one, list(mesh.devices.flat), made)
   return found
 
