@@ -58,7 +58,8 @@ def test_patch_by_patch_with_a_cache_equals_all_at_once(model, params, token_BPK
   assert int(cache.next_position) == PATCHES
 
 
-def test_a_full_ring_forgets_the_oldest_patch(model, params, token_BPK):
+@pytest.mark.parametrize("slots", [3, 5])
+def test_a_full_window_forgets_the_oldest_patch(slots, model, params, token_BPK):
   """In one layer, what has left the window changes nothing, what is in it does."""
   one_layer = backbone.Backbone(
     config.Backbone(layers=1, width=16, ffn=24, heads=4, kv_heads=2, init="fan_in"), VOCAB
@@ -66,8 +67,8 @@ def test_a_full_ring_forgets_the_oldest_patch(model, params, token_BPK):
   first = jax.tree.map(lambda x: x[:1], params["llama"]["layers"])
   params = {**params, "llama": {**params["llama"], "layers": first}}
 
-  def last(token_BPK, window=3):
-    cache = memory.Cache.empty(window)
+  def last(token_BPK):
+    cache = memory.Cache.empty(slots, window=3)
     hidden_BPD = None
     for patch in range(PATCHES):
       hidden_BPD, cache = layers.apply(
@@ -79,6 +80,21 @@ def test_a_full_ring_forgets_the_oldest_patch(model, params, token_BPK):
   remembered = token_BPK.at[:, PATCHES - 3].set(0)
   np.testing.assert_array_equal(last(forgotten), last(token_BPK))
   assert np.abs(last(remembered) - last(token_BPK)).max() > 1e-3
+
+
+def test_an_example_that_begins_later_sees_nothing_before_its_start(model, params, token_BPK):
+  """Filled up in front with anything, it gives what it gives alone."""
+  start_B = jnp.array([0, 2, 4])
+  cache = memory.Cache.empty(PATCHES + 1, start_B)
+  filled_BPD, cache = layers.apply(model, params, token_BPK, None, cache)
+  one_B1K = token_BPK[:, :1]
+  next_BPD, _ = layers.apply(model, params, one_B1K, None, cache)
+  for row, start in enumerate(start_B):
+    own_1PK = token_BPK[row : row + 1, start:]
+    alone_1PD, after = layers.apply(model, params, own_1PK, None, memory.Cache.empty(PATCHES + 1))
+    np.testing.assert_allclose(filled_BPD[row, start:], alone_1PD[0], atol=2e-5)
+    next_1PD, _ = layers.apply(model, params, one_B1K[row : row + 1], None, after)
+    np.testing.assert_allclose(next_BPD[row], next_1PD[0], atol=2e-5)
 
 
 def test_rotation_makes_attention_depend_on_distance_alone():

@@ -59,7 +59,7 @@ class Model:
     rows, count = token_BPK.shape[:2]
     begun = jnp.where(cache.next_position == 0, cache.start_B, 0)
     jax.debug.callback(note, token_BPK, begun, ordered=True)
-    nothing = jnp.zeros((1, rows, count, 1))
+    nothing = jnp.zeros((1, rows, 1, count))
     cache = cache.advanced(memory.LayerCache(nothing, nothing), count)
     return jnp.zeros((rows, count, 2)), cache
 

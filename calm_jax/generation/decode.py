@@ -19,6 +19,9 @@ from calm_jax.parallel import mesh
 TAIL_ROUNDS, TAIL_CANDIDATES = 8, 256
 # Prompts are filled up to lengths of this times a power of two, so that few programs are compiled.
 PROMPT_PATCHES = 8
+# Rings longer than this have a multiple of it in slots: a TPU reads others in another order than
+# it keeps them in, and copies them to and fro.
+LANES = 128
 
 
 class Asked(NamedTuple):
@@ -119,7 +122,7 @@ class Decoder:
     zeros_B = jnp.zeros_like(start_B)
     own_B = candidates.keys_of(key_B, candidates.POSTERIOR, zeros_B)
     latent_BPZ = self.law.latents(params, token_BPK, own_B)
-    cache = memory.Cache.empty(slots, start_B)
+    cache = memory.Cache.empty(slots, start_B, min(slots, self.window))
     hidden_BD, cache = self.law.advance(params, token_BPK, latent_BPZ, cache)
     return _State(hidden_BD, cache, max_tokens_B < 1, zeros_B, jnp.int32(0))
 
@@ -184,6 +187,11 @@ def _placed(tree: Any) -> Any:
   return jax.device_put(tree, jax.sharding.NamedSharding(current, spec))
 
 
+def ring(patches: int) -> int:
+  """Returns the slots for so many patches."""
+  return patches if patches <= LANES else -(-patches // LANES) * LANES
+
+
 def _bucket(size: int, largest: int) -> int:
   """Returns the least of PROMPT_PATCHES, twice that, ... that holds `size`."""
   bucket = PROMPT_PATCHES
@@ -214,7 +222,7 @@ class Writing:
     patches = token_BPK.shape[1] + max(-(-wish.max_tokens // law.patch_size) for wish in wishes)
     self.state = decoder.prefill(
       law.params, _placed(token_BPK), _placed(start_B), self._asked.max_tokens_B, self._asked.key_B,
-      slots=min(decoder.window, _bucket(patches, decoder.window)),
+      slots=ring(_bucket(patches, decoder.window)),
     )  # fmt: skip
     self._ended = [False] * len(wishes)
     self._count = [0] * len(wishes)

@@ -226,6 +226,7 @@ def decode_plans(job: Job, texts: int = 1, draws: int = 1) -> dict[str, result.P
   with jax.set_mesh(mesh):
     decoder = _decoder(job)
     window, size = decoder.window, job.patch_size
+    slots = decode.ring(window)
     params = placed(decoder.law.params)
     wishes, none = [requests.Request(num_candidates=draws)] * texts, [()] * texts
     power = [2.0 if draws > 1 else 1.0] * texts
@@ -233,9 +234,9 @@ def decode_plans(job: Job, texts: int = 1, draws: int = 1) -> dict[str, result.P
     token_BPK = placed(jax.ShapeDtypeStruct((texts, window, size), jnp.int32))
     sizes = tuple(candidates.round_sizes(texts, math.ceil(power[0]), draws))
     prompt = (params, token_BPK, asked.limit_B, asked.max_tokens_B, asked.key_B)
-    state = placed(jax.eval_shape(functools.partial(decoder.prefill, slots=window), *prompt))
+    state = placed(jax.eval_shape(functools.partial(decoder.prefill, slots=slots), *prompt))
     lowered = {
-      "prompt": (decoder.prefill.lower(*prompt, slots=window), window),
+      "prompt": (decoder.prefill.lower(*prompt, slots=slots), window),
       "patch": (decoder.steps.lower(params, asked, state, slots=draws, sizes=sizes, count=1), 1),
     }
   for name, (one_lowered, patches) in lowered.items():
