@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+import typing
 from typing import Any
 
 import jax
@@ -11,7 +12,16 @@ from jax import numpy as jnp
 
 from calm_jax import errors, workdir
 from calm_jax.data import synthetic
-from calm_jax.generation import candidates, choosers, decode, laws, requests, rules, tradeoff
+from calm_jax.generation import (
+  candidates,
+  choosers,
+  decode,
+  laws,
+  precision,
+  requests,
+  rules,
+  tradeoff,
+)
 from calm_jax.models import calm, memory
 from calm_jax.planning import writing
 
@@ -116,6 +126,31 @@ def _law_is_exact() -> dict[str, float]:
   return found
 
 
+def _patches_that_differ(trained: workdir.TrainedCalm, token_BPK: np.ndarray) -> dict[str, float]:
+  """Returns, for smaller weights, the share of draws that differ with the same noise.
+
+  It bounds the total variation of the laws. A kind whose library is missing is left out.
+  """
+
+  def drawn(one: workdir.TrainedCalm) -> np.ndarray:
+    @jax.jit
+    def tokens(params, frozen):
+      hidden_BPD, _ = one.model.hidden(params, token_BPK)
+      latent_NBPZ = one.model.sample(params, hidden_BPD, jax.random.key(0), 20)
+      return calm.decode_tokens(one.model.autoencoder, frozen, latent_NBPZ)
+
+    return np.asarray(tokens(one.params, one.autoencoder.params))
+
+  found, whole = {}, drawn(trained)
+  for kind, smaller in precision.WEIGHTS.items():
+    try:
+      small = drawn(typing.cast(workdir.TrainedCalm, smaller(trained)))
+    except errors.CalmError:
+      continue
+    found[kind] = float(np.any(whole != small, axis=-1).mean())
+  return found
+
+
 def measure(directory: str) -> tuple[list[str], dict[str, Any]]:
   """Returns lines to be read, and the figures: tokens/s, higher is better.
 
@@ -190,9 +225,19 @@ def measure(directory: str) -> tuple[list[str], dict[str, Any]]:
       f"{row['rule']}:{row['at_limit']} T = {row['temperature']:.3f}, N = {row['num_candidates']}: "
       f"{', '.join(told)}, {row['draws']:.1f} draws"
     )
+  differs = _patches_that_differ(endless, tokens.reshape(-1, PROMPT_PATCHES, size))
+  lines.append(
+    "draws that differ with the same noise: "
+    + ", ".join(f"{100 * share:.2f} % with {kind}" for kind, share in differs.items() if share)
+  )
   exact = _law_is_exact()
   lines.append(
     f"exact draws of a known law, chi-square over {LAW_DRAWS:,}: "
     + ", ".join(f"p = {p:.3f} at T = {value}" for value, p in exact.items())
   )
-  return lines, {"speeds": speeds, "quality": quality, "exact_law_p": exact}
+  return lines, {
+    "speeds": speeds,
+    "quality": quality,
+    "differing_draws": differs,
+    "exact_law_p": exact,
+  }
