@@ -25,7 +25,7 @@ from calm_jax.generation import (
 from calm_jax.models import calm, memory
 from calm_jax.planning import writing
 
-REPETITIONS = 5
+REPETITIONS = 9
 PROMPT_PATCHES, NEW_PATCHES = 16, 16
 BATCHES = (1, 4, 32)
 PUBLISHED = requests.Sampler("none", "batch")
