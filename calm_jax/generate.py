@@ -19,7 +19,7 @@ from calm_jax import cli, config, errors, files, workdir
 from calm_jax.generation import choosers, decode, precision, prompts, requests, rules, session
 from calm_jax.parallel import mesh as mesh_lib
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a language model's training run.")
+_WORKDIR = flags.DEFINE_string("workdir", "", "Folder of a language model's training run.")
 _PROMPT = flags.DEFINE_string(
   "prompt", "", "Text to go on from; - reads it from standard input; empty begins a document."
 )

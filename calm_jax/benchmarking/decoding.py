@@ -126,7 +126,7 @@ def _law_is_exact() -> dict[str, float]:
   return found
 
 
-def _patches_that_differ(trained: workdir.TrainedCalm, token_BPK: np.ndarray) -> dict[str, float]:
+def _patches_that_differ(trained: workdir.TrainedCalm, token_BPK: jax.Array) -> dict[str, float]:
   """Returns, for smaller weights, the share of draws that differ with the same noise.
 
   It bounds the total variation of the laws. A kind whose library is missing is left out.
@@ -225,7 +225,7 @@ def measure(directory: str) -> tuple[list[str], dict[str, Any]]:
       f"{row['rule']}:{row['at_limit']} T = {row['temperature']:.3f}, N = {row['num_candidates']}: "
       f"{', '.join(told)}, {row['draws']:.1f} draws"
     )
-  differs = _patches_that_differ(endless, tokens.reshape(-1, PROMPT_PATCHES, size))
+  differs = _patches_that_differ(endless, jnp.array(tokens.reshape(-1, PROMPT_PATCHES, size)))
   lines.append(
     "draws that differ with the same noise: "
     + ", ".join(f"{100 * share:.2f} % with {kind}" for kind, share in differs.items() if share)

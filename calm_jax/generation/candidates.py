@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax import numpy as jnp
@@ -106,7 +106,7 @@ def round_sizes(rows: int, least: int, most: int) -> list[int]:
   return sizes
 
 
-def _rows(tree: Candidate, index: jax.Array) -> Candidate:
+def _rows(tree: Candidate, index: Any) -> Candidate:
   return jax.tree.map(lambda x: x[index], tree)
 
 

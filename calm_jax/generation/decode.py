@@ -39,10 +39,10 @@ class Asked(NamedTuple):
 def asked(
   wishes: Sequence[requests.Request],
   power: Sequence[float],
-  tails: Sequence[Sequence[int]],
+  tails: Sequence[Any],
   patch_size: int,
 ) -> Asked:
-  """Returns a batch's requests as arrays, given 1/T of each and the tail of each prompt."""
+  """Returns a batch's requests as arrays, given 1/T of each and the tokens of its tail."""
   limit = [wish.num_candidates if s != 1 else 1 for s, wish in zip(power, wishes, strict=True)]
   tail_BK = np.zeros((len(wishes), patch_size), np.int32)
   for row, tail in enumerate(tails):
@@ -68,12 +68,12 @@ class _State(NamedTuple):
   """Where the texts stand.
 
   Attributes:
-    hidden_BD: what predicts the next patch. patch: its number. written_B: new tokens before it.
+    hidden_BD: what predicts the next patch. cache: a `memory.Cache`. patch: its number. written_B: new tokens before it.
     done_B: whether nothing more is wanted.
   """
 
   hidden_BD: jax.Array
-  cache: memory.Cache
+  cache: Any
   done_B: jax.Array
   written_B: jax.Array
   patch: jax.Array

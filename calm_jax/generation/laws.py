@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax import numpy as jnp
@@ -81,7 +82,7 @@ class CalmLaw:
       key_B = candidates.keys_of(
         wanted.key_B, candidates.POSTERIOR, jnp.zeros_like(wanted.length_B)
       )
-      own_BPZ = self.latents(params, token_BK[:, None], key_B)
+      own_BPZ: Any = self.latents(params, token_BK[:, None], key_B)
       latent_BZ = jnp.where(put_B[:, None], own_BPZ[:, 0], latent_BZ)
     return choice._replace(patch=candidates.Candidate(token_BK, latent_BZ))
 

@@ -88,7 +88,7 @@ def _int8(trained: LanguageModel) -> LanguageModel:
     module = _quantized(trained.model)
     params = _quantize(trained.params, _abstract(module.initial))
     return dataclasses.replace(trained, model=module, params=params)
-  head = copy.copy(trained.model.head)
+  head: Any = copy.copy(trained.model.head)
   head.network = _quantized(head.network)
   model = dataclasses.replace(
     trained.model,

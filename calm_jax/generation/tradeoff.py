@@ -91,8 +91,8 @@ def of_calm(
     latent_1PZ = None
     if trained.run.model.reads_latents:
       codec, frozen = model.autoencoder, trained.autoencoder.params
-      posterior = layers.apply(codec, frozen, token_1PK, method="encode")
-      latent_1PZ = calm.posterior_draws(key, *posterior, 1)[0]
+      mean_1PZ, log_std_1PZ = layers.apply(codec, frozen, token_1PK, method="encode")
+      latent_1PZ = calm.posterior_draws(key, mean_1PZ, log_std_1PZ, 1)[0]
     return model.hidden(trained.params, token_1PK, latent_1PZ)[0][0]
 
   @jax.jit

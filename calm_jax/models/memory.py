@@ -33,7 +33,8 @@ class LayerCache(NamedTuple):
   def part(self, key_BPGC: jax.Array, visible: jax.Array) -> "Part":
     """Returns what queries attend to, in groups as those of `key_BPGC`."""
     groups, channels = key_BPGC.shape[-2:]
-    return Part(*(x.reshape(x.shape[0], groups, channels, -1) for x in self), visible)
+    key_BGCS, value_BGCS = (x.reshape(x.shape[0], groups, channels, -1) for x in self)
+    return Part(key_BGCS, value_BGCS, visible)
 
 
 class Part(NamedTuple):
@@ -139,8 +140,8 @@ class Cache(NamedTuple):
     read = (query_BPHC, added, start_B)
     return (some(read) if at_once >= batch else layers.in_chunks(some, read, at_once)), added
 
-  def advanced(self, written: LayerCache, count: int) -> "Cache":
-    """Returns the cache with what all layers added at `count` positions, [L, B, U, P]."""
+  def advanced(self, written: Any, count: int) -> "Cache":
+    """Returns the cache with what all layers added at `count` positions, [L, B, U, P] each."""
     held = self.layers
     if held is None:
       depth, batch, width, _ = written.key_BUW.shape
