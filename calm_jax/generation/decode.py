@@ -68,7 +68,8 @@ class _State(NamedTuple):
   """Where the texts stand.
 
   Attributes:
-    hidden_BD: what predicts the next patch. cache: a `memory.Cache`. patch: its number. written_B: new tokens before it.
+    hidden_BD: what predicts the next patch. cache: a `memory.Cache`.
+    patch: the number of the next one. written_B: new tokens before it.
     done_B: whether nothing more is wanted.
   """
 
