@@ -32,6 +32,7 @@ setuptools.setup(
     "tokenizers>=0.22",
     "pyarrow>=21",
     "safetensors>=0.6",
+    "scipy>=1.14",
     "flatbuffers>=25.9",
     "ml-collections>=1.1",
     "absl-py>=2.3",

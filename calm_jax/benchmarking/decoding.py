@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import scipy.special
 import scipy.stats
 from jax import numpy as jnp
 
@@ -89,8 +90,40 @@ def _write(decoder: decode.Decoder, wishes: list[requests.Request]) -> tuple[flo
   return float(np.median(taken[1:])), float(np.mean(drawn)), float(np.mean(seen))
 
 
-def _law_is_exact() -> dict[str, float]:
-  """Returns p-values of chi-square tests of exact draws of a known law, T to p."""
+def _batch_law(power: float, draws: int) -> np.ndarray:
+  """Returns the batch rule's law on LAW, over all counts that so many draws can give."""
+  grid = np.indices((draws + 1,) * (len(LAW) - 1)).reshape(len(LAW) - 1, -1).T
+  grid = grid[grid.sum(axis=1) <= draws]
+  count_CX = np.concatenate([grid, draws - grid.sum(axis=1, keepdims=True)], axis=1)
+  gammaln = scipy.special.gammaln
+  log_ways_C = gammaln(draws + 1) + (count_CX * np.log(LAW) - gammaln(count_CX + 1)).sum(axis=1)
+  level_C1 = (power - np.maximum(int(power) - count_CX.max(axis=1), 0))[:, None]
+  enough_CX = count_CX >= np.maximum(np.floor(level_C1), 1)
+  safe_CX = np.where(enough_CX, count_CX, np.ceil(level_C1))
+  weight_CX = np.exp(gammaln(safe_CX + 1) - gammaln(safe_CX - level_C1 + 1)) * enough_CX
+  share_CX = weight_CX / weight_CX.sum(axis=1, keepdims=True)
+  return (np.exp(log_ways_C)[:, None] * share_CX).sum(axis=0)
+
+
+def _tempered(power: float) -> np.ndarray:
+  return LAW**power / (LAW**power).sum()
+
+
+def _biases() -> list[dict[str, Any]]:
+  """Returns the total variation of the batch rule's law from the exact one, lower is better."""
+  return [
+    {
+      "temperature": value,
+      "num_candidates": n,
+      "total_variation": float(abs(_batch_law(1 / value, n) - _tempered(1 / value)).sum() / 2),
+    }
+    for value in (0.7, 0.5, 0.4)
+    for n in (10, 50, 200)
+  ]
+
+
+def _known_law(rule: rules.Rule, temperatures: tuple[float, ...]) -> dict[float, np.ndarray]:
+  """Returns how often each outcome of LAW is drawn at each temperature."""
   rows = 1000
 
   def draw_of(key_B):
@@ -109,20 +142,13 @@ def _law_is_exact() -> dict[str, float]:
       key_B, power * ones_B, 300 * ones_B, 300 * ones_B, 0 * ones_B[:, None], 0 * ones_B,
       ones_B > 0,
     )  # fmt: skip
-    choice = candidates.choose(
-      wanted, draw_of(key_B), rules.exact, choosers.batch, 300, [rows, 2 * rows]
-    )
+    choice = candidates.choose(wanted, draw_of(key_B), rule, choosers.batch, 300, [rows, 2 * rows])
     return choice.patch.token_K[:, 0]
 
   found = {}
-  for value in (1.0, 0.7, 0.5, 1 / 3):
-    power = 1 / value
-    x = np.concatenate([
-      outcomes(jax.random.key(i), power) for i in range(LAW_DRAWS // rows)
-    ])  # fmt: skip
-    expected = LAW**power / (LAW**power).sum() * len(x)
-    test = scipy.stats.chisquare(np.bincount(x, minlength=len(LAW)), expected)
-    found[f"{value:.3g}"] = float(test.pvalue)
+  for value in temperatures:
+    batches = [outcomes(jax.random.key(i), 1 / value) for i in range(LAW_DRAWS // rows)]
+    found[value] = np.bincount(np.concatenate(batches), minlength=len(LAW))
   return found
 
 
@@ -230,14 +256,36 @@ def measure(directory: str) -> tuple[list[str], dict[str, Any]]:
     "draws that differ with the same noise: "
     + ", ".join(f"{100 * share:.2f} % with {kind}" for kind, share in differs.items() if share)
   )
-  exact = _law_is_exact()
+  biases = _biases()
   lines.append(
-    f"exact draws of a known law, chi-square over {LAW_DRAWS:,}: "
+    "batch rule on a known law, total variation from the exact one: "
+    + ", ".join(
+      f"{one['total_variation']:.4f} at T = {one['temperature']}, N = {one['num_candidates']}"
+      for one in biases
+    )
+  )
+  raced = {
+    f"{value:.3g}": float(abs(count_X / count_X.sum() - _tempered(1 / value)).sum() / 2)
+    for value, count_X in _known_law(rules.first, (1 / 2, 1 / 3)).items()
+  }
+  lines.append(
+    "first on that law: " + ", ".join(f"{x:.4f} at T = {value}" for value, x in raced.items())
+  )
+  exact = {
+    f"{value:.3g}": float(
+      scipy.stats.chisquare(count_X, _tempered(1 / value) * count_X.sum()).pvalue
+    )
+    for value, count_X in _known_law(rules.exact, (1.0, 0.7, 0.5, 1 / 3)).items()
+  }
+  lines.append(
+    f"exact on that law, chi-square over {LAW_DRAWS:,} draws: "
     + ", ".join(f"p = {p:.3f} at T = {value}" for value, p in exact.items())
   )
   return lines, {
     "speeds": speeds,
     "quality": quality,
     "differing_draws": differs,
+    "batch_bias": biases,
+    "first_bias": raced,
     "exact_law_p": exact,
   }

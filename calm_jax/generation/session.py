@@ -37,13 +37,16 @@ class Speed:
   tokens: int = 0
   patches: int = 0
   draws: int = 0
+  unsettled: int = 0
 
   def line(self) -> str:
     parts = [f"{self.first_seconds:.1f} s to the first tokens"]
     if self.seconds:
       parts.append(f"then {self.tokens / self.seconds:,.1f} tokens/s")
     if self.draws > self.patches:
+      share = self.unsettled / self.patches
       parts.append(f"{self.draws / self.patches:.1f} candidates a patch")
+      parts.append(f"{share:.0%} of patches chosen where the draws ended")
     return ", ".join(parts)
 
 
@@ -89,7 +92,9 @@ class Session:
         found.tokens += len(written.tokens)
         found.draws += written.drawn
         found.seen += sum(written.seen)
-        found.unsettled += len(written.settled) - sum(written.settled)
+        unsettled = len(written.settled) - sum(written.settled)
+        found.unsettled += unsettled
+        self.speed.unsettled += unsettled
         fresh += len(written.tokens)
         self.speed.patches += len(written.drawn)
         self.speed.draws += sum(written.drawn)
