@@ -153,7 +153,8 @@ class _Act:
     try:
       self._keep(self._write([wish], show))
     finally:
-      print(flush=True)
+      if begun:
+        print(flush=True)
 
   def _keep(self, lines: list[str]) -> None:
     files.append(epath.Path(_WORKDIR.value) / workdir.SAMPLES, "".join(lines))

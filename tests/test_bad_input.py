@@ -207,7 +207,24 @@ COMMANDS = {
   "stray argument": ("main", "training.steps=5", "unexpected argument 'training.steps=5'"),
   "no workdir to evaluate": ("evaluate", "--workdir={new}", "no workdir at"),
   "context to evaluate": ("evaluate", "--workdir={calm} --context=30", "multiple of K = 4"),
-  "temperature": ("generate", "--workdir={calm} --temperature=0.7", "must be 1/n"),
+  "temperature": ("generate", "--workdir={calm} --temperature=1.2", "must lie in (0, 1]"),
+  "rule": ("generate", "--workdir={calm} --rule=frist", "--rule"),
+  "mesh of writing": ("generate", "--workdir={calm} --mesh=rows=2", "--mesh has 'rows=2'"),
+  "prompts without output": ("generate", "--workdir={calm} --prompts=x", "go together"),
+  "two kinds of prompts": (
+    "generate", "--workdir={calm} --interactive --prompt=x", "can't be given together"
+  ),
+  "no sizes to count": ("cost", "", "give --config="),
+  "draws above N": (
+    "cost", "--config=configs/calm.py:m --temperature=0.5 --num_candidates=8 --draws=9", "got 9.0"
+  ),
+  "no model to time": ("benchmark", "--suite=decode", "give --workdir=DIR"),
+  "temperatures of an autoencoder": (
+    "evaluate", "--workdir={autoencoder} --temperatures=0.5", "writes no text"
+  ),
+  "temperatures that are none": (
+    "evaluate", "--workdir={calm} --temperatures=a", "--temperatures is no list of numbers"
+  ),
   "text of an autoencoder": (
     "generate", "--workdir={autoencoder}", "holds an autoencoder, which writes no text",
   ),

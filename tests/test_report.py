@@ -77,6 +77,16 @@ def write_lines(path: pathlib.Path, values: list[dict[str, Any]]) -> None:
   path.write_text("".join(json.dumps(value) + "\n" for value in values))
 
 
+TRADEOFF = [
+  {
+    "rule": "first", "at_limit": "prefix", "temperature": temperature, "num_candidates": n,
+    "draws": draws, "accuracy": [30 + draws], "accuracy_error": [1.0],
+    "collision": [30 + 2 * draws],
+  }
+  for temperature, n, draws in ((1.0, 1, 1.0), (0.5, 24, 12.0), (0.5, 8, 6.0))
+]  # fmt: skip
+
+
 def make_workdir(
   path: pathlib.Path, run: config.Run, speeds: list[float], whole: bool = True
 ) -> pathlib.Path:
@@ -93,6 +103,7 @@ def make_workdir(
     if isinstance(run, config.CalmRun):
       final |= {"samples": 8, "posterior_draws": 16, "brier_lm_marginal": 1.25}
       write_lines(path / workdir.SAMPLES, SAMPLES)
+      (path / workdir.TRADEOFF).write_text(json.dumps({"rows": TRADEOFF, "baseline": TRADEOFF[:2]}))
     (path / workdir.EVALUATION).write_text(json.dumps(final))
   write_lines(path / workdir.METRICS, reports)
   return path
@@ -165,7 +176,7 @@ def test_every_picture_of_a_whole_run_is_drawn(whole_page: str):
   pictures = [p for stage in ("autoencoder", "calm") for p in page.PICTURES[stage]]
   for picture in pictures:
     assert f'<img alt="{picture.title}" src="data:' in whole_page
-  assert Tags(whole_page).names.count("img") == len(pictures) == 16
+  assert Tags(whole_page).names.count("img") == len(pictures) == 17
   assert "Not drawn" not in whole_page
   assert whole_page.count('class="notes"') == 1
 
