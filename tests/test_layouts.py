@@ -48,13 +48,15 @@ MESHES = [
   for shape in itertools.product((1, 2, 4, 8), repeat=4)
   if math.prod(shape) == 8
 ]
-# Each mesh with one stage here, and all with all by `pytest -m exhaustive`.
+# Each mesh with one stage here, and all with all by `pytest -m exhaustive`. (XLA's partitioner
+# once computed a wrong loss for FOUND.)
+FOUND = ("autoencoder", config.Mesh(2, 2, 1, 2))
 PAIRS = [
   pytest.param(
     name,
     mesh,
     id=f"{name}-" + "x".join(str(size) for size in dataclasses.astuple(mesh)),
-    marks=[] if (i + j) % len(RUNS) == 0 else pytest.mark.exhaustive,
+    marks=[] if (i + j) % len(RUNS) == 0 or (name, mesh) == FOUND else pytest.mark.exhaustive,
   )
   for i, name in enumerate(RUNS)
   for j, mesh in enumerate(MESHES)

@@ -20,7 +20,9 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, x_E):
     y_E = layers.rms_norm("norm", self.dtype)(x_E)
-    return x_E + layers.SwiGLU(self.sizes.ffn, self.sizes.init, self.dtype, name="mlp")(y_E)
+    y_E = layers.SwiGLU(self.sizes.ffn, self.sizes.init, self.dtype, name="mlp")(y_E)
+    # Before the sum: a mesh of data, fsdp and tensor, in a loop, computed wrong products else.
+    return x_E + mesh.constrain_last(y_E, "position", *[None] * (y_E.ndim - 1))
 
 
 class Encoder(nn.Module):
