@@ -12,6 +12,7 @@ import scipy.stats
 from jax import numpy as jnp
 
 from calm_jax import errors, workdir
+from calm_jax.benchmarking import timing
 from calm_jax.data import synthetic
 from calm_jax.generation import (
   candidates,
@@ -62,18 +63,7 @@ def _bare(trained: workdir.TrainedCalm, token_BPK: np.ndarray) -> float:
     return jax.lax.scan(step, state, jax.random.split(key, NEW_PATCHES))[1]
 
   state = prefill(params, token_BPK)
-  return _median(lambda: steps(params, state, jax.random.key(0)))
-
-
-def _median(action) -> float:
-  """Returns seconds of the middle one of some runs, after one that compiles."""
-  jax.block_until_ready(action())
-  taken = []
-  for _ in range(REPETITIONS):
-    start = time.perf_counter()
-    jax.block_until_ready(action())
-    taken.append(time.perf_counter() - start)
-  return float(np.median(taken))
+  return timing.median_seconds(lambda: steps(params, state, jax.random.key(0)), REPETITIONS)
 
 
 def _write(decoder: decode.Decoder, wishes: list[requests.Request]) -> tuple[float, float, float]:

@@ -1,7 +1,5 @@
 """BrierLM below four tokens a patch: branches from all positions against a pass for each."""
 
-import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,6 +7,7 @@ import numpy as np
 from jax import numpy as jnp
 
 from calm_jax import config
+from calm_jax.benchmarking import timing
 from calm_jax.models import autoencoder, calm, memory
 from calm_jax.objectives import brier
 from calm_jax.training import calm_stage
@@ -22,17 +21,6 @@ RUN = config.CalmRun(
   loss=config.CalmLoss(samples=8, posterior_draws=1),
   training=config.Training(compute_dtype="float32"),
 )
-
-
-def _seconds(action: Callable[[], Any], repetitions: int) -> float:
-  """Returns the median of some runs after a first one, which compiles."""
-  jax.block_until_ready(action())
-  taken = []
-  for _ in range(repetitions):
-    start = time.perf_counter()
-    jax.block_until_ready(action())
-    taken.append(time.perf_counter() - start)
-  return float(np.median(taken))
 
 
 def _compare(patch_size: int) -> dict[str, Any]:
@@ -88,10 +76,12 @@ def _compare(patch_size: int) -> dict[str, Any]:
     "patch_size": patch_size,
     "blocks": BLOCKS,
     "patches": PATCHES,
-    "branches_seconds": _seconds(lambda: branching(params, token_BPK), REPETITIONS),
-    "passes_seconds": _seconds(lambda: passes(range(starts)), 1),
+    "branches_seconds": timing.median_seconds(lambda: branching(params, token_BPK), REPETITIONS),
+    "passes_seconds": timing.median_seconds(lambda: passes(range(starts)), 1),
     "largest_difference": float(difference),
-    "evaluate_seconds": _seconds(lambda: evaluate(params, frozen, batch, key), REPETITIONS),
+    "evaluate_seconds": timing.median_seconds(
+      lambda: evaluate(params, frozen, batch, key), REPETITIONS
+    ),
   }
 
 
