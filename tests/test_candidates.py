@@ -56,8 +56,8 @@ def outcomes(rule: str, power: float, limit: int, batches: int, law=LAW, **given
   return jax.tree.map(lambda *x: np.concatenate(x), *found)
 
 
-# Batches of rows for a test of a law: 20,000 draws here, 100,000 by hand.
-BATCHES = pytest.mark.parametrize("batches", [40, pytest.param(200, marks=pytest.mark.exhaustive)])
+# Batches of rows for a test of a law: 10,000 draws here, 100,000 by hand.
+BATCHES = pytest.mark.parametrize("batches", [20, pytest.param(200, marks=pytest.mark.exhaustive)])
 
 
 def chi_square(found: np.ndarray, law: np.ndarray) -> float:
