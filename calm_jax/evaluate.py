@@ -110,7 +110,12 @@ def _numbers(flag: flags.FlagHolder, kind: type) -> list[Any]:
 
 def _tradeoff(directory: str) -> dict[str, Any]:
   """Returns what continuations score at each temperature."""
-  samplers = [requests.Sampler(*pair.split(":")[:2]) for pair in _SAMPLERS.value]
+  for pair in _SAMPLERS.value:
+    config.require(
+      pair.count(":") == 1 and not pair.endswith(f":{requests.ERROR}"),
+      f"--samplers has {pair!r}: give RULE:AT_LIMIT, as first:prefix",
+    )
+  samplers = [requests.Sampler(*pair.split(":")) for pair in _SAMPLERS.value]
   store = _store(directory)
   temperatures, numbers = _numbers(_TEMPERATURES, float), _numbers(_NUM_CANDIDATES, int)
   trained = workdir.load(directory)

@@ -112,6 +112,11 @@ class _Act:
     self._tokenizer = workdir.tokenizer(_WORKDIR.value, trained.origin)
     decoder = decode.Decoder(self._trained, requests.Sampler(_RULE.value, _AT_LIMIT.value), _note)
     self.session = session.Session(decoder, self._tokenizer)
+    # What all texts of a run share, and what one that goes on must share with it.
+    self._told = {
+      "rule": _RULE.value, "at_limit": _AT_LIMIT.value, "weights": _WEIGHTS.value,
+      "step": trained.step,
+    }  # fmt: skip
 
   def _request(self, wish: Mapping[str, Any]) -> requests.Request:
     tokens = tuple(self._tokenizer.encode(wish["prompt"]))
@@ -121,9 +126,8 @@ class _Act:
     """Writes a batch; returns a line of JSON for each text."""
     every = _EVERY.value or (1 if len(wishes) == 1 else 16)
     texts = self.session.write([self._request(wish) for wish in wishes], every, show)
-    told = {"rule": _RULE.value, "at_limit": _AT_LIMIT.value, "step": self._trained.step}
     return [
-      json.dumps({**wish, **told, **found.record()}) + "\n"
+      json.dumps({**wish, **self._told, **found.record()}) + "\n"
       for wish, found in zip(wishes, texts, strict=True)
     ]
 
@@ -164,7 +168,7 @@ class _Act:
     wishes = prompts.read(_PROMPTS.value, self._common)
     for wish in wishes:  # All of them before the first is written.
       self._request(wish)
-    done = prompts.written(_OUTPUT.value, wishes)
+    done = prompts.written(_OUTPUT.value, [{**wish, **self._told} for wish in wishes])
     if done:
       _note(f"{_OUTPUT.value} holds {done} of {len(wishes)} texts: going on")
     for begin in range(done, len(wishes), _BATCH.value):

@@ -222,6 +222,12 @@ COMMANDS = {
   "temperatures of an autoencoder": (
     "evaluate", "--workdir={autoencoder} --temperatures=0.5", "writes no text"
   ),
+  "a sampler without a choice": (
+    "evaluate", "--workdir={calm} --temperatures=0.5 --samplers=first:error", "give RULE:AT_LIMIT"
+  ),
+  "a rule that can only fail": (
+    "generate", "--workdir={calm} --rule=none --at_limit=error", "never settles"
+  ),
   "temperatures that are none": (
     "evaluate", "--workdir={calm} --temperatures=a", "--temperatures is no list of numbers"
   ),

@@ -51,6 +51,7 @@ def test_a_file_of_prompts_is_written_and_gone_on_with(
   assert [x["text"] for x in again] == [x["text"] for x in records]
   other = generate(*flags, "--seed=9", "--temperature=0.5", code=2).stderr
   assert "line 1 is no text of these prompts and settings" in other.splitlines()[-1]
+  assert "line 1 is no text" in generate(*flags, "--rule=exact", code=2).stderr
 
 
 def test_lines_of_standard_input_are_gone_on_with(trained_calm: pathlib.Path):
@@ -75,6 +76,7 @@ def test_several_texts_of_a_prompt_are_those_of_their_numbers(trained_calm: path
     ('{"prompt": "a"}\n{"prompt": "a", "temprature": 1}', "line 2 .* did you mean 'temperature'"),
     ('{"prompt": "a", "seed": "x"}', "line 1 has seed 'x'"),
     ("", "holds no prompt"),
+    ('{"prompt": "a\u2028b"}\n{', "line 2 is no JSON"),
   ],
 )
 def test_bad_lines_are_named(content: str, reason: str, tmp_path: pathlib.Path):

@@ -19,9 +19,11 @@ def read(path: str, common: Mapping[str, Any]) -> list[dict[str, Any]]:
     CalmError: naming the line, if it can't be read or says what is not known.
   """
   try:
-    lines = epath.Path(path).read_text().splitlines()
+    lines = epath.Path(path).read_text().removesuffix("\n").split("\n")
   except (OSError, UnicodeError) as error:
     raise errors.CalmError(f"can't read the prompts {path}: {error}") from error
+  # Not at U+2028 and its like, which JSON allows inside a string.
+  config.require(lines != [""], f"{path} holds no prompt")
   found = []
   for number, line in enumerate(lines):
     where = f"{path}, line {number + 1}"
@@ -40,7 +42,6 @@ def read(path: str, common: Mapping[str, Any]) -> list[dict[str, Any]]:
       )
       config.require(isinstance(value, kinds), f"{where} has {name} {value!r}")
     found.append({**common, "number": number, **values})
-  config.require(bool(found), f"{path} holds no prompt")
   return found
 
 

@@ -57,3 +57,7 @@ class Sampler:
     for name, table in (("rule", rules.RULES), ("at_limit", [*choosers.CHOOSERS, ERROR])):
       value = getattr(self, name)
       config.require(value in table, f"{name} is {value!r}: {config.nearest(value, table)}")
+    config.require(
+      (self.rule, self.at_limit) != ("none", ERROR),
+      "rule none never settles a patch, so at_limit error would always be one: give another",
+    )
