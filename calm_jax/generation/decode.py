@@ -1,7 +1,6 @@
 """Prompts -> patches: a batch of texts written by one compiled loop."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -25,14 +24,14 @@ LANES = 128
 
 
 class Asked(NamedTuple):
-  """The requests of a batch as arrays; see `candidates.Wanted`."""
+  """The requests of a batch as arrays.
 
-  key_B: jax.Array
-  power_B: jax.Array
-  limit_B: jax.Array
-  attempts_B: jax.Array
-  tail_BK: jax.Array
-  length_B: jax.Array
+  Attributes:
+    first: what the first patches are to be, tails of the prompts with them; later ones
+      differ in the key and have no tail.
+  """
+
+  first: candidates.Wanted
   max_tokens_B: jax.Array
 
 
@@ -53,15 +52,16 @@ def asked(
   def whole(values: Sequence[int]) -> jax.Array:
     return jnp.array(values, jnp.int32)
 
-  return Asked(
+  first = candidates.Wanted(
     key_B=jax.vmap(lambda seed, n: jax.random.fold_in(jax.random.key(seed), n))(seeds, numbers),
     power_B=jnp.array(power, jnp.float32),
     limit_B=whole(limit),
     attempts_B=whole([TAIL_ROUNDS * max(n, TAIL_CANDIDATES) for n in limit]),
     tail_BK=jnp.array(tail_BK),
     length_B=whole([len(tail) for tail in tails]),
-    max_tokens_B=whole([wish.max_tokens for wish in wishes]),
+    active_B=jnp.ones((len(wishes),), bool),
   )
+  return Asked(first, whole([wish.max_tokens for wish in wishes]))
 
 
 class _State(NamedTuple):
@@ -136,13 +136,14 @@ class Decoder:
     """
 
     def step(state: _State) -> tuple[_State, candidates.Choice]:
-      length_B = jnp.where(state.patch == 0, asked.length_B, 0)
-      fold = functools.partial(jax.vmap(jax.random.fold_in, in_axes=(0, None)), asked.key_B)
-      wanted = candidates.Wanted(
-        key_B=fold(state.patch + 1), power_B=asked.power_B, limit_B=asked.limit_B,
-        attempts_B=jnp.where(length_B > 0, asked.attempts_B, asked.limit_B),
-        tail_BK=asked.tail_BK, length_B=length_B, active_B=~state.done_B,
-      )  # fmt: skip
+      first = asked.first
+      length_B = jnp.where(state.patch == 0, first.length_B, 0)
+      wanted = first._replace(
+        key_B=jax.vmap(jax.random.fold_in, in_axes=(0, None))(first.key_B, state.patch + 1),
+        attempts_B=jnp.where(length_B > 0, first.attempts_B, first.limit_B),
+        length_B=length_B,
+        active_B=~state.done_B,
+      )
       choice = self.law.choose(params, state.hidden_BD, wanted, slots, list(sizes))
       token_BK, latent_BZ = choice.patch
       new_BK = jnp.arange(token_BK.shape[1])[None] >= length_B[:, None]
@@ -216,13 +217,14 @@ class Writing:
     )
     self._asked = _placed(asked(wishes, power, tails, law.patch_size))
     self._tails = [len(tail) for tail in tails]
-    limit = np.asarray(self._asked.limit_B).tolist()
+    limit = np.asarray(self._asked.first.limit_B).tolist()
     least = max(law.least(*both) for both in zip(power, limit, strict=True))
     self._slots = max(limit)
     self._sizes = tuple(candidates.round_sizes(len(wishes), least, self._slots))
     patches = token_BPK.shape[1] + max(-(-wish.max_tokens // law.patch_size) for wish in wishes)
     self.state = decoder.prefill(
-      law.params, _placed(token_BPK), _placed(start_B), self._asked.max_tokens_B, self._asked.key_B,
+      law.params, _placed(token_BPK), _placed(start_B), self._asked.max_tokens_B,
+      self._asked.first.key_B,
       slots=ring(_bucket(patches, decoder.window)),
     )  # fmt: skip
     self._ended = [False] * len(wishes)

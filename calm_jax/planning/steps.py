@@ -233,7 +233,7 @@ def decode_plans(job: Job, texts: int = 1, draws: int = 1) -> dict[str, result.P
     asked = placed(jax.eval_shape(lambda: decode.asked(wishes, power, none, size)))
     token_BPK = placed(jax.ShapeDtypeStruct((texts, window, size), jnp.int32))
     sizes = tuple(candidates.round_sizes(texts, math.ceil(power[0]), draws))
-    prompt = (params, token_BPK, asked.limit_B, asked.max_tokens_B, asked.key_B)
+    prompt = (params, token_BPK, asked.first.limit_B, asked.max_tokens_B, asked.first.key_B)
     state = placed(jax.eval_shape(functools.partial(decoder.prefill, slots=slots), *prompt))
     lowered = {
       "prompt": (decoder.prefill.lower(*prompt, slots=slots), window),
