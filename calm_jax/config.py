@@ -193,13 +193,15 @@ class CalmLoss:
   Attributes:
     samples: N, a patch: samples of the energy head, repetitions with fresh noise and
       target of the others in training; samples of any head in evaluation.
-    posterior_draws: M, targets a patch of the energy score. The other heads need it
-      in evaluation only.
+    targets: what the energy head's samples are compared with: `draws` of the posterior, as
+      published, or its `exact` expectation, by quadrature. Evaluation takes the exact one.
+    posterior_draws: M, draws of the posterior a patch.
     alpha: exponent of the energy score's distance, in (0, 2]. At 2 the score is not
       proper: it asks for the right mean alone (the paper's row of BrierLM 0).
   """
 
   samples: int = 8
+  targets: Literal["draws", "exact"] = "draws"
   posterior_draws: int = 100
   alpha: float = 1.0
 

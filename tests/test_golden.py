@@ -108,9 +108,12 @@ def test_targets_are_the_frozen_encoders(vectors, case):
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 1.5])
 def test_energy_loss(alpha: float, vectors):
   std_BPZ = np.exp(vectors["energy.target_log_std"])
-  target_MBPZ = vectors["energy.target_mean"] + std_BPZ * vectors["energy.target_eps"]
+  offset_MBPZ = jnp.array(std_BPZ * vectors["energy.target_eps"])
   sample_NBPZ = jnp.array(vectors["energy.samples"])
-  loss_BP = energy_score.energy_loss(sample_NBPZ, jnp.array(target_MBPZ), alpha)
+  attraction_BP = energy_score.attraction(
+    sample_NBPZ, vectors["energy.target_mean"], lambda m: offset_MBPZ[m], len(offset_MBPZ), alpha
+  )
+  loss_BP, _ = energy_score.energy_loss(sample_NBPZ, attraction_BP, alpha)
   agree(loss_BP, vectors[f"energy.loss_beta{alpha}"])
 
 

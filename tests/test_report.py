@@ -101,7 +101,7 @@ def make_workdir(
     ]
     final = {"stage": run.stage, "step": 40, **figures(run), "data": "tokens", "store_hash": "ab"}
     if isinstance(run, config.CalmRun):
-      final |= {"samples": 8, "posterior_draws": 16, "brier_lm_marginal": 1.25}
+      final |= {"samples": 8, "brier_lm_marginal": 1.25}
       write_lines(path / workdir.SAMPLES, SAMPLES)
       (path / workdir.TRADEOFF).write_text(json.dumps({"rows": TRADEOFF, "baseline": TRADEOFF[:2]}))
     (path / workdir.EVALUATION).write_text(json.dumps(final))

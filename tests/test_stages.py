@@ -113,21 +113,22 @@ def test_scores_of_the_language_model_by_hand(trained_calm, batch):
   example = jax.random.fold_in(KEY, batch["index"][1])
   sample_NPZ = model.sample(trained.params, hidden_1PD[0], jax.random.fold_in(example, 2), 4)
   mean_PZ, log_std_PZ = layers.apply(model.autoencoder, frozen, token_PK[1:], method="encode")
-  eps_MPZ = jax.random.normal(jax.random.fold_in(example, 1), (3, 7, 8))
-  target_MPZ = mean_PZ[None] + jnp.exp(log_std_PZ)[None] * eps_MPZ
 
-  energy = np.mean(energy_score.energy_loss(sample_NPZ, target_MPZ))
+  def distance(sample_NPZ, first):
+    """To the posterior of patches from `first` on."""
+    chosen = slice(first, first + sample_NPZ.shape[1])
+    posterior = (mean_PZ[chosen], jnp.exp(log_std_PZ[chosen]))
+    return float(energy_score.expected_attraction(sample_NPZ, *posterior).mean())
+
+  apart_NN = np.linalg.norm(sample_NPZ[:, None] - sample_NPZ[None], axis=-1).mean(axis=-1)
+  energy = 2 * distance(sample_NPZ, 0) - apart_NN.sum() / 12
   np.testing.assert_allclose(found["energy"][1], energy, rtol=1e-4)
   tokens_NPK = calm.decode_tokens(model.autoencoder, frozen, sample_NPZ)
   accuracy_Pn, collision_Pn = brier.accuracy(tokens_NPK, token_PK[1:]), brier.collision(tokens_NPK)
   np.testing.assert_allclose(found["accuracy"][1], accuracy_Pn.mean(axis=0), rtol=1e-5)
   np.testing.assert_allclose(found["collision"][1], collision_Pn.mean(axis=0), rtol=1e-5)
 
-  def distance(sample_NPZ, target_MPZ):
-    return np.mean(np.linalg.norm(sample_NPZ[:, None] - target_MPZ[None], axis=-1))
-
-  gap = 2 * distance(sample_NPZ[:, :-1], target_MPZ[:, 1:])
-  gap -= 2 * distance(sample_NPZ[:, :-1], target_MPZ[:, :-1])
+  gap = 2 * distance(sample_NPZ[:, :-1], 1) - 2 * distance(sample_NPZ[:, :-1], 0)
   np.testing.assert_allclose(found["conditioning_gap"][1], gap, atol=1e-4)
 
 

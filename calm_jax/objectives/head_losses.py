@@ -24,13 +24,28 @@ def _energy(
   head, params: Params, hidden_PD: jax.Array, posterior: Posterior, key: jax.Array,
   settings: config.CalmLoss,
 ) -> tuple[jax.Array, Figures]:  # fmt: skip
-  """The energy loss of N samples against M posterior draws; see `energy_score`."""
+  """The energy loss of N samples against the posterior; see `energy_score`."""
   sample_key, target_key = jax.random.split(key)
   sample_NPZ = head.sample(params, hidden_PD, sample_key, settings.samples)
-  target_MPZ = calm.posterior_draws(target_key, *posterior, settings.posterior_draws)
-  energy_P = energy_score.energy_loss(sample_NPZ, target_MPZ, settings.alpha)
-  repulsion_P = energy_score.repulsion(jax.lax.stop_gradient(sample_NPZ), settings.alpha)
-  return energy_P, {"attraction": (energy_P + repulsion_P) / 2, "repulsion": repulsion_P}
+  mean_PZ, log_std_PZ = posterior
+  attraction_P = TARGETS[settings.targets](
+    target_key, sample_NPZ, mean_PZ, jnp.exp(log_std_PZ), settings
+  )
+  energy_P, repulsion_P = energy_score.energy_loss(sample_NPZ, attraction_P, settings.alpha)
+  return energy_P, {"attraction": attraction_P, "repulsion": repulsion_P}
+
+
+def _drawn(key, sample_NPZ, mean_PZ, std_PZ, settings: config.CalmLoss) -> jax.Array:
+  count = settings.posterior_draws
+  return energy_score.drawn_attraction(key, sample_NPZ, mean_PZ, std_PZ, count, settings.alpha)
+
+
+def _expected(key, sample_NPZ, mean_PZ, std_PZ, settings: config.CalmLoss) -> jax.Array:
+  return energy_score.expected_attraction(sample_NPZ, mean_PZ, std_PZ, settings.alpha)
+
+
+# How samples are compared with the posterior, by `settings.targets`.
+TARGETS: dict[str, Callable[..., jax.Array]] = {"draws": _drawn, "exact": _expected}
 
 
 def _flow(

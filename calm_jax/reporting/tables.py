@@ -79,7 +79,7 @@ _SETTINGS = {
   ),
   "calm": (
     *_TRANSFORMER, "model.input", "head.kind", "head.blocks", "head.noise", "head.steps",
-    "loss.alpha", "loss.samples", "loss.posterior_draws",
+    "loss.alpha", "loss.samples", "loss.targets", "loss.posterior_draws",
   ),
   "transformer": _TRANSFORMER,
 }  # fmt: skip
@@ -179,8 +179,8 @@ def conditions(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
   """Returns names and values of what the evaluation figures depend on."""
   names: Sequence[tuple[str, str]] = (
     ("step", "step"), ("context_tokens", "context in tokens"), ("blocks", "held-out blocks"),
-    ("tokens", "tokens"), ("samples", "samples N"), ("posterior_draws", "posterior draws M"),
-    ("seed", "seed"), ("data", "data"), ("store_hash", "store"),
+    ("tokens", "tokens"), ("samples", "samples N"), ("seed", "seed"),
+    ("data", "data"), ("store_hash", "store"),
   )  # fmt: skip
   rows = []
   for name, label in names:

@@ -78,9 +78,6 @@ def build(
     cache = memory.Cache.empty(count) if spanned > 1 else None
     hidden_BPD, cache = hidden(params, token_BPK, latent_BPZ, cache)
     sample_BNPZ, token_BNPK = samples(params, frozen, hidden_BPD, stages.other_keys(key_B, 2))
-    target_BMPZ = draws(
-      stages.other_keys(key_B, 1), mean_BPZ[:, 1:], log_std_BPZ[:, 1:], settings.posterior_draws
-    )
 
     accuracy_BPK = jax.vmap(brier.accuracy)(token_BNPK, token_BPK[:, 1:])
     starts = count - spanned + 1  # Predicted patches from which on there are 4 tokens.
@@ -92,13 +89,14 @@ def build(
       )
     )
 
-    def distance(sample_BNPZ, target_BMPZ):
-      return jax.vmap(energy_score.attraction, in_axes=(0, 0, None))(
-        sample_BNPZ, target_BMPZ, settings.alpha
+    def distance(sample_BNPZ, mean_BPZ, log_std_BPZ):
+      posterior = (mean_BPZ, jnp.exp(log_std_BPZ))
+      return jax.vmap(energy_score.expected_attraction, in_axes=(0, 0, 0, None))(
+        sample_BNPZ, *posterior, settings.alpha
       )
 
-    true_BP = distance(sample_BNPZ, target_BMPZ)
-    shifted_BP = distance(sample_BNPZ[:, :, :-1], target_BMPZ[:, :, 1:])
+    true_BP = distance(sample_BNPZ, mean_BPZ[:, 1:], log_std_BPZ[:, 1:])
+    shifted_BP = distance(sample_BNPZ[:, :, :-1], mean_BPZ[:, 2:], log_std_BPZ[:, 2:])
     repulsion = jax.vmap(energy_score.repulsion, in_axes=(0, None))
     energy_BP = 2 * true_BP - repulsion(sample_BNPZ, settings.alpha)
     return {

@@ -28,8 +28,7 @@ def _calm(trained: workdir.TrainedCalm, samples: int) -> Staged:
   loss = dataclasses.replace(loss, samples=samples or loss.samples)
   run, codec = dataclasses.replace(trained.run, loss=loss), trained.model.autoencoder
   stage = calm_stage.build(run, codec, trained.autoencoder.params, trained.origin.vocab_size)
-  conditions = {"samples": loss.samples, "posterior_draws": loss.posterior_draws}
-  return stage, codec.sizes.patch_size, conditions
+  return stage, codec.sizes.patch_size, {"samples": loss.samples}
 
 
 def _transformer(trained: workdir.TrainedTransformer, samples: int) -> Staged:

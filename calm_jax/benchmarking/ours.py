@@ -1,0 +1,123 @@
+"""The real training step of any stage, on random tokens, as a contender."""
+
+import functools
+import pathlib
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import numpy as jnp
+
+from calm_jax import config
+from calm_jax.benchmarking import contenders, timing
+from calm_jax.data import pipeline, synthetic
+from calm_jax.models import attention, autoencoder
+from calm_jax.parallel import mesh as mesh_lib
+from calm_jax.reporting import provenance
+from calm_jax.training import (
+  autoencoder_stage,
+  calm_stage,
+  checkpoint,
+  feed,
+  program,
+  stages,
+  step,
+  transformer_stage,
+)
+
+MATMUL = 2048  # Rows and columns of the product that tells what a CPU can do.
+
+
+def stage_of(job: contenders.Job) -> stages.Stage:
+  """Returns the stage; stage two's over an autoencoder of initial values."""
+  run, vocab = job.run, job.vocab_size
+  if isinstance(run, config.AutoencoderRun):
+    return autoencoder_stage.build(run, vocab)
+  if isinstance(run, config.TransformerRun):
+    return transformer_stage.build(run, vocab)
+  codec = autoencoder.Autoencoder(job.codec, vocab, jnp.dtype(run.training.compute_dtype))
+  frozen = jax.jit(codec.initial)(jax.random.key(1))
+  return calm_stage.build(run, codec, frozen, vocab)
+
+
+def matmul_rate() -> float:
+  """Returns FLOP/s of a square product of float32."""
+  x = jnp.ones((MATMUL, MATMUL))
+  product = jax.jit(jnp.matmul)
+  return 2 * MATMUL**3 / timing.median_seconds(lambda: product(x, x), 5)
+
+
+class Steps:
+  """Steps as `training.train` takes them, data and all, without reports and saves."""
+
+  def __init__(self, job: contenders.Job):
+    run = job.run
+    jax.set_mesh(mesh_lib.build(run.mesh))
+    self._stage = stage_of(job)
+    self._program = program.Program(run, self._stage, mesh_lib.current())
+    patch = 1 if run.stage == "transformer" else job.codec.patch_size
+    self._attention = "none"
+    if not isinstance(run, config.AutoencoderRun):
+      self._attention = attention.choose(run.execution.attention, run.data.context // patch)
+    self._state = self._program.initial()
+    start = time.perf_counter()
+    self._step = self._program.compiled_step()
+    self._compile_seconds = time.perf_counter() - start
+    rows = mesh_lib.own_rows(self._program.mesh, run.training.batch)
+    store = synthetic.open_store(f"{synthetic.PREFIX}{job.vocab_size}")
+    batches = pipeline.TrainingBatches(
+      store, run.data.context, run.training.batch, run.training.seed, rows
+    )
+    self._feed = feed.Feed(batches, self._program.mesh, run.training.batch, rows)
+    self._signals = self._program.place_signals()
+    self._waited, self._count, self._loss = 0.0, 0, float("nan")
+
+  def dispatch(self) -> Callable[[], None] | None:
+    start = time.perf_counter()
+    fed = self._feed.take(lambda: True)
+    assert fed is not None
+    self._count += 1
+    if self._count > contenders.WARM_UP:
+      self._waited += time.perf_counter() - start
+    self._state, figures = self._step(self._state, self._stage.frozen, fed.arrays, self._signals)
+    if jax.default_backend() != "cpu":
+      return functools.partial(self._wait, figures)
+    self._wait(figures)
+    return None
+
+  def _wait(self, figures: step.Metrics) -> None:
+    self._loss = float(figures["loss"])
+
+  def _save_seconds(self) -> float:
+    with tempfile.TemporaryDirectory(prefix="calm_jax_benchmark_") as folder:
+      kept = checkpoint.Checkpoints(str(pathlib.Path(folder) / "workdir"), 1, 0)
+      params, rest = step.parts(self._state)
+      start = time.perf_counter()
+      kept.save(1, params, rest, {})
+      kept.wait()
+      seconds = time.perf_counter() - start
+      kept.close()
+    return seconds
+
+  def facts(self) -> dict[str, Any]:
+    device = jax.devices()[0]
+    memory = self._program.mesh.devices.flat[0].memory_stats() or {}
+    analysis = self._step.memory_analysis()
+    found = {
+      "platform": device.platform,
+      "device": device.device_kind,
+      "devices": self._program.mesh.size,
+      "versions": provenance.versions(),
+      "attention": self._attention,
+      "compile_seconds": self._compile_seconds,
+      "waited_seconds": self._waited,
+      "loss": self._loss,
+      "peak_bytes": memory.get("peak_bytes_in_use"),
+      "temporary_bytes": analysis.temp_size_in_bytes if analysis else None,
+    }
+    if self._count == contenders.WARM_UP:
+      found["save_seconds"] = self._save_seconds()
+      found["matmul_flops"] = matmul_rate() if device.platform == "cpu" else None
+    return found

@@ -1,0 +1,204 @@
+"""The same training steps in PyTorch, as contenders: Llama of transformers, no line of ours around.
+
+What the published code computes, as it computes it: the hidden state goes through the
+head once a sample, distances are those of a whole (N, M, P, Z) tensor, logits are whole.
+Weights have the published names, so that ours can be put in.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from torch.nn import functional
+
+from calm_jax import config
+from calm_jax.benchmarking import contenders
+from calm_jax.interchange.torch_module import modeling_calm as modeling
+
+
+def _codec(sizes: config.Autoencoder, vocab_size: int) -> modeling.CalmAutoencoder:
+  return modeling.CalmAutoencoder(
+    modeling.CalmAutoencoderConfig(
+      sizes.patch_size, vocab_size, sizes.width, sizes.ffn, sizes.latent, sizes.encoder_layers,
+      sizes.decoder_layers,
+    )
+  )  # fmt: skip
+
+
+def _llama(sizes: config.Transformer, vocab_size: int, positions: int) -> Any:
+  return transformers.LlamaConfig(
+    vocab_size=vocab_size,
+    hidden_size=sizes.width,
+    intermediate_size=sizes.ffn,
+    num_hidden_layers=sizes.layers,
+    num_attention_heads=sizes.heads,
+    num_key_value_heads=sizes.kv_heads,
+    max_position_embeddings=positions,
+    rms_norm_eps=1e-6,
+    use_cache=False,
+    tie_word_embeddings=False,
+    attn_implementation="sdpa",
+  )
+
+
+def _draw(mean, log_std, shape=()):
+  return mean + log_std.exp() * torch.randn(*shape, *mean.shape, device=mean.device)
+
+
+class Autoencoder(nn.Module):
+  """Tokens [B, S] -> stage one's loss."""
+
+  def __init__(self, job: contenders.Job):
+    super().__init__()
+    assert isinstance(job.run, config.AutoencoderRun)
+    self.settings, self.size = job.run.loss, job.run.model.patch_size
+    self.ae_model = _codec(job.run.model, job.vocab_size)
+
+  def forward(self, token_BS):
+    token_BPK, settings = token_BS.unflatten(1, (-1, self.size)), self.settings
+    dropped_BPK = torch.rand(token_BPK.shape, device=token_BPK.device) < settings.drop_token
+    read_BPK = token_BPK.masked_fill(dropped_BPK, settings.drop_token_id)
+    mean_BPZ, log_std_BPZ = self.ae_model.encode(read_BPK)
+    z_BPZ = functional.dropout(_draw(mean_BPZ, log_std_BPZ), settings.drop_latent)
+    logits_V = self.ae_model.decode(z_BPZ).flatten(0, -2)
+    kl_BPZ = 0.5 * (mean_BPZ**2 + (2 * log_std_BPZ).exp() - 1 - 2 * log_std_BPZ)
+    kl = kl_BPZ.clamp(min=settings.kl_floor).sum(-1).mean()
+    return self.size * functional.cross_entropy(logits_V, token_BPK.flatten()) + (
+      settings.kl_weight * kl
+    )
+
+
+class Head(modeling.EnergyHead):
+  """The energy head as published: what reads the hidden state is computed once a sample."""
+
+  def forward(self, hidden_D, noise_NR):
+    x_ND = self.norm_noise(self.noise_embd(noise_NR))
+    y_ND = self.norm_hidden(self.hidden_embd(hidden_D.expand(len(noise_NR), *hidden_D.shape)))
+    for block in self.mlp_blocks:
+      u_ND = block.linears(torch.cat([block.in_ln(x_ND), y_ND], dim=-1))
+      gate_ND, up_ND = u_ND.chunk(2, dim=-1)
+      x_ND = x_ND + block.down_proj(functional.silu(gate_ND) * up_ND)
+    return self.final_layer(x_ND).float()
+
+
+def _distance(x_Z, alpha):
+  return torch.linalg.vector_norm(x_Z, dim=-1) ** alpha
+
+
+class Calm(nn.Module):
+  """Tokens [B, S] -> stage two's loss, with the energy head and tokens as input."""
+
+  def __init__(self, job: contenders.Job):
+    super().__init__()
+    run = job.run
+    assert isinstance(run, config.CalmRun)
+    if run.head.kind != "energy" or run.model.input != "discrete":
+      raise ValueError("only the energy head over tokens is written in PyTorch")
+    width, codec = run.model.width, job.codec
+    self.settings, self.size, self.noise = run.loss, codec.patch_size, run.head.noise
+    self.ae_model = _codec(codec, job.vocab_size).requires_grad_(False)
+    patch = modeling.mlp(codec.patch_size * width, 2 * width, width)
+    self.embed_proj = nn.Sequential(*patch, nn.LayerNorm(width, modeling.EPS))
+    positions = run.data.context // codec.patch_size
+    self.transformer = transformers.LlamaModel(_llama(run.model, job.vocab_size, positions))
+    self.generative_head = Head(
+      modeling.CalmConfig(
+        hidden_size=width, latent_size=codec.latent, noise_size=run.head.noise,
+        num_mlp_layers=run.head.blocks,
+      )
+    )  # fmt: skip
+    nn.init.zeros_(self.generative_head.final_layer.linears[-1].weight)
+
+  def forward(self, token_BS):
+    token_BPK, settings = token_BS.unflatten(1, (-1, self.size)), self.settings
+    with torch.no_grad():
+      mean_BPZ, log_std_BPZ = self.ae_model.encode(token_BPK[:, 1:])
+    x_BPD = self.embed_proj(self.transformer.embed_tokens(token_BPK[:, :-1]).flatten(-2))
+    hidden_BPD = self.transformer(inputs_embeds=x_BPD).last_hidden_state
+    shape = (settings.samples, *hidden_BPD.shape[:-1], self.noise)
+    noise_NBPR = torch.rand(shape, device=hidden_BPD.device) - 0.5
+    sample_NBPZ = self.generative_head(hidden_BPD, noise_NBPR)
+    target_MBPZ = _draw(mean_BPZ, log_std_BPZ, (settings.posterior_draws,))
+    count, alpha = settings.samples, settings.alpha
+    among_NNBP = _distance(sample_NBPZ[:, None] - sample_NBPZ[None], alpha)
+    repulsion_BP = among_NNBP.sum((0, 1)) / (count * (count - 1))
+    attraction_BP = _distance(sample_NBPZ[:, None] - target_MBPZ[None], alpha).mean((0, 1))
+    return (2 * attraction_BP - repulsion_BP).mean()
+
+
+class Transformer(nn.Module):
+  """Tokens [B, S] -> the baseline's cross-entropy."""
+
+  def __init__(self, job: contenders.Job):
+    super().__init__()
+    assert isinstance(job.run, config.TransformerRun)
+    sizes = _llama(job.run.model, job.vocab_size, job.run.data.context)
+    self.llama = transformers.LlamaForCausalLM(sizes)
+
+  def forward(self, token_BS):
+    return self.llama(input_ids=token_BS, labels=token_BS).loss
+
+
+MODELS = {"autoencoder": Autoencoder, "calm": Calm, "transformer": Transformer}
+
+
+class Steps:
+  """A plain loop's steps: forward, backward, clip, AdamW. Batches are on the device already."""
+
+  def __init__(self, job: contenders.Job, compiled: bool):
+    run, settings = job.run, job.run.optimizer
+    torch.manual_seed(run.training.seed)
+    self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    self._parts, self._clip = run.training.accumulation, settings.clip_norm
+    self._half = run.training.compute_dtype == "bfloat16"
+    model = MODELS[run.stage](job).to(self._device).train()
+    self._params = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+      {"params": [p for p in self._params if p.dim() > 1], "weight_decay": settings.weight_decay},
+      {"params": [p for p in self._params if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    self._optimizer = torch.optim.AdamW(
+      groups, settings.learning_rate, (settings.b1, settings.b2), settings.eps, fused=True
+    )
+    self._loss = torch.compile(model) if compiled else model
+    shape = (run.training.batch, run.data.context)
+    self._tokens = torch.randint(0, job.vocab_size, shape, device=self._device)
+
+  def dispatch(self) -> Callable[[], None] | None:
+    for part in self._tokens.chunk(self._parts):
+      context = contextlib.nullcontext()
+      if self._half:
+        context = torch.autocast(self._device.type, dtype=torch.bfloat16)
+      with context:
+        loss = self._loss(part) / self._parts
+      loss.backward()
+    nn.utils.clip_grad_norm_(self._params, self._clip)
+    self._optimizer.step()
+    self._optimizer.zero_grad(set_to_none=True)
+    if self._device.type == "cpu":
+      return None
+    event = torch.cuda.Event()
+    event.record()
+    return event.synchronize
+
+  def facts(self) -> dict[str, Any]:
+    cuda = self._device.type == "cuda"
+    return {
+      "platform": self._device.type,
+      "device": torch.cuda.get_device_name() if cuda else "cpu",
+      "devices": 1,
+      "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+      "peak_bytes": torch.cuda.max_memory_allocated() if cuda else None,
+    }
+
+
+def eager(job: contenders.Job) -> Steps:
+  """Returns steps as written."""
+  return Steps(job, compiled=False)
+
+
+compiled = functools.partial(Steps, compiled=True)
