@@ -31,13 +31,6 @@ def test_floored_kl_counts_the_floor_and_has_no_gradient_below_it():
   np.testing.assert_allclose(grad_Z, [0.0, 3.0], rtol=1e-6)
 
 
-def test_cross_entropy_equals_minus_log_softmax():
-  logits_V = np.array([[1.0, 2.0, 0.5]], np.float32)
-  expected = -np.log(np.exp(2.0) / np.exp(logits_V).sum())
-  found = autoencoding.cross_entropy(jnp.array(logits_V), jnp.array([1]))
-  np.testing.assert_allclose(found, [expected], rtol=1e-6)
-
-
 def test_drop_tokens_replaces_the_stated_share():
   token = jnp.full((200, 200), 7)
   dropped = np.asarray(autoencoding.drop_tokens(jax.random.key(0), token, 0.15, 3))

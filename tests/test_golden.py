@@ -16,7 +16,7 @@ from safetensors import numpy as safetensors
 from calm_jax import config
 from calm_jax.interchange import reading
 from calm_jax.models import autoencoder, calm, diffusion_head, layers, transformer
-from calm_jax.objectives import autoencoding, diffusion, energy_score, flow_matching
+from calm_jax.objectives import autoencoding, diffusion, energy_score, flow_matching, vocabulary
 
 
 @pytest.fixture(scope="module", params=["k4", "k2_gqa"])
@@ -62,8 +62,10 @@ def test_autoencoder_loss(imported_autoencoder, vectors, case):
   token_BPK = by_patch(vectors["ae.input_ids"], case)
   mean_BPZ, log_std_BPZ = layers.apply(model, params, token_BPK, method="encode")
   z_BPZ = mean_BPZ + jnp.exp(log_std_BPZ) * vectors["ae.eps"]
-  logits_BPKV = layers.apply(model, params, z_BPZ, method="decode")
-  cross_entropy = jnp.mean(autoencoding.cross_entropy(logits_BPKV, token_BPK))
+  feature_BPKE = layers.apply(model, params, z_BPZ, method="features")
+  share_BPK = jnp.full(token_BPK.shape, 1 / token_BPK.size)
+  each = (x.reshape(len(x), -1, *x.shape[3:]) for x in (feature_BPKE, token_BPK, share_BPK))
+  cross_entropy = vocabulary.cross_entropy(params["embed"]["embedding"], *each).loss
   kl = jnp.mean(autoencoding.floored_kl(mean_BPZ, log_std_BPZ, 0.5))
   agree(cross_entropy[None], vectors["ae.ce_per_token"])
   agree(kl[None], vectors["ae.kl_clamped"])

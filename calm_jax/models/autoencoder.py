@@ -99,6 +99,10 @@ class Autoencoder(nn.Module):
     x_KE = mesh.constrain_last(self.embed(token_K), "position", None, None)
     return self.encoder(x_KE)
 
+  def features(self, z_Z: jax.Array) -> jax.Array:
+    """Returns what is read against the token table, [..., K, E] of each latent."""
+    return self.decoder(z_Z)
+
   def decode(self, z_Z: jax.Array) -> jax.Array:
     """Returns the logits of the K tokens of each latent, [..., K, V] float32."""
     return self.embed.attend(self.decoder(z_Z)).astype(jnp.float32)

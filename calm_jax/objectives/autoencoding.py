@@ -19,12 +19,6 @@ def floored_kl(mean_Z: jax.Array, log_std_Z: jax.Array, floor: float) -> jax.Arr
   return jnp.sum(jnp.maximum(kl_to_standard_normal(mean_Z, log_std_Z), floor), axis=-1)
 
 
-def cross_entropy(logits_V: jax.Array, token: jax.Array) -> jax.Array:
-  """−log p(token) in nats: [..., V], [...] -> [...]. Lower is better."""
-  picked = jnp.take_along_axis(logits_V, token[..., None], axis=-1)[..., 0]
-  return jax.nn.logsumexp(logits_V, axis=-1) - picked
-
-
 def drop_tokens(key: jax.Array, token: jax.Array, rate: float, replacement: int) -> jax.Array:
   """Returns tokens, each replaced by `replacement` with probability `rate` (DropToken)."""
   return jnp.where(jax.random.bernoulli(key, rate, token.shape), replacement, token)

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import numpy as jnp
 from jax.experimental import mesh_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -110,6 +111,38 @@ def examples(function: Callable[..., Any], in_axes: Any = 0) -> Callable[..., An
   """
   rows = None if jax.sharding.get_abstract_mesh().empty else ALONG["batch"]
   return jax.vmap(function, in_axes=in_axes, spmd_axis_name=rows)
+
+
+def shards(function: Callable[..., tuple[Any, jax.Array]]) -> Callable[..., tuple[Any, jax.Array]]:
+  """Returns a function of one device's positions as one of a batch's, arrays [B, P, ...].
+
+  Of what the function returns, the first is of positions, [n, ...], and comes back as [B, P,
+  ...]; the second is summed over devices, once, however it was made.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  rows = 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+  parts = 1 if mesh.empty else mesh.shape["sequence"]
+  mapped = function
+  for axis in ("position", "batch"):
+    mapped = jax.vmap(mapped, spmd_axis_name=None if mesh.empty else ALONG[axis])
+
+  def whole(*arrays: jax.Array) -> tuple[Any, jax.Array]:
+    batch, positions = arrays[0].shape[:2]
+    assert batch % rows == 0 and positions % parts == 0, (batch, rows, positions, parts)
+    inner = (batch // rows, positions // parts)
+
+    def split(x):
+      x = x.reshape(rows, inner[0], parts, inner[1], *x.shape[2:]).swapaxes(1, 2)
+      return x.reshape(rows, parts, -1, *x.shape[4:])
+
+    def joined(x):
+      x = x.reshape(rows, parts, *inner, *x.shape[3:]).swapaxes(1, 2)
+      return x.reshape(batch, positions, *x.shape[4:])
+
+    found, summed = mapped(*map(split, arrays))
+    return jax.tree.map(joined, found), jnp.sum(summed, axis=(0, 1))
+
+  return whole
 
 
 def own_examples(batch: int) -> int:

@@ -5,7 +5,7 @@ from jax import numpy as jnp
 
 from calm_jax import config
 from calm_jax.models import autoencoder, calm, layers
-from calm_jax.objectives import autoencoding
+from calm_jax.objectives import autoencoding, vocabulary
 from calm_jax.parallel import mesh
 from calm_jax.training import stages
 
@@ -22,11 +22,21 @@ def build(run: config.AutoencoderRun, vocab_size: int) -> stages.Stage:
 
     return mesh.examples(one)(token_BPK)
 
-  def decode(params, z_BPZ):
-    def one(z_PZ):
-      return layers.apply(model, params, z_PZ, method="decode")
+  def scores(params, z_BPZ, target_BPK):
+    """What the decoder makes of latents, [B, P, K] each; the loss is the mean."""
 
-    return mesh.examples(one)(z_BPZ)
+    def one(z_PZ):
+      return layers.apply(model, params, z_PZ, method="features").reshape(-1, run.model.width)
+
+    feature_BSE = mesh.examples(one)(z_BPZ)
+    target_BS = target_BPK.reshape(len(target_BPK), -1)
+    share_BS = jnp.full(target_BS.shape, 1 / target_BS.size)
+    table_VE = params["embed"]["embedding"]
+    found = vocabulary.cross_entropy(table_VE, feature_BSE, target_BS, share_BS)
+    return found._replace(
+      cross_entropy=found.cross_entropy.reshape(target_BPK.shape),
+      right=found.right.reshape(target_BPK.shape),
+    )
 
   def posterior_draw(mean_BPZ, log_std_BPZ, key_B):
     draw = jax.vmap(calm.posterior_draws, in_axes=(0, 0, 0, None))
@@ -42,30 +52,28 @@ def build(run: config.AutoencoderRun, vocab_size: int) -> stages.Stage:
     mean_BPZ, log_std_BPZ = encode(params, input_BPK)
     z_BPZ = posterior_draw(mean_BPZ, log_std_BPZ, noise_key_B)
     drop = jax.vmap(autoencoding.drop_latents, in_axes=(0, 0, None))
-    logits_BPKV = decode(params, drop(latent_key_B, z_BPZ, settings.drop_latent))
-    cross_entropy = jnp.mean(autoencoding.cross_entropy(logits_BPKV, target_BPK))
+    found = scores(params, drop(latent_key_B, z_BPZ, settings.drop_latent), target_BPK)
     kl = jnp.mean(autoencoding.floored_kl(mean_BPZ, log_std_BPZ, settings.kl_floor))
     metrics = {
       "tokens": jnp.float32(target_BPK.size),
       "patches_per_token": jnp.float32(1 / size),
-      "cross_entropy": cross_entropy,
+      "cross_entropy": found.loss,
       "kl": kl,
-      "token_accuracy": jnp.mean(jnp.argmax(logits_BPKV, axis=-1) == target_BPK),
+      "token_accuracy": jnp.mean(found.right),
       "posterior_std": jnp.mean(jnp.exp(log_std_BPZ)),
     }
-    return size * cross_entropy + settings.kl_weight * kl, metrics
+    return size * found.loss + settings.kl_weight * kl, metrics
 
   def evaluate(params, frozen, batch, key):
     target_BPK = stages.patches(batch["tokens"], size)
     mean_BPZ, log_std_BPZ = encode(params, target_BPK)
     z_BPZ = posterior_draw(mean_BPZ, log_std_BPZ, stages.example_keys(key, batch["index"]))
-    logits_BPKV = decode(params, z_BPZ)
-    right_BPK = jnp.argmax(logits_BPKV, axis=-1) == target_BPK
+    found = scores(params, z_BPZ, target_BPK)
     kl_BPZ = autoencoding.kl_to_standard_normal(mean_BPZ, log_std_BPZ)
     return {
-      "token_accuracy": jnp.mean(right_BPK, axis=(1, 2)),
-      "patch_accuracy": jnp.mean(jnp.all(right_BPK, axis=2), axis=1),
-      "cross_entropy": jnp.mean(autoencoding.cross_entropy(logits_BPKV, target_BPK), axis=(1, 2)),
+      "token_accuracy": jnp.mean(found.right, axis=(1, 2)),
+      "patch_accuracy": jnp.mean(jnp.min(found.right, axis=2), axis=1),
+      "cross_entropy": jnp.mean(found.cross_entropy, axis=(1, 2)),
       "posterior_std": jnp.mean(jnp.exp(log_std_BPZ), axis=1),
       "kl": jnp.mean(kl_BPZ, axis=1),
     }

@@ -64,16 +64,21 @@ def next_position(x_BP: jax.Array) -> jax.Array:
   """Returns what comes after each position of [B, P, ...]; after the last one, the first.
 
   All P positions stay, so that they divide evenly; what is at the last one must not
-  count, see `mean_of_known`.
+  count, see `known`.
   """
   return jnp.roll(x_BP, -1, axis=1)
 
 
-def mean_of_known(x_BP: jax.Array) -> jax.Array:
-  """Returns the mean of a figure over the positions whose next one is known: all but the last."""
+def known(x_BP: jax.Array) -> jax.Array:
+  """Returns 1 at the positions of [B, P] whose next one is known, all but the last; there 0."""
   known_P = jnp.arange(x_BP.shape[1]) < x_BP.shape[1] - 1
-  total = jnp.sum(jnp.where(known_P[None], x_BP, 0))
-  return total / (x_BP.shape[0] * (x_BP.shape[1] - 1))
+  return jnp.broadcast_to(known_P[None], x_BP.shape).astype(jnp.float32)
+
+
+def mean_of_known(x_BP: jax.Array) -> jax.Array:
+  """Returns the mean of a figure over the positions that are `known`."""
+  known_BP = known(x_BP)
+  return jnp.sum(jnp.where(known_BP > 0, x_BP, 0)) / known_BP.sum()
 
 
 def with_stderr(scores: Mapping[str, np.ndarray], *names: str) -> dict[str, float]:

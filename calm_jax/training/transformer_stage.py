@@ -7,7 +7,7 @@ from jax import numpy as jnp
 
 from calm_jax import config
 from calm_jax.models import layers, memory, transformer
-from calm_jax.objectives import autoencoding, brier
+from calm_jax.objectives import brier, vocabulary
 from calm_jax.parallel import mesh
 from calm_jax.training import stages
 
@@ -45,12 +45,14 @@ def build(run: config.TransformerRun, vocab_size: int) -> stages.Stage:
     token_BS = batch["tokens"]
     hidden_BSD, _ = hidden(params, mesh.constrain(token_BS, "batch", "position"))
     target_BS = stages.next_position(token_BS)
-    loss_BS = autoencoding.cross_entropy(logits(params, hidden_BSD), target_BS)
+    table_VD = params["out"]["kernel"].T
+    known_BS = stages.known(target_BS)
+    found = vocabulary.cross_entropy(table_VD, hidden_BSD, target_BS, known_BS / known_BS.sum())
     metrics = {
       "tokens": jnp.float32(token_BS[:, 1:].size),
       "patches_per_token": jnp.float32(1),
     }
-    return stages.mean_of_known(loss_BS), metrics
+    return found.loss, metrics
 
   def laws(params, hidden_BSD, target_BS, key_B):
     """The law after each position, a chunk of positions at a time."""
