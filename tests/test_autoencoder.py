@@ -66,3 +66,10 @@ def test_published_size_in_parameters():
   count = sum(x.size for x in jax.tree.leaves(shapes))
   assert round(count / 1e6, 1) == 75.8
   assert round(shapes["embed"]["embedding"].size / 1e6, 1) == 65.7
+
+
+def test_the_most_likely_token_is_the_first_of_equals_on_every_platform():
+  logits_V = jnp.array([[0.0, 2.0, 2.0, -1.0], [1.0, 1.0, 1.0, 1.0], [-5.0, -6.0, -7.0, -4.0]])
+  for found in (layers.most_likely(logits_V), layers._first_highest(logits_V)):
+    np.testing.assert_array_equal(found, [1, 0, 3])
+  assert layers.most_likely(jnp.full(3, jnp.nan)) in range(3)

@@ -1,19 +1,31 @@
 """Claims about the benchmarks: what they compare is equal, and the figures are all there."""
 
+import dataclasses
 import json
 
 import pytest
 
-from calm_jax import config, files
-from calm_jax.benchmarking import conversion, evaluation
+from calm_jax import config, errors, files
+from calm_jax.benchmarking import (
+  contenders,
+  conversion,
+  data,
+  documents,
+  evaluation,
+  peaks,
+  training,
+)
 
 
 def test_branches_and_passes_give_the_same_hidden_states(monkeypatch: pytest.MonkeyPatch):
   for name, value in (("BLOCKS", 1), ("PATCHES", 16), ("VOCAB", 32), ("REPETITIONS", 1)):
     monkeypatch.setattr(evaluation, name, value)
   lines, figures = evaluation.measure()
-  assert [row["patch_size"] for row in figures] == [1, 2] and len(lines) == 2
-  for row in json.loads(files.to_json({"figures": figures}))["figures"]:
+  assert [row["patch_size"] for row in figures[:2]] == [1, 2]
+  for row in figures[2:]:  # Where PyTorch is installed.
+    assert row["evaluate_seconds"] > 0 and row["pytorch_seconds"] > 0
+  assert len(lines) in (3, 4)
+  for row in json.loads(files.to_json({"figures": figures[:2]}))["figures"]:
     assert row["largest_difference"] < 1e-4
     assert row["speedup"] == row["passes_seconds"] / row["branches_seconds"] > 0
 
@@ -26,3 +38,85 @@ def test_a_conversion_is_measured_both_ways(monkeypatch: pytest.MonkeyPatch):
   lines, figures = conversion.measure()
   assert [row["format"] for row in figures] == ["workdir", "torch"] and len(lines) == 2
   assert all(row["peak_bytes"] > row["weights_bytes"] > 0 for row in figures)
+
+
+class Slow:
+  """Steps that are known: the first ends when the second has begun, and so on."""
+
+  def __init__(self, lag: bool):
+    self.lag, self.told = lag, []
+
+  def dispatch(self):
+    self.told.append("begun")
+    return (lambda: self.told.append("ended")) if self.lag else None
+
+  def facts(self):
+    return {}
+
+
+def test_a_step_is_begun_before_the_one_before_it_has_ended():
+  steps = Slow(lag=True)
+  assert len(contenders.taken(steps, 3)) == 3
+  assert steps.told == ["begun", "begun", "ended", "begun", "ended", "ended"]
+  assert len(contenders.taken(Slow(lag=False), 3)) == 3
+
+
+def test_training_is_measured_beside_what_is_missing_and_what_fails(
+  monkeypatch: pytest.MonkeyPatch,
+):
+  """In processes of their own: the first is ours, one is not installed, one can't be built."""
+  found = (
+    training.CONTENDERS[0],
+    contenders.Contender("other", training._torch, ("no_such_package",)),
+    contenders.Contender("broken", int),
+  )
+  monkeypatch.setattr(training, "CONTENDERS", found)
+  monkeypatch.setattr(contenders, "CPU", contenders.Turns(2, 2))
+  run = config.TransformerRun(
+    data=config.Data(context=16),
+    model=config.Transformer(layers=1, width=16, ffn=32, heads=2, kv_heads=2),
+    training=config.Training(batch=2, compute_dtype="float32"),
+    mesh=config.Mesh(fsdp=1),
+  )
+  job = contenders.Job("toy", run, config.Autoencoder(), 64)
+  lines, (figures,) = training.measure(job)
+  ours, other, broken = figures["contenders"].values()
+  assert ours["steps"] == 4 and ours["tokens_per_second"] == 32 / ours["step_seconds"]
+  assert 0 <= ours["data_wait_share"] < 1 and ours["mfu"] > 0 and ours["save_seconds"] > 0
+  assert "no_such_package" in other["error"] and broken["error"].startswith("TypeError")
+  text = "\n".join(lines)
+  assert "toy: 2 sequences of 16 tokens" in text and "not installed: no_such_package" in text
+  json.dumps(figures, allow_nan=False)
+
+
+def test_input_is_measured_for_both_tokenizers(monkeypatch: pytest.MonkeyPatch):
+  for name, value in (("TEXT_BYTES", 2**18), ("VOCAB", 2048), ("SECONDS", 0.1), ("CONTEXT", 512)):
+    monkeypatch.setattr(data, name, value)
+  lines, figures = data.measure()
+  kinds = [(one["tokenizer"], one["workers"]) for one in figures["preparing"]]
+  assert {name for name, _ in kinds} == {"SentencePiece", "Llama 3's kind"}
+  assert figures["reading_tokens_per_second"] > 0 and len(lines) == 1 + len(kinds)
+
+
+def test_a_document_takes_its_blocks_from_the_files_it_names(tmp_path):
+  record = documents.Record(
+    "python -m calm_jax.benchmark --suite=x", "x", "abc", {"jax": "1"}, {"A": "b"}, 2, ["fast"], {}
+  )
+  (tmp_path / "x.json").write_text(files.to_json(dataclasses.asdict(record)))
+  (tmp_path / "page.md").write_text("before\n<!-- x.json -->\n```\nslow\n```\nafter\n")
+  documents.update(str(tmp_path / "page.md"))
+  text = (tmp_path / "page.md").read_text()
+  assert text == (
+    "before\n<!-- x.json -->\n```\n$ A=b python -m calm_jax.benchmark --suite=x\n"
+    "  at commit abc, jax 1, 2 cores\nfast\n```\nafter\n"
+  )
+  documents.update(str(tmp_path / "page.md"))
+  assert (tmp_path / "page.md").read_text() == text
+  (tmp_path / "x.json").write_text("{}")
+  with pytest.raises(errors.CalmError, match=r"x\.json holds no run of a benchmark"):
+    documents.update(str(tmp_path / "page.md"))
+
+
+def test_every_known_device_has_a_peak():
+  assert peaks.of("NVIDIA H200") == 989.4e12 and peaks.of("TPU v5 lite") == 197e12
+  assert peaks.of("cpu") is None

@@ -3,6 +3,8 @@
 import pathlib
 import re
 
+from calm_jax.benchmarking import documents
+
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = sorted(f"configs/{path.name}" for path in (ROOT / "configs").glob("*.py"))
 DOCUMENTS = ("README.md", "launch/README.md", "launch/quickstart.sh", *CONFIGS)
@@ -36,6 +38,13 @@ def tree() -> set[str]:
 
 def test_the_readmes_tree_is_the_tree():
   assert tree() == files()
+
+
+def test_the_readmes_figures_are_those_that_were_measured():
+  text = (ROOT / "README.md").read_text()
+  assert documents.updated(text, ROOT) == text
+  kept = {f"benchmarks/{path.name}" for path in (ROOT / "benchmarks").iterdir()}
+  assert kept and kept == set(re.findall(r"<!-- (\S+\.json) -->", text))
 
 
 def commands() -> list[tuple[str, str]]:

@@ -184,4 +184,4 @@ def compete(
     if living:
       tell(f"{job.name}: round {number + 1} of {CPU.rounds}")
   found |= {name: process.close() for name, process in living.items()}
-  return found
+  return {contender.name: found[contender.name] for contender in contenders}

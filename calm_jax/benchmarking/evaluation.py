@@ -1,5 +1,7 @@
 """BrierLM below four tokens a patch: branches from all positions against a pass for each."""
 
+import dataclasses
+import importlib.util
 from typing import Any
 
 import jax
@@ -7,7 +9,7 @@ import numpy as np
 from jax import numpy as jnp
 
 from calm_jax import config
-from calm_jax.benchmarking import timing
+from calm_jax.benchmarking import contenders, timing
 from calm_jax.models import autoencoder, calm, memory
 from calm_jax.objectives import brier
 from calm_jax.training import calm_stage
@@ -23,11 +25,15 @@ RUN = config.CalmRun(
 )
 
 
-def _compare(patch_size: int) -> dict[str, Any]:
+def _codec(patch_size: int) -> tuple[autoencoder.Autoencoder, config.Autoencoder]:
   sizes = config.Autoencoder(
     patch_size=patch_size, width=256, ffn=512, latent=32 * patch_size, init="fan_in"
   )
-  codec = autoencoder.Autoencoder(sizes, VOCAB)
+  return autoencoder.Autoencoder(sizes, VOCAB), sizes
+
+
+def _compare(patch_size: int) -> dict[str, Any]:
+  codec, _ = _codec(patch_size)
   frozen = codec.initial(jax.random.key(0))
   model = calm.Calm.build(RUN, codec, VOCAB)
   params = model.init(jax.random.key(1))
@@ -85,6 +91,31 @@ def _compare(patch_size: int) -> dict[str, Any]:
   }
 
 
+def _against_torch(patch_size: int) -> dict[str, Any]:
+  """Returns seconds of scoring BLOCKS with two samples a patch, by ours and as published."""
+  from calm_jax.benchmarking import peers  # Here: without PyTorch this module is needed too.
+
+  run = dataclasses.replace(
+    RUN, loss=dataclasses.replace(RUN.loss, samples=2),
+    data=config.Data(context=PATCHES * patch_size),
+  )  # fmt: skip
+  codec, sizes = _codec(patch_size)
+  frozen = codec.initial(jax.random.key(0))
+  stage = calm_stage.build(run, codec, frozen, VOCAB)
+  params = stage.init(jax.random.key(1))
+  shape = (BLOCKS, PATCHES, patch_size)
+  token_BPK = np.asarray(jax.random.randint(jax.random.key(2), shape, 0, VOCAB, jnp.int32))
+  batch = {"tokens": token_BPK.reshape(BLOCKS, -1), "index": jnp.arange(BLOCKS)}
+  evaluate, key = jax.jit(stage.evaluate), jax.random.key(3)
+  seconds = timing.median_seconds(lambda: evaluate(params, frozen, batch, key), REPETITIONS)
+  theirs = peers.evaluation(contenders.Job("", run, sizes, VOCAB), token_BPK)
+  repetitions = REPETITIONS if patch_size >= 4 else 1
+  return {
+    "patch_size": patch_size, "evaluate_seconds": seconds,
+    "pytorch_seconds": timing.median_seconds(theirs, repetitions),
+  }  # fmt: skip
+
+
 def measure() -> tuple[list[str], list[dict[str, Any]]]:
   """Returns lines to be read, and the figures: seconds are medians, lower is better."""
   lines, figures = [], []
@@ -96,6 +127,16 @@ def measure() -> tuple[list[str], list[dict[str, Any]]]:
       f"{found['branches_seconds']:.3f} s, a pass a position {found['passes_seconds']:.1f} s: "
       f"{found['speedup']:.0f} times; whole evaluation {found['evaluate_seconds']:.2f} s; hidden "
       f"states differ by at most {found['largest_difference']:.1e}"
+    )
+    figures.append(found)
+  if importlib.util.find_spec("torch") is None or importlib.util.find_spec("transformers") is None:
+    return [*lines, "PyTorch: not installed: torch, transformers"], figures
+  for patch_size in (4, 2):
+    found = _against_torch(patch_size)
+    ours, theirs = found["evaluate_seconds"], found["pytorch_seconds"]
+    lines.append(
+      f"K = {patch_size}, two samples a patch: whole evaluation {ours:.3f} s, as published in "
+      f"PyTorch {theirs:.2f} s: {theirs / ours:.1f} times"
     )
     figures.append(found)
   return lines, figures

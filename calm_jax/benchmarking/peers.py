@@ -6,10 +6,10 @@ Weights have the published names, so that ours can be put in.
 """
 
 import contextlib
-import functools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch import nn
@@ -30,6 +30,7 @@ def _codec(sizes: config.Autoencoder, vocab_size: int) -> modeling.CalmAutoencod
 
 
 def _llama(sizes: config.Transformer, vocab_size: int, positions: int) -> Any:
+  known: dict[str, Any] = {"attn_implementation": "sdpa"}  # As a dict: it is no declared argument.
   return transformers.LlamaConfig(
     vocab_size=vocab_size,
     hidden_size=sizes.width,
@@ -41,7 +42,7 @@ def _llama(sizes: config.Transformer, vocab_size: int, positions: int) -> Any:
     rms_norm_eps=1e-6,
     use_cache=False,
     tie_word_embeddings=False,
-    attn_implementation="sdpa",
+    **known,
   )
 
 
@@ -78,6 +79,7 @@ class Head(modeling.EnergyHead):
   def forward(self, hidden_D, noise_NR):
     x_ND = self.norm_noise(self.noise_embd(noise_NR))
     y_ND = self.norm_hidden(self.hidden_embd(hidden_D.expand(len(noise_NR), *hidden_D.shape)))
+    block: Any  # A submodule may be a tensor, to the type checker.
     for block in self.mlp_blocks:
       u_ND = block.linears(torch.cat([block.in_ln(x_ND), y_ND], dim=-1))
       gate_ND, up_ND = u_ND.chunk(2, dim=-1)
@@ -111,17 +113,46 @@ class Calm(nn.Module):
         num_mlp_layers=run.head.blocks,
       )
     )  # fmt: skip
-    nn.init.zeros_(self.generative_head.final_layer.linears[-1].weight)
+    out: Any = self.generative_head.final_layer
+    nn.init.zeros_(out.linears[-1].weight)
+
+  def hidden(self, token_BPK):
+    x_BPD = self.embed_proj(self.transformer.embed_tokens(token_BPK).flatten(-2))
+    return self.transformer(inputs_embeds=x_BPD).last_hidden_state
+
+  def samples(self, hidden_D, count):
+    shape = (count, *hidden_D.shape[:-1], self.noise)
+    return self.generative_head(hidden_D, torch.rand(shape, device=hidden_D.device) - 0.5)
+
+  def _two(self, hidden_D):
+    """Two samples' tokens: [2, ..., K]."""
+    z_NZ = self.samples(hidden_D, 2)
+    chunks = [self.ae_model.decode(z_Z).argmax(-1) for z_Z in z_NZ.flatten(0, -2).split(1024)]
+    return torch.cat(chunks).reshape(*z_NZ.shape[:-1], -1)
+
+  @torch.no_grad()
+  def evaluate(self, token_BPK):
+    """Returns Brier-4's terms of each position; below K = 4 by a pass for each, as published."""
+    token_2BPK = self._two(self.hidden(token_BPK[:, :-1]))
+    target_BPK, places = token_BPK[:, 1:], 4 // self.size
+    for number in range(1, places):
+      last = []
+      for i in range(target_BPK.shape[1]):
+        path_BPK = torch.cat(
+          [token_BPK[:, : i + 1], token_2BPK[0, :, i].unflatten(-1, (-1, self.size))], dim=1
+        )
+        last.append(self._two(self.hidden(path_BPK)[:, -1]))
+      token_2BPK = torch.cat([token_2BPK, torch.stack(last, dim=2)], dim=-1)
+      following_BPK = token_BPK[:, 1:].roll(-number, 1)
+      target_BPK = torch.cat([target_BPK, following_BPK], dim=-1)
+    right_2BP = (token_2BPK == target_BPK).all(-1)
+    return right_2BP.float().sum(0) - (token_2BPK[0] == token_2BPK[1]).all(-1).float()
 
   def forward(self, token_BS):
     token_BPK, settings = token_BS.unflatten(1, (-1, self.size)), self.settings
     with torch.no_grad():
       mean_BPZ, log_std_BPZ = self.ae_model.encode(token_BPK[:, 1:])
-    x_BPD = self.embed_proj(self.transformer.embed_tokens(token_BPK[:, :-1]).flatten(-2))
-    hidden_BPD = self.transformer(inputs_embeds=x_BPD).last_hidden_state
-    shape = (settings.samples, *hidden_BPD.shape[:-1], self.noise)
-    noise_NBPR = torch.rand(shape, device=hidden_BPD.device) - 0.5
-    sample_NBPZ = self.generative_head(hidden_BPD, noise_NBPR)
+    sample_NBPZ = self.samples(self.hidden(token_BPK[:, :-1]), settings.samples)
     target_MBPZ = _draw(mean_BPZ, log_std_BPZ, (settings.posterior_draws,))
     count, alpha = settings.samples, settings.alpha
     among_NNBP = _distance(sample_NBPZ[:, None] - sample_NBPZ[None], alpha)
@@ -196,9 +227,7 @@ class Steps:
     }
 
 
-def eager(job: contenders.Job) -> Steps:
-  """Returns steps as written."""
-  return Steps(job, compiled=False)
-
-
-compiled = functools.partial(Steps, compiled=True)
+def evaluation(job: contenders.Job, token_BPK: np.ndarray) -> Callable[[], np.ndarray]:
+  """Returns what scores a batch by stage two's model of initial values; see `Calm.evaluate`."""
+  model, tokens = Calm(job).eval(), torch.tensor(token_BPK).long()
+  return lambda: model.evaluate(tokens).numpy()

@@ -26,11 +26,11 @@ def decode_tokens(
   are never all in memory.
   """
 
-  def most_likely(some_Z):
+  def read(some_Z):
     logits_KV = layers.apply(model, params, some_Z, method="decode")
-    return jnp.argmax(logits_KV, axis=-1).astype(jnp.int32)
+    return layers.most_likely(logits_KV)
 
-  tokens = layers.in_chunks(most_likely, z_Z.reshape(-1, z_Z.shape[-1]), chunk or DECODE_CHUNK)
+  tokens = layers.in_chunks(read, z_Z.reshape(-1, z_Z.shape[-1]), chunk or DECODE_CHUNK)
   return tokens.reshape(*z_Z.shape[:-1], tokens.shape[-1])
 
 

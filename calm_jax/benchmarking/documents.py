@@ -1,0 +1,75 @@
+"""Measurements -> documents: figures are copied by this code, never by hand.
+
+Where a Markdown file has a line `<!-- benchmarks/NAME.json -->`, the fenced block after
+it is that file's.
+"""
+
+import dataclasses
+import json
+import pathlib
+import re
+from typing import Any
+
+from calm_jax import errors, files
+
+_BLOCK = re.compile(r"(<!-- (\S+\.json) -->\n)(?:```\n.*?```\n)?", re.DOTALL)
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+  """One run of a suite.
+
+  Attributes:
+    command: that was given. environment: what of it speeds depend on.
+    lines: for people. figures: the same and more, for programs.
+  """
+
+  command: str
+  suite: str
+  commit: str | None
+  versions: dict[str, str | None]
+  environment: dict[str, str]
+  cores: int | None
+  lines: list[str]
+  figures: Any
+
+  def text(self) -> str:
+    """Returns what a document shows."""
+    before = "".join(f"{name}={value} " for name, value in sorted(self.environment.items()))
+    told = f"at commit {self.commit}, jax {self.versions['jax']}, {self.cores} cores"
+    return "\n".join([f"$ {before}{self.command}", f"  {told}", *self.lines])
+
+
+def read(path: pathlib.Path) -> Record:
+  """Returns a run that `benchmark --output` wrote.
+
+  Raises:
+    CalmError: if there is none.
+  """
+  try:
+    return Record(**json.loads(path.read_text(encoding="utf-8")))
+  except (OSError, ValueError, TypeError) as error:
+    raise errors.CalmError(f"{path} holds no run of a benchmark: {error}") from error
+
+
+def updated(text: str, folder: pathlib.Path) -> str:
+  """Returns a document with its blocks made anew from the files beside it."""
+
+  def block(match: re.Match[str]) -> str:
+    return f"{match.group(1)}```\n{read(folder / match.group(2)).text()}\n```\n"
+
+  return _BLOCK.sub(block, text)
+
+
+def update(path: str) -> None:
+  """Writes the blocks of a document anew.
+
+  Raises:
+    CalmError: if it, or a file that it names, can't be read.
+  """
+  file = pathlib.Path(path)
+  try:
+    text = file.read_text(encoding="utf-8")
+  except OSError as error:
+    raise errors.CalmError(f"can't read --document={path}: {error}") from error
+  files.write(path, updated(text, file.parent))
