@@ -29,7 +29,7 @@ from calm_jax.reporting import provenance
 
 # A suite comes in as a row: it returns lines to be read, and its figures.
 SUITES: dict[str, Callable[[], tuple[list[str], Any]]] = {
-  "train": lambda: training.measure(_job()),
+  "train": lambda: training.measure(_job(), _CONTENDERS.value),
   "eval": evaluation.measure,
   "data": data.measure,
   "decode": lambda: decoding.measure(_WORKDIR.value),
@@ -50,6 +50,11 @@ _AUTOENCODER = config_flags.DEFINE_config_file(
 )  # fmt: skip
 _VOCAB = flags.DEFINE_integer(
   "vocab_size", published.VOCAB, "Tokens, with --config; by default Llama 3's.", 3
+)
+_CONTENDERS = flags.DEFINE_list(
+  "contenders",
+  [],
+  f"Of --suite=train: {', '.join(one.name for one in training.CONTENDERS)}; by default all.",
 )
 _WORKDIR = flags.DEFINE_string("workdir", "", "The model of --suite=decode.")
 _OUTPUT = flags.DEFINE_string("output", "", "JSON file for the figures; by default none.")

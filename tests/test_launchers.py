@@ -21,6 +21,7 @@ SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
 WITH_FLAGS = [path for path in SCRIPTS if "\nparse " in path.read_text()]
 RESTART, DETACHED, POD = "launch/restart.sh", "launch/detached.sh", "launch/tpu_pod.sh"
 GKE, SLURM, GPU_NODE = "launch/gke.sh", "launch/slurm.sh", "launch/gpu_node.sh"
+BENCHMARK = "launch/benchmark.sh"
 TRAIN = ("python", "-m", "calm_jax.main", "--config=configs/calm.py:xl", "--workdir=gs://b/w")
 PLACE = ("--name=n", "--zone=z")
 CLUSTER = (
@@ -122,6 +123,8 @@ def test_help_tells_every_flag(path: pathlib.Path, fakes: pathlib.Path):
     ((SLURM, "--gpus_per_node=8", "--", "true"), "--nodes"),
     ((SLURM, "--nodes=2", "--gpus_per_node=8"), "command"),
     ((SLURM, "--nodes=2", "--gpus_per_node=8", "--per=host", "--", "true"), "host"),
+    ((BENCHMARK,), "--output"),
+    ((BENCHMARK, "--output=o", "--sizes=s"), "--sizes"),
     ((GPU_NODE,), "command"),
     ((GPU_NODE, "--", "true"), "nvidia-smi"),
   ],
@@ -571,3 +574,21 @@ def test_a_machine_that_cannot_run_cuda_12_is_refused(fakes: pathlib.Path, told:
   code, output, errors = finish(start(GPU_NODE, "--", "true"))
   assert code == 2 and not output
   assert errors.splitlines()[-1].startswith("error: ")
+
+
+# Measuring.
+
+
+def test_the_benchmark_script_measures_each_size_and_keeps_what_was_done(
+  fakes: pathlib.Path, tmp_path: pathlib.Path
+):
+  words = printed(BENCHMARK, f"--output={tmp_path}/new", "--sizes=l,xl")
+  assert [word for line in words for word in line if "--config=" in word] == [
+    "--config=configs/calm.py:l", "--config=configs/calm.py:xl",
+  ]  # fmt: skip
+  assert not (tmp_path / "new").exists()
+  fake(fakes, "python", 'case "$*" in *:xl*) exit 3 ;; *) echo measured ;; esac')
+  code, output, errors = finish(start(BENCHMARK, f"--output={tmp_path}/new", "--sizes=l,xl"))
+  assert code == 0, errors
+  table = (tmp_path / "new/table.txt").read_text()
+  assert output == table == "measured\ncalm.py:xl was given up or failed\n"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -53,7 +54,7 @@ def _torch_compiled(job: contenders.Job) -> contenders.Steps:
 CONTENDERS = (
   contenders.Contender("calm_jax", _ours),
   contenders.Contender("PyTorch", _torch, ("torch", "transformers")),
-  contenders.Contender("PyTorch, compiled", _torch_compiled, ("torch", "transformers")),
+  contenders.Contender("PyTorch compiled", _torch_compiled, ("torch", "transformers")),
 )
 
 
@@ -98,8 +99,10 @@ def _line(name: str, one: dict[str, Any], base: dict[str, Any]) -> str:
   return line
 
 
-def _one(job: contenders.Job) -> tuple[list[str], dict[str, Any]]:
-  found = contenders.compete(CONTENDERS, job, lambda line: print(line, file=sys.stderr, flush=True))
+def _one(
+  job: contenders.Job, against: Sequence[contenders.Contender]
+) -> tuple[list[str], dict[str, Any]]:
+  found = contenders.compete(against, job, lambda line: print(line, file=sys.stderr, flush=True))
   ours = found["calm_jax"]
   if "error" in ours:
     raise errors.CalmError(f"{job.name} can't be measured: {ours['error']}")
@@ -132,19 +135,29 @@ def _one(job: contenders.Job) -> tuple[list[str], dict[str, Any]]:
   return lines, figures
 
 
-def measure(given: contenders.Job | None) -> tuple[list[str], list[dict[str, Any]]]:
+def measure(
+  given: contenders.Job | None, names: Sequence[str] = ()
+) -> tuple[list[str], list[dict[str, Any]]]:
   """Returns lines to be read, and the figures: tokens/s and MFU, higher is better.
 
   Args:
     given: what to train; None for RUNS.
+    names: of CONTENDERS, ours first; all by default.
 
   Raises:
-    CalmError: if ours fails.
+    CalmError: if ours fails, or for an unknown name.
   """
+  known = {contender.name: contender for contender in CONTENDERS}
+  for name in names:
+    config.require(name in known, f"--contenders has {name!r}: {config.nearest(name, known)}")
+  wanted = [one for name, one in known.items() if not names or name in names]
+  config.require(
+    wanted[0] is CONTENDERS[0], f"--contenders must have {CONTENDERS[0].name}, got {names}"
+  )
   small = [contenders.Job(name, run, CODEC, VOCAB) for name, run in RUNS.items()]
   lines, figures = [], []
   for job in [given] if given else small:
-    told, found = _one(job)
+    told, found = _one(job, wanted)
     lines += told
     figures.append(found)
   return lines, figures
