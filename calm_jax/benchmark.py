@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from absl import flags
+from etils import epath
 from ml_collections import config_flags
 
 from calm_jax import cli, config, errors, files
@@ -97,7 +98,10 @@ def main() -> None:
   suite = _SUITE.value
   if suite not in SUITES:
     raise errors.CalmError(f"--suite is {suite!r}: {config.nearest(str(suite), SUITES)}")
-  files.require_reachable(_OUTPUT.value or ".")
+  if _OUTPUT.value:  # Before anything is measured.
+    files.require_reachable(_OUTPUT.value)
+    folder = epath.Path(_OUTPUT.value).parent
+    config.require(folder.is_dir(), f"--output={_OUTPUT.value}: there is no folder {folder}")
   lines, figures = SUITES[suite]()
   print("\n".join(lines))
   record = documents.Record(
