@@ -13,9 +13,8 @@ from typing import Any
 
 from absl import flags
 from etils import epath
-from ml_collections import config_flags
 
-from calm_jax import cli, config, errors, files
+from calm_jax import cli, config, errors, files, run_flags
 from calm_jax.benchmarking import (
   contenders,
   conversion,
@@ -23,14 +22,15 @@ from calm_jax.benchmarking import (
   decoding,
   documents,
   evaluation,
+  losses,
   training,
 )
-from calm_jax.planning import published
 from calm_jax.reporting import provenance
 
 # A suite comes in as a row: it returns lines to be read, and its figures.
 SUITES: dict[str, Callable[[], tuple[list[str], Any]]] = {
   "train": lambda: training.measure(_job(), _CONTENDERS.value),
+  "loss": losses.measure,
   "eval": evaluation.measure,
   "data": data.measure,
   "decode": lambda: decoding.measure(_WORKDIR.value),
@@ -40,18 +40,10 @@ SUITES: dict[str, Callable[[], tuple[list[str], Any]]] = {
 _ENVIRONMENT = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "GLIBC_TUNABLES", "OMP_NUM_THREADS")
 
 _SUITE = flags.DEFINE_string("suite", None, f"What to time: {', '.join(SUITES)}.")
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", None,
-  "What --suite=train trains: configs/STAGE.py, with :SIZE; by default small models for a CPU.",
-  lock_config=True,
-)  # fmt: skip
-_AUTOENCODER = config_flags.DEFINE_config_file(
-  "autoencoder_config", None, "Sizes of stage two's autoencoder; by default the published ones.",
-  lock_config=True,
-)  # fmt: skip
-_VOCAB = flags.DEFINE_integer(
-  "vocab_size", published.VOCAB, "Tokens, with --config; by default Llama 3's.", 3
+run_flags.define(
+  meaning="What --suite=train trains: configs/STAGE.py, with :SIZE; by default models for a CPU."
 )
+run_flags.define_sizes()
 _CONTENDERS = flags.DEFINE_list(
   "contenders",
   [],
@@ -64,31 +56,12 @@ _DOCUMENT = flags.DEFINE_string(
 )
 
 
-def _run(flag: Any, name: str) -> config.Run:
-  try:
-    return config.from_mapping(flag.value.to_dict())
-  except OSError as error:  # What went wrong when the flag was parsed shows here.
-    reason = " ".join(str(error).partition("Attempted")[2].split())
-    raise errors.CalmError(f"can't load --{name}: {reason}") from error
-
-
 def _job() -> contenders.Job | None:
-  if _CONFIG.value is None:
+  run = run_flags.run()
+  if run is None:
     return None
-  run, codec = _run(_CONFIG, "config"), config.Autoencoder()
-  if isinstance(run, config.AutoencoderRun):
-    codec = run.model
-  elif _AUTOENCODER.value is not None:
-    given = _run(_AUTOENCODER, "autoencoder_config")
-    if not isinstance(given, config.AutoencoderRun):
-      raise errors.CalmError(f"--autoencoder_config is of stage {given.stage!r}: give stage one's")
-    codec = given.model
-  flag = flags.FLAGS["config"]
-  changes = config_flags.get_override_values(flag)
-  name = " ".join([
-    config_flags.get_config_filename(flag), *(f"{key}={value}" for key, value in changes.items())
-  ])  # fmt: skip
-  return contenders.Job(name, run, codec, _VOCAB.value)
+  codec = run.model if isinstance(run, config.AutoencoderRun) else run_flags.codec()
+  return contenders.Job(run_flags.title(), run, codec, run_flags.vocab_size())
 
 
 def main() -> None:

@@ -12,26 +12,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
 
-from calm_jax import cli, config, errors, files
+from calm_jax import cli, errors, files, run_flags
 from calm_jax.planning import comparison, search, steps, tables, topologies
 
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "Settings: configs/STAGE.py, with :SIZE where the file has sizes.",
-  lock_config=True,
-)  # fmt: skip
+run_flags.define()
 _TOPOLOGY = flags.DEFINE_string(
   "topology", "", f"Chips and the shape of a slice: {topologies.known()}."
 )
 _SLICES = flags.DEFINE_integer("slices", 1, "Slices of that shape.", 1)
-_AUTOENCODER = config_flags.DEFINE_config_file(
-  "autoencoder_config", None, "Sizes of stage two's autoencoder; by default the published ones.",
-  lock_config=True,
-)  # fmt: skip
-_VOCAB = flags.DEFINE_integer(
-  "vocab_size", steps.PUBLISHED_VOCAB, "Tokens; by default Llama 3's.", 2
-)
+run_flags.define_sizes()
 _EVALUATION = flags.DEFINE_bool("evaluation", False, "Also the scoring of held-out text.")
 _DECODE = flags.DEFINE_bool("decode", False, "Also the writing of text, on one device.")
 _TEXTS = flags.DEFINE_integer("texts", 1, "Texts written at once, with --decode.", 1)
@@ -52,38 +42,12 @@ _TABLE = flags.DEFINE_string(
 _OUTPUT = flags.DEFINE_string("output", "", "JSON file for the figures; by default none.")
 
 
-def _values(flag: Any, name: str) -> Mapping[str, Any]:
-  try:
-    return flag.value.to_dict()
-  except OSError as error:  # What went wrong when the flag was parsed shows here.
-    reason = " ".join(str(error).partition("Attempted")[2].split())
-    raise errors.CalmError(f"can't load --{name}: {reason}") from error
-
-
-def _codec() -> config.Autoencoder:
-  if _AUTOENCODER.value is None:
-    return config.Autoencoder()
-  run = config.from_mapping(_values(_AUTOENCODER, "autoencoder_config"))
-  if not isinstance(run, config.AutoencoderRun):
-    raise errors.CalmError(f"--autoencoder_config is of stage {run.stage!r}: give stage one's")
-  return run.model
-
-
-def _name() -> str:
-  """Returns how the config was given, changes included."""
-  flag = flags.FLAGS["config"]
-  changes = config_flags.get_override_values(flag)
-  told = [f"{name}={value}" for name, value in changes.items()]
-  return " ".join([config_flags.get_config_filename(flag), *told])
-
-
 def _job() -> steps.Job:
-  if _CONFIG.value is None or not _TOPOLOGY.value:
+  run = run_flags.run()
+  if run is None or not _TOPOLOGY.value:
     raise errors.CalmError("give --config=configs/STAGE.py[:SIZE] and --topology=CHIP:SHAPE")
-  assert isinstance(_CONFIG.value, ConfigDict)
-  run = config.from_mapping(_values(_CONFIG, "config"))
   topology = topologies.parse(_TOPOLOGY.value, _SLICES.value)
-  return steps.Job(_name(), run, topology, _VOCAB.value, _codec())
+  return steps.Job(run_flags.title(), run, topology, run_flags.vocab_size(), run_flags.codec())
 
 
 def _write(figures: Mapping[str, Any]) -> None:

@@ -11,24 +11,16 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from calm_jax import cli, config, errors, files
+from calm_jax import cli, config, errors, files, run_flags
 from calm_jax.generation import candidates, requests, temperature
 from calm_jax.models import flops
 from calm_jax.planning import published, topologies, writing
 
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "Settings: configs/STAGE.py, with :SIZE where the file has sizes.",
-  lock_config=True,
-)  # fmt: skip
-_BASELINE = config_flags.DEFINE_config_file(
-  "baseline", None, "What to compare with; by default the published Transformer of equal quality.",
-  lock_config=True,
-)  # fmt: skip
-_AUTOENCODER = config_flags.DEFINE_config_file(
-  "autoencoder_config", None, "Sizes of stage two's autoencoder; by default the published ones.",
-  lock_config=True,
-)  # fmt: skip
-_VOCAB = flags.DEFINE_integer("vocab_size", published.VOCAB, "Tokens; by default Llama 3's.", 2)
+run_flags.define()
+run_flags.define(
+  "baseline", "What to compare with; by default the published Transformer of equal quality."
+)
+run_flags.define_sizes()
 _TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "CALM: in (0, 1].")
 _NUM_CANDIDATES = flags.DEFINE_integer(
   "num_candidates", 200, "N, draws a patch below temperature 1; by default the paper's.", 1
@@ -47,29 +39,10 @@ _PUBLISHED = flags.DEFINE_bool(
 _OUTPUT = flags.DEFINE_string("output", "", "JSON file for the figures; by default none.")
 
 
-def _run(flag: Any, name: str) -> config.Run | None:
-  if flag.value is None:
-    return None
-  try:
-    return config.from_mapping(flag.value.to_dict())
-  except OSError as error:
-    reason = " ".join(str(error).partition("Attempted")[2].split())
-    raise errors.CalmError(f"can't load --{name}: {reason}") from error
-
-
 def _writes(run: config.Run, name: str) -> config.CalmRun | config.TransformerRun:
   if isinstance(run, config.AutoencoderRun):
     raise errors.CalmError(f"--{name} is an autoencoder's, which writes no text by itself")
   return run
-
-
-def _codec() -> config.Autoencoder:
-  run = _run(_AUTOENCODER, "autoencoder_config")
-  config.require(
-    run is None or isinstance(run, config.AutoencoderRun),
-    "--autoencoder_config is no autoencoder's: give stage one's",
-  )
-  return run.model if isinstance(run, config.AutoencoderRun) else config.Autoencoder()
 
 
 def _job(run: config.CalmRun | config.TransformerRun, codec: config.Autoencoder) -> writing.Job:
@@ -86,7 +59,9 @@ def _job(run: config.CalmRun | config.TransformerRun, codec: config.Autoencoder)
     rounds = -(-draws * _BATCH.value // max(candidates.ROUND, _BATCH.value))
   own = codec if isinstance(run, config.CalmRun) else None
   window = run.data.context // (own.patch_size if own else 1)
-  return writing.Job(run, own, _VOCAB.value, window, draws=draws, rounds=rounds, batch=_BATCH.value)
+  return writing.Job(
+    run, own, run_flags.vocab_size(), window, draws=draws, rounds=rounds, batch=_BATCH.value
+  )
 
 
 def _equal(run: config.Run) -> config.TransformerRun | None:
@@ -152,11 +127,11 @@ def _published() -> tuple[list[str], Any]:
 
 
 def _cost() -> tuple[list[str], Any]:
-  run = _run(_CONFIG, "config")
+  run = run_flags.run()
   if run is None:
     raise errors.CalmError("give --config=configs/STAGE.py[:SIZE]")
-  run, codec = _writes(run, "config"), _codec()
-  given = _run(_BASELINE, "baseline")
+  run, codec = _writes(run, "config"), run_flags.codec()
+  given = run_flags.run("baseline")
   other = _equal(run) if given is None else _writes(given, "baseline")
   name = config_flags.get_config_filename(flags.FLAGS["config"])
   models = [_figures(name, run, codec)]

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 import jax
 from absl import flags
@@ -201,7 +201,7 @@ def together(name: str, action: Callable[[], T]) -> T:
   for process, other in enumerate(problems):
     if other:
       raise errors.CalmError(f"process {process}: {other}")
-  return result  # type: ignore[return-value]
+  return cast(T, result)
 
 
 def on_first(name: str, action: Callable[[], None]) -> None:

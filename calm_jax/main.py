@@ -12,9 +12,8 @@ from typing import Any
 import jax
 from absl import flags
 from etils import epath
-from ml_collections import config_flags
 
-from calm_jax import cli, config, distributed, errors, files, workdir
+from calm_jax import cli, config, distributed, errors, files, run_flags, workdir
 from calm_jax.data import store as store_lib
 from calm_jax.data import synthetic
 from calm_jax.models import attention, flops
@@ -34,10 +33,7 @@ from calm_jax.training import (
 )
 from calm_jax.training import guard as guard_lib
 
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "Settings: configs/STAGE.py, with :SIZE where the file has sizes.",
-  lock_config=True,
-)  # fmt: skip
+run_flags.define()
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of this run: checkpoints, metrics, the resolved config."
 )
@@ -302,14 +298,9 @@ def _require_shared(directory: str) -> None:
 
 
 def main() -> None:
-  if _CONFIG.value is None or not _WORKDIR.value:
+  run = run_flags.run()
+  if run is None or not _WORKDIR.value:
     raise errors.CalmError("give --config=configs/STAGE.py[:SIZE] and --workdir=DIR")
-  try:
-    values = _CONFIG.value.to_dict()
-  except OSError as error:  # What went wrong when the flag was parsed shows here.
-    reason = " ".join(str(error).partition("Attempted")[2].split())
-    raise errors.CalmError(f"can't load --config: {reason}") from error
-  run = config.from_mapping(values)
   options = Options(_ALLOW_CONFIG_CHANGE.value, _DRY_RUN.value, _PRINT_SHARDINGS.value)
   cache = jax.config.values["jax_compilation_cache_dir"]
   if cache is None and not options.dry_run:

@@ -12,6 +12,7 @@ from calm_jax.benchmarking import (
   data,
   documents,
   evaluation,
+  losses,
   peaks,
   training,
 )
@@ -120,3 +121,18 @@ def test_a_document_takes_its_blocks_from_the_files_it_names(tmp_path):
 def test_every_known_device_has_a_peak():
   assert peaks.of("NVIDIA H200") == 989.4e12 and peaks.of("TPU v5 lite") == 197e12
   assert peaks.of("cpu") is None
+
+
+def test_losses_are_measured_with_their_errors(monkeypatch: pytest.MonkeyPatch):
+  for name, value in (
+    ("EXAMPLES", 2), ("PATCHES", 4), ("FEW_PATCHES", 2), ("LATENT", 16), ("MANY_DRAWS", 3000),
+    ("POSITIONS", 64), ("WIDTH", 8), ("VOCAB", 32), ("REPETITIONS", 1),
+  ):  # fmt: skip
+    monkeypatch.setattr(losses, name, value)
+  lines, figures = losses.measure()
+  whole, draws, exact = figures["energy"]
+  assert whole["name"] == "whole array of pairs" and len(lines) == 7
+  # 3,000 draws are no truth, but nearer to it than 100.
+  assert exact["gradient_error"] < draws["gradient_error"] / 2 and exact["error"] < 0.02
+  assert figures["cross_entropy"][1]["gradient_error"] < 1e-5
+  assert all(one["seconds"] > 0 for kind in figures.values() for one in kind)

@@ -59,6 +59,10 @@ def test_every_documented_flag_exists():
     code = (ROOT / f"calm_jax/{act}.py").read_text()
     if "distributed.initialize()" in code:
       code += (ROOT / "calm_jax/distributed.py").read_text()
+    if "run_flags.define_sizes()" in code:
+      code += (ROOT / "calm_jax/run_flags.py").read_text()
+    code = re.sub(r"run_flags\.define\((?!\s*\")", 'DEFINE_file("config"', code)
+    code = re.sub(r"\bdefine\(", "DEFINE_file(", code)
     known = {*re.findall(r"DEFINE_\w+\(\s*\"(\w+)\"", code), "help", "verbosity"}
     for name in re.findall(r"--(\w+)", rest):
       assert name in known or name.removeprefix("no") in known, (act, name)

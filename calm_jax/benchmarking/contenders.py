@@ -9,6 +9,7 @@ import dataclasses
 import importlib.util
 import multiprocessing
 import resource
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from calm_jax import config
+from calm_jax import config, errors
 
 WARM_UP = 3  # Steps that are not counted.
 
@@ -93,6 +94,7 @@ def _peak_bytes() -> int:
 
 def _work(connection: Any, build: Build, job: Job) -> None:
   """A process: tells when it is ready, then takes as many steps as it is told, 0 for the end."""
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the command, and that ends this.
   try:
     start = time.perf_counter()
     steps = build(job)
@@ -101,6 +103,8 @@ def _work(connection: Any, build: Build, job: Job) -> None:
     while count := connection.recv():
       connection.send(taken(steps, count))
     connection.send({"host_peak_bytes": _peak_bytes(), **steps.facts()})
+  except errors.CalmError as error:
+    connection.send({"error": str(error)})
   except Exception as error:
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
     connection.send({"error": f"{type(error).__name__}: {first}"[:300]})
@@ -157,22 +161,22 @@ ACCELERATOR, CPU = Turns(4, 15), Turns(6, 3)
 def compete(
   contenders: Sequence[Contender], job: Job, tell: Callable[[str], None] = lambda line: None
 ) -> dict[str, dict[str, Any]]:
-  """Returns the figures of each contender that is installed, by name; the first must be ours.
+  """Returns the figures of each contender, by name, of the first alone where it fails.
 
   Args:
     tell: hears of progress.
   """
   found: dict[str, dict[str, Any]] = {}
   living: dict[str, _Process] = {}
-  alone = False
   for contender in contenders:
     if missing := contender.missing():
       found[contender.name] = {"error": f"not installed: {', '.join(missing)}", "step_seconds": []}
       continue
     tell(f"{job.name}: {contender.name} gets ready")
     process = _Process(contender, job)
-    alone = process.facts.get("platform", "cpu") != "cpu"
-    if not alone:
+    if "error" in process.facts and contender is contenders[0]:
+      return {contender.name: process.close()}
+    if process.facts.get("platform", "cpu") == "cpu":
       living[contender.name] = process
       continue
     for _ in range(ACCELERATOR.rounds):

@@ -15,8 +15,9 @@ from flax import traverse_util
 from calm_jax import config, errors, files
 from calm_jax.interchange import names, reading, settings, tensors
 from calm_jax.models import autoencoder, calm
+from calm_jax.planning import published
 
-VOCAB = 128_256
+VOCAB = published.VOCAB
 CODEC = config.Autoencoder()
 # CALM-XL.
 RUN = config.CalmRun(model=config.Backbone(layers=16, width=2560, ffn=6880))

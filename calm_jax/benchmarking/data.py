@@ -1,12 +1,12 @@
 """Speed of the input: text to tokens by `prepare`, and tokens to batches."""
 
+import itertools
 import json
 import multiprocessing
 import os
 import pathlib
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import tokenizers
 
 from calm_jax import errors
-from calm_jax.data import pipeline, synthetic, tokenizer
+from calm_jax.data import pipeline, sources, synthetic, tokenizer
 
 CONTEXT, BATCH = 8192, 16
 SECONDS = 5.0  # Of reading.
@@ -56,19 +56,16 @@ def _reading() -> float:
 
 
 def _texts() -> list[str]:
-  """Returns documents of at least TEXT_BYTES: the standard library's sources, repeated."""
-  root = pathlib.Path(sysconfig.get_path("stdlib"))
-  files = sorted(path for path in root.rglob("*.py") if "site-packages" not in path.parts)
+  """Returns documents of at least TEXT_BYTES: the standard library, again and again."""
+  _, spans = sources.find([sources.STDLIB])
   texts, size = [], 0
-  while size < TEXT_BYTES:
-    for path in files:
-      text = path.read_text(encoding="utf-8", errors="ignore")
-      if text:
-        texts.append(text)
-        size += len(text.encode())
-      if size >= TEXT_BYTES:
-        break
-  return texts
+  for span in itertools.cycle(spans):
+    for text in sources.documents(span, "text"):
+      texts.append(str(text))
+      size += len(texts[-1].encode())
+    if size >= TEXT_BYTES:
+      return texts
+  raise AssertionError("cycle has no end")
 
 
 def _llama_style(texts: list[str], path: str) -> None:

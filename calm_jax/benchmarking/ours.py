@@ -13,33 +13,19 @@ from jax import numpy as jnp
 from calm_jax import config
 from calm_jax.benchmarking import contenders, timing
 from calm_jax.data import pipeline, synthetic
-from calm_jax.models import attention, autoencoder
+from calm_jax.models import attention
 from calm_jax.parallel import mesh as mesh_lib
 from calm_jax.reporting import provenance
-from calm_jax.training import (
-  autoencoder_stage,
-  calm_stage,
-  checkpoint,
-  feed,
-  program,
-  stages,
-  step,
-  transformer_stage,
-)
+from calm_jax.training import checkpoint, feed, program, stages, step, untrained
 
 MATMUL = 2048  # Rows and columns of the product that tells what a CPU can do.
 
 
 def stage_of(job: contenders.Job) -> stages.Stage:
   """Returns the stage; stage two's over an autoencoder of initial values."""
-  run, vocab = job.run, job.vocab_size
-  if isinstance(run, config.AutoencoderRun):
-    return autoencoder_stage.build(run, vocab)
-  if isinstance(run, config.TransformerRun):
-    return transformer_stage.build(run, vocab)
-  codec = autoencoder.Autoencoder(job.codec, vocab, jnp.dtype(run.training.compute_dtype))
-  frozen = jax.jit(codec.initial)(jax.random.key(1))
-  return calm_stage.build(run, codec, frozen, vocab)
+  return untrained.stage(
+    job.run, job.codec, job.vocab_size, lambda initial: jax.jit(initial)(jax.random.key(1))
+  )
 
 
 def matmul_rate() -> float:
@@ -58,6 +44,11 @@ class Steps:
     self._stage = stage_of(job)
     self._program = program.Program(run, self._stage, mesh_lib.current())
     patch = 1 if run.stage == "transformer" else job.codec.patch_size
+    config.require(
+      run.data.context % patch == 0,
+      f"config.data.context must be a multiple of K = {patch}, got {run.data.context}",
+    )
+    program.require_divisible(run, run.data.context // patch, self._program.mesh)
     self._attention = "none"
     if not isinstance(run, config.AutoencoderRun):
       self._attention = attention.choose(run.execution.attention, run.data.context // patch)
@@ -65,6 +56,8 @@ class Steps:
     start = time.perf_counter()
     self._step = self._program.compiled_step()
     self._compile_seconds = time.perf_counter() - start
+    self._save_seconds = self._saved()
+    self._matmul_flops = matmul_rate() if jax.default_backend() == "cpu" else None
     rows = mesh_lib.own_rows(self._program.mesh, run.training.batch)
     store = synthetic.open_store(f"{synthetic.PREFIX}{job.vocab_size}")
     batches = pipeline.TrainingBatches(
@@ -90,7 +83,8 @@ class Steps:
   def _wait(self, figures: step.Metrics) -> None:
     self._loss = float(figures["loss"])
 
-  def _save_seconds(self) -> float:
+  def _saved(self) -> float:
+    """Returns seconds of saving the state."""
     with tempfile.TemporaryDirectory(prefix="calm_jax_benchmark_") as folder:
       kept = checkpoint.Checkpoints(str(pathlib.Path(folder) / "workdir"), 1, 0)
       params, rest = step.parts(self._state)
@@ -105,19 +99,17 @@ class Steps:
     device = jax.devices()[0]
     memory = self._program.mesh.devices.flat[0].memory_stats() or {}
     analysis = self._step.memory_analysis()
-    found = {
+    return {
       "platform": device.platform,
       "device": device.device_kind,
       "devices": self._program.mesh.size,
       "versions": provenance.versions(),
       "attention": self._attention,
       "compile_seconds": self._compile_seconds,
+      "save_seconds": self._save_seconds,
+      "matmul_flops": self._matmul_flops,
       "waited_seconds": self._waited,
       "loss": self._loss,
       "peak_bytes": memory.get("peak_bytes_in_use"),
       "temporary_bytes": analysis.temp_size_in_bytes if analysis else None,
     }
-    if self._count == contenders.WARM_UP:
-      found["save_seconds"] = self._save_seconds()
-      found["matmul_flops"] = matmul_rate() if device.platform == "cpu" else None
-    return found

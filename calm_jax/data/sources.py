@@ -207,7 +207,7 @@ def _open(path: str) -> IO[bytes]:
   # imported here because it takes long, and most readers do without.
   import pyarrow as pa
 
-  return io.BufferedReader(pa.input_stream(path, compression=compression), 2**20)  # pyright: ignore
+  return io.BufferedReader(pa.input_stream(path, compression=compression), 2**20)  # pyright: ignore[reportArgumentType]
 
 
 def _read_whole(span: Span, field: str) -> Iterator[Item]:

@@ -32,7 +32,7 @@ class _Gradients(NamedTuple):
   table_VE: jax.Array
 
 
-def _of_lot(table_VE: jax.Array, lot, with_gradients: bool):
+def _of_lot(table_VE: jax.Array, lot: tuple[jax.Array, ...], with_gradients: bool):
   """Returns cross-entropy and rightness of n positions, and gradients of their weighted sum."""
   feature_nE, token_n, weight_n = lot
   logits_nV = jnp.einsum("ne,ve->nv", feature_nE, table_VE, preferred_element_type=jnp.float32)
@@ -49,8 +49,8 @@ def _of_lot(table_VE: jax.Array, lot, with_gradients: bool):
   slope_nV = (weight_nV / total_n[:, None] - picked_nV) * weight_n[:, None]
   slope_nV = slope_nV.astype(feature_nE.dtype)
   sums = {"preferred_element_type": jnp.float32}
-  feature_nE = jnp.einsum("nv,ve->ne", slope_nV, table_VE, **sums).astype(feature_nE.dtype)
-  return scores, feature_nE, jnp.einsum("nv,ne->ve", slope_nV, lot[0], **sums)
+  of_feature_nE = jnp.einsum("nv,ve->ne", slope_nV, table_VE, **sums).astype(feature_nE.dtype)
+  return scores, of_feature_nE, jnp.einsum("nv,ne->ve", slope_nV, feature_nE, **sums)
 
 
 def _of_shard(table_VE: jax.Array, feature_nE, token_n, weight_n, with_gradients: bool):
@@ -62,28 +62,28 @@ def _of_shard(table_VE: jax.Array, feature_nE, token_n, weight_n, with_gradients
     filled = jnp.concatenate([x, jnp.zeros((-count % size, *x.shape[1:]), x.dtype)])
     return filled.reshape(-1, size, *x.shape[1:])
 
-  def add(table_gradient_VE, lot):
-    scores, feature_nE, more_VE = _of_lot(table_VE, lot, with_gradients)
+  def add(of_table_VE, lot):
+    scores, of_feature_nE, more_VE = _of_lot(table_VE, lot, with_gradients)
     if with_gradients:
-      table_gradient_VE = mesh.constrain_last(table_gradient_VE + more_VE, "width", None)
-    return table_gradient_VE, (scores, feature_nE)
+      of_table_VE = mesh.constrain_last(of_table_VE + more_VE, "width", None)
+    return of_table_VE, (scores, of_feature_nE)
 
   zeros = jnp.zeros(table_VE.shape if with_gradients else ())
   lots = jax.tree.map(cut, (feature_nE, token_n, weight_n))
-  table_VE_gradient, found = jax.lax.scan(add, zeros, lots)
+  of_table_VE, found = jax.lax.scan(add, zeros, lots)
   whole = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], found)
-  return whole, table_VE_gradient
+  return whole, of_table_VE
 
 
 def _scores(table_VE, feature_BPE, token_BP, weight_BP, with_gradients: bool):
   one = functools.partial(
     _of_shard, table_VE.astype(feature_BPE.dtype), with_gradients=with_gradients
   )
-  whole, table_gradient = mesh.shards(one)(feature_BPE, token_BP, weight_BP)
-  (cross_entropy_BP, right_BP), feature_gradient_BPE = whole
+  whole, of_table_VE = mesh.shards(one)(feature_BPE, token_BP, weight_BP)
+  (cross_entropy_BP, right_BP), of_feature_BPE = whole
   loss = jnp.sum(cross_entropy_BP * weight_BP)
   scores = Scores(loss, cross_entropy_BP, right_BP)
-  return scores, _Gradients(feature_gradient_BPE, table_gradient)
+  return scores, _Gradients(of_feature_BPE, of_table_VE)
 
 
 @jax.custom_vjp

@@ -21,20 +21,9 @@ from calm_jax.generation import candidates, decode, laws, requests
 from calm_jax.models import attention, autoencoder, calm, flops, transformer
 from calm_jax.parallel import mesh as mesh_lib
 from calm_jax.parallel import rules
-from calm_jax.planning import matmuls, result, runs, topologies
+from calm_jax.planning import matmuls, published, result, runs, topologies
 from calm_jax.planning import program as program_lib
-from calm_jax.training import (
-  autoencoder_stage,
-  calm_stage,
-  evaluation,
-  optimizer,
-  program,
-  stages,
-  transformer_stage,
-)
-
-# Llama 3's, that of the published models.
-PUBLISHED_VOCAB = 128_256
+from calm_jax.training import evaluation, optimizer, program, stages, untrained
 
 Tree = Any
 
@@ -63,7 +52,7 @@ class Job:
   name: str
   run: config.Run
   topology: topologies.Topology
-  vocab_size: int = PUBLISHED_VOCAB
+  vocab_size: int = published.VOCAB
   codec: config.Autoencoder = dataclasses.field(default_factory=config.Autoencoder)
 
   def __post_init__(self):
@@ -98,13 +87,7 @@ class Job:
     return dataclasses.replace(self, run=dataclasses.replace(self.run, **settings))
 
   def _stage(self) -> stages.Stage:
-    run, vocab = self.run, self.vocab_size
-    if isinstance(run, config.AutoencoderRun):
-      return autoencoder_stage.build(run, vocab)
-    if isinstance(run, config.TransformerRun):
-      return transformer_stage.build(run, vocab)
-    codec = self._codec()
-    return calm_stage.build(run, codec, _abstract(codec.initial), vocab)
+    return untrained.stage(self.run, self.codec, self.vocab_size, _abstract)
 
   def _codec(self) -> autoencoder.Autoencoder:
     dtype = jnp.dtype(self.run.training.compute_dtype)

@@ -1,0 +1,143 @@
+"""Time, memory and error of what is minimised: with whole arrays, and as we compute it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+
+from calm_jax.benchmarking import timing
+from calm_jax.objectives import energy_score, vocabulary
+
+REPETITIONS = 9
+EXAMPLES, PATCHES, LATENT = 8, 128, 64
+SAMPLES, DRAWS = 8, 100
+MANY_DRAWS = 100_000  # For 4 patches of each example: what errors are told against.
+FEW_PATCHES = 4
+POSITIONS, WIDTH, VOCAB = 4096, 256, 8192
+
+# (samples, mean, std, key) -> the energy loss of each patch.
+Energy = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def _of_draws(count: int) -> Energy:
+  def energy(sample_NPZ, mean_PZ, std_PZ, key):
+    attraction_P = energy_score.drawn_attraction(key, sample_NPZ, mean_PZ, std_PZ, count)
+    return energy_score.energy_loss(sample_NPZ, attraction_P)[0]
+
+  return energy
+
+
+def _exact(sample_NPZ, mean_PZ, std_PZ, key):
+  attraction_P = energy_score.expected_attraction(sample_NPZ, mean_PZ, std_PZ)
+  return energy_score.energy_loss(sample_NPZ, attraction_P)[0]
+
+
+def _whole(sample_NPZ, mean_PZ, std_PZ, key):
+  """An array of all pairs of samples and draws."""
+  eps_MPZ = jax.random.normal(key, (DRAWS, *mean_PZ.shape))
+  target_MPZ = mean_PZ[None] + std_PZ[None] * eps_MPZ
+  distance_NMP = energy_score.norm_power(sample_NPZ[:, None] - target_MPZ[None], 1.0)
+  return energy_score.energy_loss(sample_NPZ, jnp.mean(distance_NMP, axis=(0, 1)))[0]
+
+
+ENERGIES: dict[str, Energy] = {
+  "whole array of pairs": _whole,
+  "ours, draws": _of_draws(DRAWS),
+  "ours, exact": _exact,
+}
+
+
+def _value_and_gradient(energy: Energy) -> Callable[..., Any]:
+  """Of the mean over examples, as training computes it."""
+  return jax.jit(jax.value_and_grad(lambda *given: jnp.mean(jax.vmap(energy)(*given))))
+
+
+def _posteriors(patches: int) -> tuple[jax.Array, ...]:
+  """Samples and posteriors [B, ...] as far apart as a trained model's, std near 0.3; keys."""
+  keys = jax.random.split(jax.random.key(0), 4)
+  mean_BPZ = jax.random.normal(keys[0], (EXAMPLES, patches, LATENT))
+  std_BPZ = 0.3 * jnp.exp(0.3 * jax.random.normal(keys[1], mean_BPZ.shape))
+  shape = (EXAMPLES, SAMPLES, patches, LATENT)
+  sample_BNPZ = mean_BPZ[:, None] + 0.6 * jax.random.normal(keys[2], shape)
+  return sample_BNPZ, mean_BPZ, std_BPZ, jax.random.split(keys[3], EXAMPLES)
+
+
+def _cost(function: Callable[..., Any], *given: jax.Array) -> dict[str, Any]:
+  """Returns seconds, and bytes of temporaries where the platform tells them."""
+  analysis = function.lower(*given).compile().memory_analysis()  # pyright: ignore[reportFunctionMemberAccess]
+  return {
+    "seconds": timing.median_seconds(lambda: function(*given), REPETITIONS),
+    "temporary_bytes": analysis.temp_size_in_bytes if analysis else None,
+  }
+
+
+def _energies() -> list[dict[str, Any]]:
+  given, few = _posteriors(PATCHES), _posteriors(FEW_PATCHES)
+  value, gradient = _value_and_gradient(_of_draws(MANY_DRAWS))(*few)
+  found = []
+  for name, energy in ENERGIES.items():
+    both = _value_and_gradient(energy)
+    own, own_gradient = both(*few)
+    error = float(jnp.linalg.norm(own_gradient - gradient) / jnp.linalg.norm(gradient))
+    found.append({
+      "name": name, **_cost(both, *given),
+      "error": abs(float(own - value)) / abs(float(value)), "gradient_error": error,
+    })  # fmt: skip
+  return found
+
+
+def _whole_logits(table_VE, feature_BPE, token_BP, weight_BP):
+  log_p_BPV = jax.nn.log_softmax(feature_BPE @ table_VE.T)
+  picked_BP = jnp.take_along_axis(log_p_BPV, token_BP[..., None], axis=-1)[..., 0]
+  return -jnp.sum(weight_BP * picked_BP)
+
+
+def _ours(*given):
+  return vocabulary.cross_entropy(*given).loss
+
+
+def _cross_entropies() -> list[dict[str, Any]]:
+  keys = jax.random.split(jax.random.key(0), 3)
+  table_VE = 0.05 * jax.random.normal(keys[0], (VOCAB, WIDTH))
+  feature_BPE = jax.random.normal(keys[1], (8, POSITIONS // 8, WIDTH))
+  token_BP = jax.random.randint(keys[2], feature_BPE.shape[:2], 0, VOCAB)
+  weight_BP = jnp.full(token_BP.shape, 1 / POSITIONS)
+  given, found, expected = (table_VE, feature_BPE, token_BP, weight_BP), [], None
+  for name, loss in (("whole logits", _whole_logits), ("ours", _ours)):
+    both = jax.jit(jax.value_and_grad(loss, (0, 1)))
+    flat = np.concatenate([np.ravel(x) for x in jax.tree.leaves(both(*given)[1])])
+    expected = flat if expected is None else expected
+    error = float(np.linalg.norm(flat - expected) / np.linalg.norm(expected))
+    found.append({"name": name, **_cost(both, *given), "gradient_error": error})
+  return found
+
+
+def _line(one: dict[str, Any]) -> str:
+  memory = one["temporary_bytes"]
+  told = "" if memory is None else f", {memory / 1e6:7,.1f} MB of temporaries"
+  return f"  {one['name']:20} {1e3 * one['seconds']:7.1f} ms{told}"
+
+
+def measure() -> tuple[list[str], dict[str, Any]]:
+  """Returns lines to be read, and the figures: all are better lower."""
+  energies, cross_entropies = _energies(), _cross_entropies()
+  lines = [
+    f"energy loss and its gradient, {EXAMPLES} examples of {PATCHES} patches, Z = {LATENT}, "
+    f"N = {SAMPLES}, M = {DRAWS}; errors of the mean and of its gradient, {FEW_PATCHES} patches of "
+    f"each, against M = {MANY_DRAWS:,}, whose own errors are about "
+    f"{(DRAWS / MANY_DRAWS) ** 0.5:.3f} of those of M = {DRAWS}"
+  ]
+  lines += [
+    f"{_line(one)}, error {one['error']:.1e}, of the gradient {one['gradient_error']:.1e}"
+    for one in energies
+  ]
+  lines.append(
+    f"cross-entropy and its gradients, {POSITIONS:,} positions of width {WIDTH}, V = {VOCAB:,}"
+  )
+  lines += [
+    f"{_line(one)}, gradients differ from whole logits' by {one['gradient_error']:.1e}"
+    for one in cross_entropies
+  ]
+  return lines, {"energy": energies, "cross_entropy": cross_entropies}
