@@ -35,7 +35,7 @@ def by_numpy(query, key, value):
   query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
   key, value = (np.repeat(x, HEADS // x.shape[2], axis=2) for x in (key, value))
   scores = np.einsum("bphc,bqhc->bhpq", query, key) / np.sqrt(CHANNELS)
-  scores = np.where(np.tri(POSITIONS, dtype=bool), scores, -np.inf)
+  scores = np.where(np.tri(query.shape[1], dtype=bool), scores, -np.inf)
   weights = np.exp(scores - scores.max(-1, keepdims=True))
   weights /= weights.sum(-1, keepdims=True)
   return np.einsum("bhpq,bqhc->bphc", weights, value)
@@ -52,6 +52,26 @@ def test_the_kernel_of_tpus_has_the_numbers_and_gradients_of_plain_attention(kv_
   np.testing.assert_allclose(found[0], by_numpy(*given[:3]), atol=1e-5)
   for a, b in zip(found, expected, strict=True):
     np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@pytest.mark.parametrize("kv_heads", [HEADS, 2, 1])
+@pytest.mark.parametrize("positions", [POSITIONS, 250, 40])
+def test_blocks_of_queries_have_the_numbers_and_gradients_of_plain_attention(
+  kv_heads: int, positions: int
+):
+  given = tuple(x[:, :positions] for x in arrays(kv_heads))
+  plain, blocks = (attention.KERNELS[name].run for name in ("xla", "blocks"))
+  expected = jax.jit(functools.partial(values_and_gradients, plain))(*given)
+  found = jax.jit(functools.partial(values_and_gradients, blocks))(*given)
+  np.testing.assert_allclose(found[0], by_numpy(*given[:3]), atol=1e-5)
+  for a, b in zip(found, expected, strict=True):
+    np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_a_cpu_takes_blocks_unless_positions_are_divided():
+  assert attention.choose("auto", POSITIONS) == "blocks"
+  with jax.set_mesh(mesh_lib.build(config.Mesh(fsdp=2, sequence=2, tensor=2), jax.devices())):
+    assert attention.choose("auto", POSITIONS) == "xla"
 
 
 @pytest.mark.parametrize("sequence, tensor", [(2, 1), (1, 2), (2, 2)])

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax import numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from calm_jax import config, errors
@@ -12,6 +13,9 @@ from calm_jax.parallel import mesh as mesh_lib
 
 # Positions that the TPU kernel works on at once: a multiple of LANES, at most BLOCK.
 BLOCK, LANES = 512, 128
+
+# Blocks of queries at most, as a program holds each of them, and the queries of one at least.
+BLOCKS, QUERIES = 16, 64
 
 _ALONG = ("batch", "position", "width", None)
 
@@ -22,6 +26,27 @@ def _xla(query_BPHC: jax.Array, key_BPGC: jax.Array, value_BPGC: jax.Array) -> j
   return jax.nn.dot_product_attention(
     query_BPHC, key_BPGC, value_BPGC, is_causal=True, implementation="xla"
   )
+
+
+def _blocks(query_BPHC: jax.Array, key_BPGC: jax.Array, value_BPGC: jax.Array) -> jax.Array:
+  """Blocks of queries, each with the keys up to its end: little more than the causal half."""
+  batch, positions, _, channels = query_BPHC.shape
+  groups, block = key_BPGC.shape[2], max(QUERIES, -(-positions // BLOCKS))
+  query_BHPC, key_BGPC, value_BGPC = (x.swapaxes(1, 2) for x in (query_BPHC, key_BPGC, value_BPGC))
+  found = []
+  for start in range(0, positions, block):
+    end = min(start + block, positions)
+    # The queries of all heads of a group are rows of one product, "r".
+    query_BGrC = query_BHPC[:, :, start:end].reshape(batch, groups, -1, channels) * channels**-0.5
+    score_BGrk = jnp.einsum(
+      "bgrc,bgkc->bgrk", query_BGrC, key_BGPC[:, :, :end], preferred_element_type=jnp.float32
+    )
+    seen_qk = jnp.arange(end)[None] <= jnp.arange(start, end)[:, None]
+    seen_rk = jnp.tile(seen_qk, (query_BGrC.shape[2] // (end - start), 1))
+    weight_BGrk = jax.nn.softmax(jnp.where(seen_rk, score_BGrk, -jnp.inf)).astype(value_BGPC.dtype)
+    y_BGrC = jnp.einsum("bgrk,bgkc->bgrc", weight_BGrk, value_BGPC[:, :, :end])
+    found.append(y_BGrC.reshape(batch, -1, end - start, channels))
+  return jnp.concatenate(found, axis=2).swapaxes(1, 2)
 
 
 def _cudnn(query_BPHC: jax.Array, key_BPGC: jax.Array, value_BPGC: jax.Array) -> jax.Array:
@@ -96,14 +121,15 @@ def _splash_unfit(positions: int, parts: Any) -> str:
   return "" if own % LANES == 0 else f"it needs a multiple of {LANES} positions a device, not {own}"
 
 
-def _cudnn_unfit(positions: int, parts: Any) -> str:
+def _divided_unfit(positions: int, parts: Any) -> str:
   return "" if parts["sequence"] == 1 else "it can't divide positions (config.mesh.sequence)"
 
 
 # In the order in which `auto` tries them.
 KERNELS: dict[str, Kernel] = {
   "splash": Kernel(_splash, ("tpu",), _splash_unfit),
-  "cudnn": Kernel(_cudnn, ("cuda", "gpu"), _cudnn_unfit),
+  "cudnn": Kernel(_cudnn, ("cuda", "gpu"), _divided_unfit),
+  "blocks": Kernel(_blocks, ("cpu",), _divided_unfit),
   "xla": Kernel(_xla, ("tpu", "cuda", "gpu", "rocm", "cpu")),
 }
 
