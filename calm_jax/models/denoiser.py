@@ -25,7 +25,9 @@ def sinusoid(time: jax.Array) -> jax.Array:
 
 
 def _linear(name: str, features: int, dtype: jnp.dtype, init=_xavier) -> nn.Dense:
-  return nn.Dense(features, dtype=dtype, kernel_init=init, name=name)
+  return nn.Dense(
+    features, dtype=dtype, kernel_init=init, dot_general=layers.dot_general, name=name
+  )
 
 
 def _modulated(x_D: jax.Array, shift_D: jax.Array, scale_D: jax.Array) -> jax.Array:

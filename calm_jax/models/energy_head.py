@@ -75,7 +75,9 @@ class Network(nn.Module):
     ]
     self.norm, self.middle = layers.layer_norm(None, self.dtype), linear(self.width)
     zeros = nn.initializers.zeros_init()
-    self.out = nn.Dense(self.latent, dtype=self.dtype, kernel_init=zeros)
+    self.out = nn.Dense(
+      self.latent, dtype=self.dtype, kernel_init=zeros, dot_general=layers.dot_general
+    )
 
   def condition(self, hidden_D: jax.Array) -> list[jax.Array]:
     """Returns what all samples of a hidden state share, a block each: [..., D]."""

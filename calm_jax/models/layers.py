@@ -69,6 +69,38 @@ def embedding_init(scheme: str, width: int) -> nn.initializers.Initializer:
   return nn.initializers.normal(0.02 if scheme == "reference" else width**-0.5)
 
 
+@jax.custom_vjp
+def _product(x_I: jax.Array, kernel_IO: jax.Array) -> jax.Array:
+  return jax.lax.dot_general(x_I, kernel_IO, (((x_I.ndim - 1,), (0,)), ((), ())))
+
+
+def _product_forward(x_I, kernel_IO):
+  return _product(x_I, kernel_IO), (x_I, kernel_IO)
+
+
+def _product_backward(known, slope_O):
+  x_I, kernel_IO = known
+  every = tuple(range(x_I.ndim - 1))
+  of_x_I = jax.lax.dot_general(slope_O, kernel_IO, (((x_I.ndim - 1,), (1,)), ((), ())))
+  return of_x_I, jax.lax.dot_general(x_I, slope_O, ((every, every), ((), ())))
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+def dot_general(
+  x_I: jax.Array, kernel_IO: jax.Array, dimension_numbers: Any, precision: Any = None
+):
+  """Returns x · kernel, as nn.Dense has it, [..., I] and [I, O] -> [..., O].
+
+  The kernel's gradient is computed as x · slope. JAX's own rule computes its transpose, for
+  which a CPU transposes the slope, and all that it is made of, in place of x.
+  """
+  assert dimension_numbers == (((x_I.ndim - 1,), (0,)), ((), ())), dimension_numbers
+  assert precision is None, precision
+  return _product(x_I, kernel_IO)
+
+
 def linear(
   name: str | None,
   features: int,
@@ -84,7 +116,12 @@ def linear(
     name: None in a module's `setup`, where the attribute names it.
   """
   return nn.Dense(
-    features, use_bias=bias, dtype=dtype, kernel_init=kernel_init(init, share), name=name
+    features,
+    use_bias=bias,
+    dtype=dtype,
+    kernel_init=kernel_init(init, share),
+    dot_general=dot_general,
+    name=name,
   )
 
 

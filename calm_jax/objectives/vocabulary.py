@@ -50,7 +50,8 @@ def _of_lot(table_VE: jax.Array, lot: tuple[jax.Array, ...], with_gradients: boo
   slope_nV = slope_nV.astype(feature_nE.dtype)
   sums = {"preferred_element_type": jnp.float32}
   of_feature_nE = jnp.einsum("nv,ve->ne", slope_nV, table_VE, **sums).astype(feature_nE.dtype)
-  return scores, of_feature_nE, jnp.einsum("nv,ne->ve", slope_nV, feature_nE, **sums)
+  # Not "ve": a CPU would transpose the slopes for it, and so only the features.
+  return scores, of_feature_nE, jnp.einsum("ne,nv->ev", feature_nE, slope_nV, **sums)
 
 
 def _of_shard(table_VE: jax.Array, feature_nE, token_n, weight_n, with_gradients: bool):
@@ -62,17 +63,17 @@ def _of_shard(table_VE: jax.Array, feature_nE, token_n, weight_n, with_gradients
     filled = jnp.concatenate([x, jnp.zeros((-count % size, *x.shape[1:]), x.dtype)])
     return filled.reshape(-1, size, *x.shape[1:])
 
-  def add(of_table_VE, lot):
-    scores, of_feature_nE, more_VE = _of_lot(table_VE, lot, with_gradients)
+  def add(of_table_EV, lot):
+    scores, of_feature_nE, more_EV = _of_lot(table_VE, lot, with_gradients)
     if with_gradients:
-      of_table_VE = mesh.constrain_last(of_table_VE + more_VE, "width", None)
-    return of_table_VE, (scores, of_feature_nE)
+      of_table_EV = mesh.constrain_last(of_table_EV + more_EV, None, "width")
+    return of_table_EV, (scores, of_feature_nE)
 
-  zeros = jnp.zeros(table_VE.shape if with_gradients else ())
+  zeros = jnp.zeros(table_VE.shape[::-1] if with_gradients else ())
   lots = jax.tree.map(cut, (feature_nE, token_n, weight_n))
-  of_table_VE, found = jax.lax.scan(add, zeros, lots)
+  of_table_EV, found = jax.lax.scan(add, zeros, lots)
   whole = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], found)
-  return whole, of_table_VE
+  return whole, of_table_EV.T
 
 
 def _scores(table_VE, feature_BPE, token_BP, weight_BP, with_gradients: bool):
