@@ -7,6 +7,8 @@ import jax
 from flax import linen as nn
 from jax import numpy as jnp
 
+from calm_jax.parallel import mesh
+
 EPS = 1e-6
 
 
@@ -80,9 +82,11 @@ def _product_forward(x_I, kernel_IO):
 
 def _product_backward(known, slope_O):
   x_I, kernel_IO = known
-  every = tuple(range(x_I.ndim - 1))
-  of_x_I = jax.lax.dot_general(slope_O, kernel_IO, (((x_I.ndim - 1,), (1,)), ((), ())))
-  return of_x_I, jax.lax.dot_general(x_I, slope_O, ((every, every), ((), ())))
+  shape, (x_I, slope_O) = x_I.shape, (mesh.rows(x_I), mesh.rows(slope_O))
+  lead, last = tuple(range(x_I.ndim - 1)), x_I.ndim - 1
+  of_x_I = jax.lax.dot_general(slope_O, kernel_IO, (((last,), (1,)), ((), ())))
+  of_kernel_IO = jax.lax.dot_general(x_I, slope_O, ((lead, lead), ((), ())))
+  return of_x_I.reshape(shape), of_kernel_IO
 
 
 _product.defvjp(_product_forward, _product_backward)

@@ -168,6 +168,16 @@ def constrain_last(x: jax.Array, *axes: str | None) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, spec(*lead, *fitting))
 
 
+def rows(x_D: jax.Array) -> jax.Array:
+  """Returns activations [..., P, D] as [n, D], or as they are where positions are divided.
+
+  A product over one axis of rows needs one plain transpose; over several a CPU is slower.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  divided = not mesh.empty and mesh.shape["sequence"] > 1
+  return x_D if divided else x_D.reshape(-1, x_D.shape[-1])
+
+
 def row_parts(mesh: jax.sharding.Mesh) -> int:
   """Returns the number of parts that the examples of a batch are divided into."""
   return mesh.shape["data"] * mesh.shape["fsdp"]
