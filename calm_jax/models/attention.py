@@ -144,8 +144,7 @@ def choose(kind: str, positions: int, platform: str = "") -> str:
     CalmError: for an unknown kind, or one that can't be used here: it is not replaced.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  device = mesh.abstract_device
-  platform = platform or (device.platform if device else None) or jax.default_backend()
+  platform = platform or mesh_lib.platform()
   parts = {"sequence": 1, "tensor": 1} if mesh.empty else mesh.shape
   if kind == "auto":
     return next(

@@ -77,9 +77,9 @@ def _of_shard(table_VE: jax.Array, feature_nE, token_n, weight_n, with_gradients
 
 
 def _scores(table_VE, feature_BPE, token_BP, weight_BP, with_gradients: bool):
-  one = functools.partial(
-    _of_shard, table_VE.astype(feature_BPE.dtype), with_gradients=with_gradients
-  )
+  # Gathered here, not in each turn of the loop.
+  table_VE = mesh.constrain(table_VE.astype(feature_BPE.dtype), "width", None)
+  one = functools.partial(_of_shard, table_VE, with_gradients=with_gradients)
   whole, of_table_VE = mesh.shards(one)(feature_BPE, token_BP, weight_BP)
   (cross_entropy_BP, right_BP), of_feature_BPE = whole
   loss = jnp.sum(cross_entropy_BP * weight_BP)

@@ -168,14 +168,21 @@ def constrain_last(x: jax.Array, *axes: str | None) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, spec(*lead, *fitting))
 
 
-def rows(x_D: jax.Array) -> jax.Array:
-  """Returns activations [..., P, D] as [n, D], or as they are where positions are divided.
+def platform() -> str:
+  """Returns that of the mesh's devices, which a program may only be compiled for, or of ours."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return (device.platform if device else None) or jax.default_backend()
 
-  A product over one axis of rows needs one plain transpose; over several a CPU is slower.
+
+def rows(x_D: jax.Array) -> jax.Array:
+  """Returns activations [..., P, D] as [n, D] on a CPU that does not divide positions, else x.
+
+  Products over one axis of rows are faster there. Elsewhere XLA chooses the layout, and its
+  partitioner gathered a whole activation of the head that was made into rows.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  divided = not mesh.empty and mesh.shape["sequence"] > 1
-  return x_D if divided else x_D.reshape(-1, x_D.shape[-1])
+  whole = mesh.empty or mesh.shape["sequence"] == 1
+  return x_D.reshape(-1, x_D.shape[-1]) if whole and platform() == "cpu" else x_D
 
 
 def row_parts(mesh: jax.sharding.Mesh) -> int:

@@ -12,7 +12,7 @@ Written = Mapping[str, Any]
 
 _HEADER = (
   "run", "slices", "layout", "fits", "peak a chip", "state a chip", "model TFLOP a chip",
-  "ms a step", "bound by", "M tokens/s", "days",
+  "program's by it", "ms a step", "bound by", "M tokens/s", "days",
 )  # fmt: skip
 
 
@@ -68,6 +68,7 @@ def _row(plan: Written) -> tuple[str, ...]:
     f"{plan['memory']['peak'] / result.GIB:,.1f} of {available / result.GIB:,.1f} GiB",
     result.gib(facts["state_bytes"]),
     f"{plan['model_flops'] / 1e12:,.1f}",
+    f"{plan['program_flops'] / plan['model_flops']:.2f}",
     both("seconds", 1e3, 1),
     plan["roofline"]["bound"],
     both("tokens_per_second", 1e-6, 1),
