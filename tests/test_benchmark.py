@@ -21,6 +21,9 @@ from calm_jax.benchmarking import (
 def test_branches_and_passes_give_the_same_hidden_states(monkeypatch: pytest.MonkeyPatch):
   for name, value in (("BLOCKS", 1), ("PATCHES", 16), ("VOCAB", 32), ("REPETITIONS", 1)):
     monkeypatch.setattr(evaluation, name, value)
+  small = config.Backbone(layers=2, width=32, ffn=64, heads=2, kv_heads=2, init="fan_in")
+  run = dataclasses.replace(evaluation.RUN, model=small, head=config.Head(blocks=1))
+  monkeypatch.setattr(evaluation, "RUN", run)
   lines, figures = evaluation.measure()
   assert [row["patch_size"] for row in figures[:2]] == [1, 2]
   for row in figures[2:]:  # Where PyTorch is installed.
