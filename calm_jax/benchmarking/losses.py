@@ -49,7 +49,7 @@ ENERGIES: dict[str, Energy] = {
 }
 
 
-def _value_and_gradient(energy: Energy) -> Callable[..., Any]:
+def _value_and_gradient(energy: Energy) -> jax.stages.Wrapped:
   """Of the mean over examples, as training computes it."""
   return jax.jit(jax.value_and_grad(lambda *given: jnp.mean(jax.vmap(energy)(*given))))
 
@@ -64,9 +64,9 @@ def _posteriors(patches: int) -> tuple[jax.Array, ...]:
   return sample_BNPZ, mean_BPZ, std_BPZ, jax.random.split(keys[3], EXAMPLES)
 
 
-def _cost(function: Callable[..., Any], *given: jax.Array) -> dict[str, Any]:
+def _cost(function: jax.stages.Wrapped, *given: jax.Array) -> dict[str, Any]:
   """Returns seconds, and bytes of temporaries where the platform tells them."""
-  analysis = function.lower(*given).compile().memory_analysis()  # pyright: ignore[reportFunctionMemberAccess]
+  analysis = function.lower(*given).compile().memory_analysis()
   return {
     "seconds": timing.median_seconds(lambda: function(*given), REPETITIONS),
     "temporary_bytes": analysis.temp_size_in_bytes if analysis else None,

@@ -94,7 +94,7 @@ _product.defvjp(_product_forward, _product_backward)
 
 def dot_general(
   x_I: jax.Array, kernel_IO: jax.Array, dimension_numbers: Any, precision: Any = None
-):
+) -> jax.Array:
   """Returns x · kernel, as nn.Dense has it, [..., I] and [I, O] -> [..., O].
 
   The kernel's gradient is computed as x · slope. JAX's own rule computes its transpose, for

@@ -50,7 +50,7 @@ def _of_lot(table_VE: jax.Array, lot: tuple[jax.Array, ...], with_gradients: boo
   slope_nV = slope_nV.astype(feature_nE.dtype)
   sums = {"preferred_element_type": jnp.float32}
   of_feature_nE = jnp.einsum("nv,ve->ne", slope_nV, table_VE, **sums).astype(feature_nE.dtype)
-  # Not "ve": a CPU would transpose the slopes for it, and so only the features.
+  # Not "ve", for which a CPU would transpose the slopes, and not the features alone.
   return scores, of_feature_nE, jnp.einsum("ne,nv->ev", feature_nE, slope_nV, **sums)
 
 

@@ -12,7 +12,7 @@ Written = Mapping[str, Any]
 
 _HEADER = (
   "run", "slices", "layout", "fits", "peak a chip", "state a chip", "model TFLOP a chip",
-  "program's by it", "ms a step", "bound by", "M tokens/s", "days",
+  "program / model FLOPs", "ms a step", "bound by", "M tokens/s", "days",
 )  # fmt: skip
 
 
