@@ -9,11 +9,16 @@ import sys
 import types
 from typing import Any
 
+import jax
 import pytest
+from jax import numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from calm_jax import config, errors
 from calm_jax.models import flops
-from calm_jax.planning import comparison, result, search, steps, tables, topologies
+from calm_jax.objectives import vocabulary
+from calm_jax.parallel import mesh as mesh_lib
+from calm_jax.planning import comparison, result, runs, search, steps, tables, topologies
 
 ROOT = pathlib.Path(__file__).parent.parent
 VOCAB = 512
@@ -83,6 +88,25 @@ def test_examples_stay_on_their_devices(calm_plan: result.Plan):
 def test_unrolled_and_scanned_baselines_compute_what_is_counted():
   check = steps.check_flops(job(BASELINE))
   assert all(ratio == pytest.approx(1, abs=0.01) for ratio in check.ratios.values())
+
+
+def test_the_table_of_the_cross_entropy_is_gathered_once_for_all_positions():
+  mesh = mesh_lib.build(config.Mesh(fsdp=4), topologies.devices(topologies.parse("v5e:2x2")))
+  divided = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
+  rows = NamedSharding(mesh, mesh_lib.spec("batch"))
+  positions = (8, 2 * vocabulary.AT_ONCE)  # Two examples a device: four turns.
+  given = [
+    jax.ShapeDtypeStruct((1024, 512), jnp.float32, sharding=divided),
+    jax.ShapeDtypeStruct((*positions, 512), jnp.bfloat16, sharding=rows),
+    jax.ShapeDtypeStruct(positions, jnp.int32, sharding=rows),
+    jax.ShapeDtypeStruct(positions, jnp.float32, sharding=rows),
+  ]
+  with jax.set_mesh(mesh):
+    gradient = jax.grad(lambda *given: vocabulary.cross_entropy(*given).loss)
+    compiled = jax.jit(gradient, out_shardings=divided).lower(*given).compile()
+  running = runs.read(compiled.as_text()).running()
+  gathers = [n for _, one, n in running if one.opcode in ("all-gather", "all-gather-start")]
+  assert gathers == [1]
 
 
 def test_evaluation_and_decoding_compile():
