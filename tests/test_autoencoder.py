@@ -68,8 +68,14 @@ def test_published_size_in_parameters():
   assert round(shapes["embed"]["embedding"].size / 1e6, 1) == 65.7
 
 
-def test_the_most_likely_token_is_the_first_of_equals_on_every_platform():
-  logits_V = jnp.array([[0.0, 2.0, 2.0, -1.0], [1.0, 1.0, 1.0, 1.0], [-5.0, -6.0, -7.0, -4.0]])
-  for found in (layers.most_likely(logits_V), layers._first_highest(logits_V)):
-    np.testing.assert_array_equal(found, [1, 0, 3])
+@pytest.mark.parametrize("vocab_size", [3, 100, 64 * 7])
+def test_the_most_likely_token_is_the_first_of_equals_on_every_platform(vocab_size):
+  """Of few values each is there often, and at first in another place of each row."""
+  logits_V = np.random.default_rng(0).integers(-9, 0, (50, vocab_size)).astype(np.float32)
+  logits_V[0] = 1.0
+  for find in (layers.most_likely, layers._first_highest, layers._first_highest_by_tiles):
+    np.testing.assert_array_equal(find(jnp.asarray(logits_V)), np.argmax(logits_V, axis=-1))
+
+
+def test_without_a_number_among_the_logits_a_token_is_chosen_all_the_same():
   assert layers.most_likely(jnp.full(3, jnp.nan)) in range(3)

@@ -114,3 +114,20 @@ def test_rotation_by_hand():
   x_BPHC = jnp.array([1.0, 0.0]).reshape(1, 1, 1, 2)
   found = llama.rotate(x_BPHC, jnp.array([2]), 10000.0)[0, 0, 0]
   np.testing.assert_allclose(found, [np.cos(2.0), np.sin(2.0)], rtol=1e-6)
+
+
+def test_layers_keep_no_activation_that_is_cheap_to_compute_again(model, params, token_BPK):
+  """Of the inner width SwiGLU's inputs alone, and in bfloat16 nothing of float32."""
+  model = backbone.Backbone(SIZES, VOCAB, jnp.bfloat16)
+
+  def loss(params):
+    return jnp.sum(layers.apply(model, params, token_BPK)[0].astype(jnp.float32))
+
+  traced = jax.make_jaxpr(jax.grad(loss))(params)
+  (forward, _) = [one for one in traced.eqns if one.primitive.name == "scan"]
+  stacks = [one.aval for one in forward.outvars[forward.params["num_carry"] :]]
+  lead = (SIZES.layers, len(token_BPK), PATCHES)
+  inner = [one for one in stacks if one.shape == (*lead, SIZES.ffn)]
+  assert [one.dtype for one in inner] == [jnp.bfloat16] * 2, stacks
+  wide = [one.dtype for one in stacks if one.shape == (*lead, SIZES.width)]
+  assert wide and jnp.dtype("float32") not in wide, stacks

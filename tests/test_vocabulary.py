@@ -39,7 +39,7 @@ def test_three_even_logits_cost_log_three_nats():
 
 @pytest.mark.parametrize("at_once", [1, 5, 24, 1024])
 def test_scores_and_gradients_are_those_of_whole_logits(monkeypatch, given, at_once: int):
-  monkeypatch.setattr(vocabulary, "AT_ONCE", at_once)
+  monkeypatch.setattr(vocabulary, "AT_ONCE_ON_A_CPU", at_once)
   found = vocabulary.cross_entropy(*given)
   expected_BP = plain(*given)
   np.testing.assert_allclose(found.cross_entropy, expected_BP, rtol=1e-5)
@@ -59,7 +59,7 @@ def test_scores_and_gradients_are_those_of_whole_logits(monkeypatch, given, at_o
 
 
 def test_no_array_holds_the_logits_of_all_positions(monkeypatch, given):
-  monkeypatch.setattr(vocabulary, "AT_ONCE", 4)
+  monkeypatch.setattr(vocabulary, "AT_ONCE_ON_A_CPU", 4)
   loss = jax.grad(lambda *x: vocabulary.cross_entropy(*x).loss, (0, 1))
   shapes = re.findall(r"tensor<((?:\d+x)+)", jax.jit(loss).lower(*given).as_text())
   sizes = {math.prod(map(int, shape.rstrip("x").split("x"))) for shape in shapes}
@@ -72,7 +72,7 @@ def test_no_array_holds_the_logits_of_all_positions(monkeypatch, given):
   ids=["data", "sequence"],
 )
 def test_every_mesh_computes_the_same(monkeypatch, given, sizes: config.Mesh):
-  monkeypatch.setattr(vocabulary, "AT_ONCE", 4)
+  monkeypatch.setattr(vocabulary, "AT_ONCE_ON_A_CPU", 4)
 
   def scores_and_gradients(*given):
     def loss(table_VE, feature_BPE):

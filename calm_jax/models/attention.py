@@ -1,11 +1,13 @@
 """Causal attention of all positions to those before them: one row a kernel."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax import numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 
 from calm_jax import config, errors
@@ -33,9 +35,15 @@ def _blocks(query_BPHC: jax.Array, key_BPGC: jax.Array, value_BPGC: jax.Array) -
   batch, positions, _, channels = query_BPHC.shape
   groups, block = key_BPGC.shape[2], max(QUERIES, -(-positions // BLOCKS))
   query_BHPC, key_BGPC, value_BGPC = (x.swapaxes(1, 2) for x in (query_BPHC, key_BPGC, value_BPGC))
-  found = []
-  for start in range(0, positions, block):
-    end = min(start + block, positions)
+
+  # For the gradient the weights are kept, and not each block's own copy of keys and values.
+  @functools.partial(
+    jax.checkpoint,
+    policy=jax.checkpoint_policies.save_only_these_names("weight"),
+    prevent_cse=False,
+    static_argnums=(0, 1),
+  )
+  def attend(start, end, query_BHPC, key_BGPC, value_BGPC):
     # The queries of all heads of a group are rows of one product, "r".
     query_BGrC = query_BHPC[:, :, start:end].reshape(batch, groups, -1, channels) * channels**-0.5
     score_BGrk = jnp.einsum(
@@ -43,9 +51,15 @@ def _blocks(query_BPHC: jax.Array, key_BPGC: jax.Array, value_BPGC: jax.Array) -
     )
     seen_qk = jnp.arange(end)[None] <= jnp.arange(start, end)[:, None]
     seen_rk = jnp.tile(seen_qk, (query_BGrC.shape[2] // (end - start), 1))
-    weight_BGrk = jax.nn.softmax(jnp.where(seen_rk, score_BGrk, -jnp.inf)).astype(value_BGPC.dtype)
+    weight_BGrk = jax.nn.softmax(jnp.where(seen_rk, score_BGrk, -jnp.inf))
+    weight_BGrk = checkpoint_name(weight_BGrk, "weight").astype(value_BGPC.dtype)
     y_BGrC = jnp.einsum("bgrk,bgkc->bgrc", weight_BGrk, value_BGPC[:, :, :end])
-    found.append(y_BGrC.reshape(batch, -1, end - start, channels))
+    return y_BGrC.reshape(batch, -1, end - start, channels)
+
+  found = [
+    attend(start, min(start + block, positions), query_BHPC, key_BGPC, value_BGPC)
+    for start in range(0, positions, block)
+  ]
   return jnp.concatenate(found, axis=2).swapaxes(1, 2)
 
 

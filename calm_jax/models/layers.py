@@ -1,5 +1,6 @@
 """What every model shares: initial values, norms, SwiGLU."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from jax import numpy as jnp
 from calm_jax.parallel import mesh
 
 EPS = 1e-6
+TILES = 64  # Of a vocabulary, at most: a whole one is a multiple of them.
 
 
 def apply(module: nn.Module, params: Any, *args: Any, method: Any = None) -> Any:
@@ -43,11 +45,20 @@ def _first_highest(logits_V: jax.Array) -> jax.Array:
   return jnp.minimum(count - jnp.max(back_V, axis=-1).astype(jnp.int32), count - 1)
 
 
+def _first_highest_by_tiles(logits_V: jax.Array) -> jax.Array:
+  """The same: of tiles by their maxima, which a CPU computes with the product, then in one."""
+  tiles = math.gcd(logits_V.shape[-1], TILES)
+  logits_Tv = logits_V.reshape(*logits_V.shape[:-1], tiles, -1)
+  tile = _first_highest(jnp.max(logits_Tv, axis=-1))
+  logits_v = jnp.take_along_axis(logits_Tv, tile[..., None, None], axis=-2)[..., 0, :]
+  return tile * logits_v.shape[-1] + _first_highest(logits_v)
+
+
 def most_likely(logits_V: jax.Array) -> jax.Array:
   """Returns the index of the highest logit, the first of equals: [..., V] -> int32 [...]."""
   return jax.lax.platform_dependent(
     logits_V,
-    cpu=_first_highest,
+    cpu=_first_highest_by_tiles,
     default=lambda logits_V: jnp.argmax(logits_V, axis=-1).astype(jnp.int32),
   )
 
@@ -129,8 +140,17 @@ def linear(
   )
 
 
+def _computed_again(part: Any) -> Any:
+  """Returns a module's class, or a function of one, that keeps its inputs alone for the gradient.
+
+  For what costs no product of matrices. A loop over layers stacks all that is kept: it is
+  written, cut out again and copied, in float32 where that is what a norm computes in.
+  """
+  return nn.remat(part, prevent_cse=False)
+
+
 def rms_norm(name: str | None, dtype: jnp.dtype) -> nn.RMSNorm:
-  return nn.RMSNorm(epsilon=EPS, dtype=dtype, name=name)
+  return _computed_again(nn.RMSNorm)(epsilon=EPS, dtype=dtype, name=name)
 
 
 def layer_norm(name: str | None, dtype: jnp.dtype) -> nn.LayerNorm:
@@ -148,5 +168,9 @@ class SwiGLU(nn.Module):
   def __call__(self, x_D):
     gate_F = linear("gate", self.ffn, self.scheme, self.dtype, bias=False)(x_D)
     up_F = linear("up", self.ffn, self.scheme, self.dtype, bias=False)(x_D)
-    down = linear("down", x_D.shape[-1], self.scheme, self.dtype, bias=False)
-    return down(nn.silu(gate_F) * up_F)
+
+    def gated(module, gate_F, up_F):
+      down = linear("down", x_D.shape[-1], self.scheme, self.dtype, bias=False)
+      return down(nn.silu(gate_F) * up_F)
+
+    return _computed_again(gated)(self, gate_F, up_F)

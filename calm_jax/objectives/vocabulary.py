@@ -9,8 +9,9 @@ from jax import numpy as jnp
 from calm_jax.parallel import mesh
 
 # Positions of a device whose logits [V] are in memory at once. Each lot reads and writes
-# the table's gradient once, so below some hundreds a TPU would wait for its memory.
-AT_ONCE = 1024
+# the table's gradient once: the fewer there are the longer a TPU waits for its memory. A CPU
+# is slower with more than 1,024.
+AT_ONCE, AT_ONCE_ON_A_CPU = 2048, 1024
 
 
 class Scores(NamedTuple):
@@ -57,7 +58,7 @@ def _of_lot(table_VE: jax.Array, lot: tuple[jax.Array, ...], with_gradients: boo
 def _of_shard(table_VE: jax.Array, feature_nE, token_n, weight_n, with_gradients: bool):
   """The same of all positions of a device, AT_ONCE at a time."""
   count = token_n.shape[0]
-  size = min(AT_ONCE, count)
+  size = min(AT_ONCE_ON_A_CPU if mesh.platform() == "cpu" else AT_ONCE, count)
 
   def cut(x):
     filled = jnp.concatenate([x, jnp.zeros((-count % size, *x.shape[1:]), x.dtype)])
