@@ -85,6 +85,14 @@ def test_examples_stay_on_their_devices(calm_plan: result.Plan):
   assert calm_plan.memory.temporaries < 30 * activation / 4
 
 
+@pytest.mark.parametrize("topology", ["v5p:4x4x4", "v6e:4x4"])
+def test_an_axis_of_the_torus_may_be_divided(topology: str):
+  devices = topologies.devices(topologies.parse(topology, 1))
+  mesh = mesh_lib.build(config.Mesh(data=2), devices)
+  assert tuple(mesh.shape.values()) == (2, len(devices) // 2, 1, 1)
+  assert set(mesh.devices.flat) == set(devices)
+
+
 def test_unrolled_and_scanned_baselines_compute_what_is_counted():
   check = steps.check_flops(job(BASELINE))
   assert all(ratio == pytest.approx(1, abs=0.01) for ratio in check.ratios.values())

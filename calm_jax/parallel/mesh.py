@@ -69,16 +69,18 @@ def build(settings: config.Mesh, devices: Sequence[Any] | None = None) -> jax.sh
       f"config.mesh has {used} devices, but the {len(processes)} processes have {len(devices)}: "
       "give one axis -1"
     )
-  axis_types = (jax.sharding.AxisType.Auto,) * len(AXES)
+  inside = {**shape, "data": shape["data"] // slices}
   if slices > 1:
-    inside = {**shape, "data": shape["data"] // slices}
     across = [slices if name == "data" else 1 for name in AXES]
     laid_out = mesh_utils.create_hybrid_device_mesh(
-      [inside[name] for name in AXES], across, devices, allow_split_physical_axes=True
+      list(inside.values()), across, devices, allow_split_physical_axes=True
     )
-    return jax.sharding.Mesh(laid_out, AXES, axis_types=axis_types)
-  extents = tuple(shape[name] for name in AXES)
-  return jax.make_mesh(extents, AXES, axis_types=axis_types, devices=devices[:used])
+  else:  # jax.make_mesh refuses sizes for which an axis of the torus would be split.
+    laid_out = mesh_utils.create_device_mesh(
+      list(inside.values()), devices[:used], allow_split_physical_axes=True
+    )
+  axis_types = (jax.sharding.AxisType.Auto,) * len(AXES)
+  return jax.sharding.Mesh(laid_out, AXES, axis_types=axis_types)
 
 
 def single() -> jax.sharding.Mesh:
