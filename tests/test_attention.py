@@ -123,3 +123,10 @@ def test_the_kernel_compiles_for_every_published_head(channels: int, libtpu):
 def test_the_kernel_compiles_in_parts(settings: config.Mesh, kv_heads: int, libtpu):
   kind, made = compiled("v5e:2x2", 96, settings, kv_heads)
   assert kind == "splash" and len(matmuls.kernels(made.module)) == 2
+
+
+def test_a_kernel_fills_blocks_on_the_diagonal_and_lanes():
+  """512 of 2,048 positions at once: 10 blocks of 16 where 8 are needed; 96 channels in 128."""
+  assert attention.padding(2048, 128, {"sequence": 1}) == pytest.approx(10 / 8)
+  assert attention.padding(2048, 96, {"sequence": 1}) == pytest.approx(10 / 8 * 4 / 3)
+  assert attention.padding(2048, 128, {"sequence": 16}) == pytest.approx(17 / 16)

@@ -250,9 +250,10 @@ def test_a_plan_tells_memory_donation_and_collectives(tpu):
 def test_kernels_have_the_flops_that_are_given(tpu):
   topology, devices = tpu
   made = program.compile_lowered(lowered(devices, scanned=True))
-  given = dataclasses.replace(facts(), kernel_flops=4e9)
+  given = dataclasses.replace(facts(), kernel_flops=4e9, padding_flops=8e9)
   plan = result.Plan.of(given, topology, devices, made)
   assert plan.program_flops == pytest.approx(FLOPS + 1e9, rel=0.01)
+  assert plan.roofline.compute * topology.chip.peak == pytest.approx(FLOPS + 3e9, rel=0.01)
   with_kernel = dataclasses.replace(plan, kernels={"splash": 3})
   assert "counted as they were given: splash 3 times" in tables.table(with_kernel)
 

@@ -80,7 +80,7 @@ def _splash(
   _, positions, heads, channels = query_BPHC.shape
   mesh = jax.sharding.get_abstract_mesh()
   parts = {"sequence": 1, "tensor": 1} if mesh.empty else mesh.shape
-  block = max(size for size in range(LANES, BLOCK + 1, LANES) if _own(positions, parts) % size == 0)
+  block = _block(positions, parts)
   sizes = splash.BlockSizes(
     block_q=block, block_kv=block, block_kv_compute=block,
     block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,
@@ -113,6 +113,11 @@ def _splash(
 
 def _own(positions: int, parts: Any) -> int:
   return positions // parts["sequence"]
+
+
+def _block(positions: int, parts: Any) -> int:
+  """Returns the positions that the TPU kernel works on at once."""
+  return max(size for size in range(LANES, BLOCK + 1, LANES) if _own(positions, parts) % size == 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,11 +195,18 @@ def products(kernel: str) -> int:
 
 
 def product_flops(examples: int, positions: int, width: int) -> float:
-  """Returns the FLOPs of one product of one layer, the causal half of it.
-
-  What a kernel computes beside the diagonal, in blocks that it cuts, is left out.
-  """
+  """Returns the FLOPs of one product of one layer, the causal half of it; see `padding`."""
   return examples * positions * positions * width
+
+
+def padding(positions: int, channels: int, parts: Any) -> float:
+  """Returns by which factor a TPU's kernel computes more than `product_flops`.
+
+  It computes whole blocks where the diagonal cuts them, and fills a head's channels up to
+  LANES.
+  """
+  lanes = -(-channels // LANES) * LANES
+  return (1 + _block(positions, parts) / positions) * lanes / channels
 
 
 def causal(

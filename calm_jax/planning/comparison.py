@@ -12,7 +12,7 @@ Written = Mapping[str, Any]
 
 _HEADER = (
   "run", "slices", "layout", "fits", "peak a chip", "state a chip", "model TFLOP a chip",
-  "program / model FLOPs", "ms a step", "bound by", "M tokens/s", "days",
+  "program / model FLOPs, padded", "ms a step", "bound by", "M tokens/s", "days",
 )  # fmt: skip
 
 
@@ -58,6 +58,7 @@ def _row(plan: Written) -> tuple[str, ...]:
   def both(name: str, scale: float, digits: int) -> str:
     return " to ".join(f"{speed[name] * scale:,.{digits}f}" for speed in speeds)
 
+  padded = plan["program_flops"] + facts["padding_flops"] / topology["devices"]
   slices = f"{topology['slices']} of " if topology["slices"] > 1 else ""
   available = (plan["overflow"] or {}).get("available", topology["chip"]["usable"])
   return (
@@ -68,7 +69,7 @@ def _row(plan: Written) -> tuple[str, ...]:
     f"{plan['memory']['peak'] / result.GIB:,.1f} of {available / result.GIB:,.1f} GiB",
     result.gib(facts["state_bytes"]),
     f"{plan['model_flops'] / 1e12:,.1f}",
-    f"{plan['program_flops'] / plan['model_flops']:.2f}",
+    f"{plan['program_flops'] / plan['model_flops']:.2f}, {padded / plan['model_flops']:.2f}",
     both("seconds", 1e3, 1),
     plan["roofline"]["bound"],
     both("tokens_per_second", 1e-6, 1),

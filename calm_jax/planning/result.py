@@ -28,7 +28,8 @@ class Facts:
     model_flops: of a step, on all chips, by `models/flops.py`.
     steps: of the run.
     kernel_flops: of a step, on all chips, in kernels of our own (attention), which the
-      program does not tell.
+      program does not tell. padding_flops: what those compute besides, in blocks and lanes
+      that they fill up.
     fsdp: devices that the state is cut over. examples: of a device, in one part of a
       step. accumulation: parts of a step. recomputes_all: whether the backward pass
       keeps nothing of a layer but its input. choices: settings of the layout, for people.
@@ -42,6 +43,7 @@ class Facts:
   model_flops: float
   steps: int
   kernel_flops: float = 0.0
+  padding_flops: float = 0.0
   fsdp: int = 1
   examples: int = 1
   accumulation: int = 1
@@ -55,7 +57,7 @@ class Plan:
 
   Attributes:
     program_flops: of the matrix products that the program runs, recomputation included,
-      and of `facts.kernel_flops`.
+      and of `facts.kernel_flops`, without `facts.padding_flops`, which take time all the same.
     kernels: custom calls whose FLOPs the program does not tell, and how often each runs.
     unknown_loops: loops whose length the program does not state, counted once.
     rematerialized: values that XLA computes again, unasked, where memory is short: a
@@ -105,7 +107,9 @@ class Plan:
       unknown_loops=tuple(name for name, trips in module.trips.items() if trips is None),
       rematerialized=_rematerialized(module),
       donated=len(memory_lib.aliases(module)) >= facts.state_arrays,
-      roofline=roofline_lib.roofline(topology.chip, flops, moved, found),
+      roofline=roofline_lib.roofline(
+        topology.chip, flops + facts.padding_flops / topology.devices, moved, found
+      ),
       compile_seconds=program.seconds,
       versions={name: _version(name) for name in ("jax", "jaxlib", "libtpu")},
     )

@@ -115,6 +115,7 @@ def train_plan(job: Job) -> result.Plan:
   tokens = run.training.batch * run.data.context
   codec = job.sizes
   rows = run.training.batch // run.training.accumulation // mesh_lib.row_parts(job.mesh)
+  kernel_flops = _kernel_flops(job, made.module, rows) * job.mesh.size
   facts = result.Facts(
     name=job.name,
     parameters=sum(x.size for x in jax.tree.leaves(state.params)),
@@ -123,7 +124,8 @@ def train_plan(job: Job) -> result.Plan:
     tokens=tokens,
     model_flops=flops.train_per_token(run, codec, job.vocab_size) * tokens,
     steps=run.training.steps,
-    kernel_flops=_kernel_flops(job, made.module, rows) * job.mesh.size,
+    kernel_flops=kernel_flops,
+    padding_flops=kernel_flops * (_padding(job) - 1) if kernel_flops else 0.0,
     fsdp=job.mesh.shape["fsdp"] * job.mesh.shape["sequence"],
     examples=rows,
     accumulation=run.training.accumulation,
@@ -147,6 +149,13 @@ def _kernel_flops(job: Job, module: runs.Module, rows: int) -> float:
   return sum(
     count * attention.products(name) * product for name, count in matmuls.kernels(module).items()
   )
+
+
+def _padding(job: Job) -> float:
+  """Returns by which factor attention's kernels compute more than they are counted with."""
+  assert not isinstance(job.run, config.AutoencoderRun)
+  sizes = job.run.model
+  return attention.padding(job.positions, sizes.width // sizes.heads, job.mesh.shape)
 
 
 def evaluation_plan(job: Job) -> result.Plan:

@@ -77,7 +77,10 @@ def _rows_of_collectives(plan: result.Plan) -> list[tuple[str, ...]]:
 
 def _rows_of_step(plan: result.Plan) -> list[tuple[str, ...]]:
   chip, times = plan.topology.chip, plan.roofline
-  share = plan.program_flops / plan.model_flops if plan.model_flops else 0.0
+  padded = plan.program_flops + plan.facts.padding_flops / plan.topology.devices
+  share, padded_share = (
+    flops / plan.model_flops if plan.model_flops else 0.0 for flops in (plan.program_flops, padded)
+  )
   busy = {
     "compute": f"{chip.peak / 1e12:,.0f} TFLOP/s",
     "memory": f"{chip.bandwidth / 1e9:,.0f} GB/s",
@@ -87,6 +90,7 @@ def _rows_of_step(plan: result.Plan) -> list[tuple[str, ...]]:
   return [
     ("FLOPs of the model", f"{plan.model_flops:.4g}", f"a {plan.holder}, analytic"),
     ("FLOPs of the program", f"{plan.program_flops:.4g}", f"{share:.2f} of the model's"),
+    ("with padding", f"{padded:.4g}", f"{padded_share:.2f}, attention's blocks and lanes filled"),
     ("bytes of HBM", f"{plan.hbm_bytes:.4g}", f"a {plan.holder}"),
     *(
       (name, f"{getattr(times, name) * 1e3:,.3f} ms", f"a chip has {figure}")
