@@ -20,15 +20,16 @@ def build(run: config.AutoencoderRun, vocab_size: int) -> stages.Stage:
     def one(token_PK):
       return layers.apply(model, params, token_PK, method="encode")
 
-    return mesh.examples(one)(token_BPK)
+    return mesh.examples(one, broadcasts=True)(token_BPK)
 
   def scores(params, z_BPZ, target_BPK):
     """What the decoder makes of latents, [B, P, K] each; the loss is the mean."""
 
     def one(z_PZ):
-      return layers.apply(model, params, z_PZ, method="features").reshape(-1, run.model.width)
+      return layers.apply(model, params, z_PZ, method="features")
 
-    feature_BSE = mesh.examples(one)(z_BPZ)
+    feature_BPKE = mesh.examples(one, broadcasts=True)(z_BPZ)
+    feature_BSE = feature_BPKE.reshape(len(feature_BPKE), -1, run.model.width)
     target_BS = target_BPK.reshape(len(target_BPK), -1)
     share_BS = jnp.full(target_BS.shape, 1 / target_BS.size)
     table_VE = params["embed"]["embedding"]

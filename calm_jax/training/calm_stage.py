@@ -30,7 +30,7 @@ def build(
     def encode(token_PK):
       return layers.apply(codec, frozen, token_PK, method="encode")
 
-    mean_BPZ, log_std_BPZ = mesh.examples(encode)(token_BPK)
+    mean_BPZ, log_std_BPZ = mesh.examples(encode, broadcasts=True)(token_BPK)
     key_B, latent_BPZ = stages.example_keys(key, batch["index"]), None
     if run.model.reads_latents:
       latent_BPZ = draws(stages.other_keys(key_B, 0), mean_BPZ, log_std_BPZ, 1)[:, 0]
