@@ -83,7 +83,7 @@ def main() -> None:
     commit=provenance.commit(),
     versions=provenance.versions(),
     environment={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
-    cores=os.cpu_count(),
+    processor=provenance.processor(),
     lines=lines,
     figures=figures,
   )

@@ -104,7 +104,14 @@ def test_input_is_measured_for_both_tokenizers(monkeypatch: pytest.MonkeyPatch):
 
 def test_a_document_takes_its_blocks_from_the_files_it_names(tmp_path):
   record = documents.Record(
-    "python -m calm_jax.benchmark --suite=x", "x", "abc", {"jax": "1"}, {"A": "b"}, 2, ["fast"], {}
+    "python -m calm_jax.benchmark --suite=x",
+    "x",
+    "abc",
+    {"jax": "1"},
+    {"A": "b"},
+    "2 cores of X",
+    ["fast"],
+    {},
   )
   (tmp_path / "x.json").write_text(files.to_json(dataclasses.asdict(record)))
   (tmp_path / "page.md").write_text("before\n<!-- x.json -->\n```\nslow\n```\nafter\n")
@@ -112,7 +119,7 @@ def test_a_document_takes_its_blocks_from_the_files_it_names(tmp_path):
   text = (tmp_path / "page.md").read_text()
   assert text == (
     "before\n<!-- x.json -->\n```\n$ A=b python -m calm_jax.benchmark --suite=x\n"
-    "  at commit abc, jax 1, 2 cores\nfast\n```\nafter\n"
+    "  at commit abc, jax 1, 2 cores of X\nfast\n```\nafter\n"
   )
   documents.update(str(tmp_path / "page.md"))
   assert (tmp_path / "page.md").read_text() == text

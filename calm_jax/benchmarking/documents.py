@@ -29,14 +29,14 @@ class Record:
   commit: str | None
   versions: dict[str, str | None]
   environment: dict[str, str]
-  cores: int | None
+  processor: str
   lines: list[str]
   figures: Any
 
   def text(self) -> str:
     """Returns what a document shows."""
     before = "".join(f"{name}={value} " for name, value in sorted(self.environment.items()))
-    told = f"at commit {self.commit}, jax {self.versions['jax']}, {self.cores} cores"
+    told = f"at commit {self.commit}, jax {self.versions['jax']}, {self.processor}"
     return "\n".join([f"$ {before}{self.command}", f"  {told}", *self.lines])
 
 

@@ -1,8 +1,10 @@
 """What produced a report: versions of the libraries and the commit of this package."""
 
 import importlib.metadata
+import os
 import pathlib
 import platform
+import re
 import subprocess
 
 import calm_jax
@@ -19,6 +21,13 @@ def versions() -> dict[str, str | None]:
     except importlib.metadata.PackageNotFoundError:
       found[name] = None
   return found | {"calm_jax": calm_jax.__version__}
+
+
+def processor() -> str:
+  """Returns the number of cores, and their model where Linux tells it."""
+  cores, told = f"{os.cpu_count()} cores", pathlib.Path("/proc/cpuinfo")
+  models = re.findall(r"^model name\s*: (.+)$", told.read_text(), re.M) if told.exists() else []
+  return f"{cores} of {models[0]}" if models else cores
 
 
 def commit() -> str | None:
