@@ -130,3 +130,14 @@ def test_a_kernel_fills_blocks_on_the_diagonal_and_lanes():
   assert attention.padding(2048, 128, {"sequence": 1}) == pytest.approx(10 / 8)
   assert attention.padding(2048, 96, {"sequence": 1}) == pytest.approx(10 / 8 * 4 / 3)
   assert attention.padding(2048, 128, {"sequence": 16}) == pytest.approx(17 / 16)
+
+
+def test_blocks_compute_no_product_twice_for_the_gradient():
+  """Two products forward, four gradients of them backward."""
+  query_BPHC = jnp.ones((1, attention.QUERIES, 2, 8))
+
+  def loss(*arrays):
+    return jnp.sum(attention.causal(*arrays, kind="blocks") ** 2)
+
+  traced = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(*[query_BPHC] * 3)
+  assert str(traced).count("dot_general[") == 6

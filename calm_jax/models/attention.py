@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 from jax import numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 
 from calm_jax import config, errors
@@ -36,10 +35,11 @@ def _blocks(query_BPHC: jax.Array, key_BPGC: jax.Array, value_BPGC: jax.Array) -
   groups, block = key_BPGC.shape[2], max(QUERIES, -(-positions // BLOCKS))
   query_BHPC, key_BGPC, value_BGPC = (x.swapaxes(1, 2) for x in (query_BPHC, key_BPGC, value_BPGC))
 
-  # For the gradient the weights are kept, and not each block's own copy of keys and values.
+  # For the gradient softmax's exponentials are kept, and not each block's own copy of keys and
+  # values. (A name on the weights would keep them, and compute the scores again.)
   @functools.partial(
     jax.checkpoint,
-    policy=jax.checkpoint_policies.save_only_these_names("weight"),
+    policy=lambda primitive, *_, **__: primitive is jax.lax.exp_p,
     prevent_cse=False,
     static_argnums=(0, 1),
   )
@@ -51,8 +51,7 @@ def _blocks(query_BPHC: jax.Array, key_BPGC: jax.Array, value_BPGC: jax.Array) -
     )
     seen_qk = jnp.arange(end)[None] <= jnp.arange(start, end)[:, None]
     seen_rk = jnp.tile(seen_qk, (query_BGrC.shape[2] // (end - start), 1))
-    weight_BGrk = jax.nn.softmax(jnp.where(seen_rk, score_BGrk, -jnp.inf))
-    weight_BGrk = checkpoint_name(weight_BGrk, "weight").astype(value_BGPC.dtype)
+    weight_BGrk = jax.nn.softmax(jnp.where(seen_rk, score_BGrk, -jnp.inf)).astype(value_BGPC.dtype)
     y_BGrC = jnp.einsum("bgrk,bgkc->bgrc", weight_BGrk, value_BGPC[:, :, :end])
     return y_BGrC.reshape(batch, -1, end - start, channels)
 
