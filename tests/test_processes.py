@@ -89,11 +89,15 @@ def of_four(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, str
 
 
 def assert_same(a: pathlib.Path, b: pathlib.Path) -> None:
-  """The mesh is the same whoever has its devices, and so is every number."""
+  """The mesh is the same whoever has its devices, and so is every number but for rounding.
+
+  Processes add in another order, and Adam makes a step of a tiny gradient's last digits: of
+  18e-3 that a parameter can move in all.
+  """
   assert [record["step"] for record in records(a)] == list(range(1, STEPS + 1))
   np.testing.assert_allclose(losses(a), losses(b), rtol=1e-6)
   for x, y in zip(params(a), params(b), strict=True):
-    np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
 
 
 def test_four_processes_compute_what_one_does(of_four, whole):
