@@ -1,6 +1,7 @@
 """Claims about layouts: on eight devices every mesh computes what one device does."""
 
 import dataclasses
+import functools
 import itertools
 import math
 
@@ -8,7 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from calm_jax import config, workdir
+from calm_jax import config
+from calm_jax.models import autoencoder
 from calm_jax.parallel import mesh as mesh_lib
 from calm_jax.parallel import rules
 from calm_jax.training import (
@@ -63,13 +65,20 @@ PAIRS = [
 ]
 
 
+@functools.cache
+def frozen_codec():
+  """The frozen autoencoder and its parameters."""
+  codec = autoencoder.Autoencoder(CODEC, VOCAB)
+  return codec, jax.jit(codec.initial)(jax.random.key(7))
+
+
 def built(run: config.Run) -> stages.Stage:
   if isinstance(run, config.AutoencoderRun):
     return autoencoder_stage.build(run, VOCAB)
   if isinstance(run, config.TransformerRun):
     return transformer_stage.build(run, VOCAB)
-  codec = workdir.autoencoder.Autoencoder(CODEC, VOCAB)
-  return calm_stage.build(run, codec, codec.initial(jax.random.key(7)), VOCAB)
+  codec, frozen = frozen_codec()
+  return calm_stage.build(run, codec, frozen, VOCAB)
 
 
 def batch(number: int, rows: np.ndarray) -> dict[str, np.ndarray]:

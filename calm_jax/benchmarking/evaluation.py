@@ -34,9 +34,9 @@ def _codec(patch_size: int) -> tuple[autoencoder.Autoencoder, config.Autoencoder
 
 def _compare(patch_size: int) -> dict[str, Any]:
   codec, _ = _codec(patch_size)
-  frozen = codec.initial(jax.random.key(0))
+  frozen = jax.jit(codec.initial)(jax.random.key(0))
   model = calm.Calm.build(RUN, codec, VOCAB)
-  params = model.init(jax.random.key(1))
+  params = jax.jit(model.init)(jax.random.key(1))
   shape = (BLOCKS, PATCHES, patch_size)
   token_BPK = jax.random.randint(jax.random.key(2), shape, 0, VOCAB, jnp.int32)
   spanned, read = brier.patches_spanned(patch_size), PATCHES - 1
@@ -100,9 +100,9 @@ def _against_torch(patch_size: int) -> dict[str, Any]:
     data=config.Data(context=PATCHES * patch_size),
   )  # fmt: skip
   codec, sizes = _codec(patch_size)
-  frozen = codec.initial(jax.random.key(0))
+  frozen = jax.jit(codec.initial)(jax.random.key(0))
   stage = calm_stage.build(run, codec, frozen, VOCAB)
-  params = stage.init(jax.random.key(1))
+  params = jax.jit(stage.init)(jax.random.key(1))
   shape = (BLOCKS, PATCHES, patch_size)
   token_BPK = np.asarray(jax.random.randint(jax.random.key(2), shape, 0, VOCAB, jnp.int32))
   batch = {"tokens": token_BPK.reshape(BLOCKS, -1), "index": jnp.arange(BLOCKS)}

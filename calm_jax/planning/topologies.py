@@ -7,7 +7,8 @@ that a slice would run. Found with libtpu 0.0.52:
 - `v4` shows two devices a chip unless `chip_config_name="megacore"` is asked for,
   as Cloud TPU runs it; `7x` is called `tpu7x` and always shows two a chip.
 - Every other shape needs no argument, single chips (`v5e:1x1`) and hosts (`v5e:2x4`)
-  included. A shape that hosts of 2x2 chips can't tile is refused by libtpu.
+  included; libtpu 0.0.42 knows no single chip. A shape that hosts of 2x2 chips can't tile
+  is refused by libtpu.
 - With several slices a device has `slice_index`; with one it does not.
 - A second process that loads libtpu fails at once with "libtpu multi-process
   lockfile" while the first one lives.
