@@ -29,37 +29,77 @@ def _xla(query_BPHC: jax.Array, key_BPGC: jax.Array, value_BPGC: jax.Array) -> j
   )
 
 
-def _blocks(query_BPHC: jax.Array, key_BPGC: jax.Array, value_BPGC: jax.Array) -> jax.Array:
-  """Blocks of queries, each with the keys up to its end: little more than the causal half."""
-  batch, positions, _, channels = query_BPHC.shape
-  groups, block = key_BPGC.shape[2], max(QUERIES, -(-positions // BLOCKS))
-  query_BHPC, key_BGPC, value_BGPC = (x.swapaxes(1, 2) for x in (query_BPHC, key_BPGC, value_BPGC))
+def _ranges(positions: int) -> list[tuple[int, int]]:
+  block = max(QUERIES, -(-positions // BLOCKS))
+  return [(start, min(start + block, positions)) for start in range(0, positions, block)]
 
-  # For the gradient softmax's exponentials are kept, and not each block's own copy of keys and
-  # values. (A name on the weights would keep them, and compute the scores again.)
-  @functools.partial(
-    jax.checkpoint,
-    policy=lambda primitive, *_, **__: primitive is jax.lax.exp_p,
-    prevent_cse=False,
-    static_argnums=(0, 1),
-  )
-  def attend(start, end, query_BHPC, key_BGPC, value_BGPC):
-    # The queries of all heads of a group are rows of one product, "r".
-    query_BGrC = query_BHPC[:, :, start:end].reshape(batch, groups, -1, channels) * channels**-0.5
-    score_BGrk = jnp.einsum(
-      "bgrc,bgkc->bgrk", query_BGrC, key_BGPC[:, :, :end], preferred_element_type=jnp.float32
-    )
+
+def _rows(x_BHqC: jax.Array, groups: int) -> jax.Array:
+  """The queries of all heads of a group as rows of one product, [B, G, r, C]."""
+  return x_BHqC.reshape(x_BHqC.shape[0], groups, -1, x_BHqC.shape[3])
+
+
+_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def _of_blocks(query_BHPC: jax.Array, key_BGPC: jax.Array, value_BGPC: jax.Array) -> jax.Array:
+  return _of_blocks_forward(query_BHPC, key_BGPC, value_BGPC)[0]
+
+
+def _of_blocks_forward(query_BHPC, key_BGPC, value_BGPC):
+  groups, found, kept = key_BGPC.shape[1], [], []
+  for start, end in _ranges(query_BHPC.shape[2]):
+    query_BGrC = _rows(query_BHPC[:, :, start:end], groups)
+    score_BGrk = _product("bgrc,bgkc->bgrk", query_BGrC, key_BGPC[:, :, :end])
     seen_qk = jnp.arange(end)[None] <= jnp.arange(start, end)[:, None]
     seen_rk = jnp.tile(seen_qk, (query_BGrC.shape[2] // (end - start), 1))
-    weight_BGrk = jax.nn.softmax(jnp.where(seen_rk, score_BGrk, -jnp.inf)).astype(value_BGPC.dtype)
-    y_BGrC = jnp.einsum("bgrk,bgkc->bgrc", weight_BGrk, value_BGPC[:, :, :end])
-    return y_BGrC.reshape(batch, -1, end - start, channels)
+    score_BGrk = jnp.where(seen_rk, score_BGrk, -jnp.inf)
+    weight_BGrk = jnp.exp(score_BGrk - jnp.max(score_BGrk, axis=-1, keepdims=True))
+    sum_BGr1 = jnp.sum(weight_BGrk, axis=-1, keepdims=True)
+    weight_BGrk = weight_BGrk.astype(value_BGPC.dtype)
+    y_BGrC = _product("bgrk,bgkc->bgrc", weight_BGrk, value_BGPC[:, :, :end]) / sum_BGr1
+    found.append(y_BGrC.astype(value_BGPC.dtype).reshape(*query_BHPC.shape[:2], end - start, -1))
+    kept.append((weight_BGrk, sum_BGr1))
+  y_BHPC = jnp.concatenate(found, axis=2)
+  return y_BHPC, (query_BHPC, key_BGPC, value_BGPC, y_BHPC, kept)
 
-  found = [
-    attend(start, min(start + block, positions), query_BHPC, key_BGPC, value_BGPC)
-    for start in range(0, positions, block)
-  ]
-  return jnp.concatenate(found, axis=2).swapaxes(1, 2)
+
+def _of_blocks_backward(known, slope_BHPC):
+  query_BHPC, key_BGPC, value_BGPC, y_BHPC, kept = known
+  dtype, (_, groups, positions, _) = key_BGPC.dtype, key_BGPC.shape
+  of_query, of_key_BGPC, of_value_BGPC = [], 0.0, 0.0
+  for (start, end), (weight_BGrk, sum_BGr1) in zip(_ranges(positions), kept, strict=True):
+    query_BGrC, y_BGrC, slope_BGrC = (
+      _rows(x[:, :, start:end], groups) for x in (query_BHPC, y_BHPC, slope_BHPC)
+    )
+    slope_BGrC = slope_BGrC / sum_BGr1
+    mean_BGr1 = jnp.sum(slope_BGrC * y_BGrC, axis=-1, keepdims=True)
+    slope_BGrC = slope_BGrC.astype(dtype)
+    of_weight_BGrk = _product("bgrc,bgkc->bgrk", slope_BGrC, value_BGPC[:, :, :end])
+    of_score_BGrk = (weight_BGrk * (of_weight_BGrk - mean_BGr1)).astype(dtype)
+    of_query_BGrC = _product("bgrk,bgkc->bgrc", of_score_BGrk, key_BGPC[:, :, :end])
+    of_query.append(of_query_BGrC.reshape(*query_BHPC.shape[:2], end - start, -1))
+    unread = ((0, 0), (0, 0), (0, positions - end), (0, 0))
+    of_key_BGkC = _product("bgrk,bgrc->bgkc", of_score_BGrk, query_BGrC)
+    of_key_BGPC += jnp.pad(of_key_BGkC, unread)
+    of_value_BGPC += jnp.pad(_product("bgrk,bgrc->bgkc", weight_BGrk, slope_BGrC), unread)
+  of_query_BHPC = jnp.concatenate(of_query, axis=2)
+  return tuple(x.astype(dtype) for x in (of_query_BHPC, of_key_BGPC, of_value_BGPC))
+
+
+_of_blocks.defvjp(_of_blocks_forward, _of_blocks_backward)
+
+
+def _blocks(query_BPHC: jax.Array, key_BPGC: jax.Array, value_BPGC: jax.Array) -> jax.Array:
+  """Blocks of queries, each with the keys up to its end: little more than the causal half.
+
+  For the gradient softmax's exponentials are kept, and not the weights: what is read is divided
+  by their sum, which is fewer numbers.
+  """
+  query_BPHC = query_BPHC * query_BPHC.shape[-1] ** -0.5
+  given = (x.swapaxes(1, 2) for x in (query_BPHC, key_BPGC, value_BPGC))
+  return _of_blocks(*given).swapaxes(1, 2)
 
 
 def _cudnn(query_BPHC: jax.Array, key_BPGC: jax.Array, value_BPGC: jax.Array) -> jax.Array:
