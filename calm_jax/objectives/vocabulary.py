@@ -33,20 +33,31 @@ class _Gradients(NamedTuple):
   table_VE: jax.Array
 
 
+def _summed(logits_nV: jax.Array, token_n: jax.Array) -> jax.Array:
+  """Of each position one token's logit: a sum that its neighbours' products are fused with."""
+  picked_nV = jnp.arange(logits_nV.shape[-1])[None] == token_n[:, None]
+  return jnp.sum(jnp.where(picked_nV, logits_nV, 0), axis=-1)
+
+
+def _gathered(logits_nV: jax.Array, token_n: jax.Array) -> jax.Array:
+  """The same where a sum would write and read all logits once more."""
+  return jnp.take_along_axis(logits_nV, token_n[:, None], axis=-1)[:, 0]
+
+
 def _of_lot(table_VE: jax.Array, lot: tuple[jax.Array, ...], with_gradients: bool):
   """Returns cross-entropy and rightness of n positions, and gradients of their weighted sum."""
   feature_nE, token_n, weight_n = lot
   logits_nV = jnp.einsum("ne,ve->nv", feature_nE, table_VE, preferred_element_type=jnp.float32)
   logits_nV = mesh.constrain_last(logits_nV, None, "width")
   highest_n = jnp.max(logits_nV, axis=-1)
-  picked_nV = jnp.arange(logits_nV.shape[-1])[None] == token_n[:, None]
-  picked_n = jnp.sum(jnp.where(picked_nV, logits_nV, 0), axis=-1)
+  picked_n = jax.lax.platform_dependent(logits_nV, token_n, cpu=_gathered, default=_summed)
   weight_nV = jnp.exp(logits_nV - highest_n[:, None])
   total_n = jnp.sum(weight_nV, axis=-1)
   cross_entropy_n = highest_n + jnp.log(total_n) - picked_n
   scores = (cross_entropy_n, (picked_n == highest_n).astype(jnp.float32))
   if not with_gradients:
     return scores, None, None
+  picked_nV = jnp.arange(logits_nV.shape[-1])[None] == token_n[:, None]
   slope_nV = (weight_nV / total_n[:, None] - picked_nV) * weight_n[:, None]
   slope_nV = slope_nV.astype(feature_nE.dtype)
   sums = {"preferred_element_type": jnp.float32}
