@@ -68,7 +68,7 @@ def _of_blocks_forward(query_BHPC, key_BGPC, value_BGPC):
 def _of_blocks_backward(known, slope_BHPC):
   query_BHPC, key_BGPC, value_BGPC, y_BHPC, kept = known
   dtype, (_, groups, positions, _) = key_BGPC.dtype, key_BGPC.shape
-  of_query, of_key_BGPC, of_value_BGPC = [], 0.0, 0.0
+  of_query, of_key_BGPC, of_value_BGPC = [], jnp.zeros(()), jnp.zeros(())
   for (start, end), (weight_BGrk, sum_BGr1) in zip(_ranges(positions), kept, strict=True):
     query_BGrC, y_BGrC, slope_BGrC = (
       _rows(x[:, :, start:end], groups) for x in (query_BHPC, y_BHPC, slope_BHPC)
