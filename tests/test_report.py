@@ -303,6 +303,9 @@ def test_the_commit_tells_of_changes(tmp_path: pathlib.Path, monkeypatch: pytest
   git("commit", "--quiet", "-m", "Ours")
   clean = provenance.commit()
   assert clean and re.fullmatch("[0-9a-f]{7,}", clean)
+  (tmp_path / "benchmarks").mkdir()
+  (tmp_path / "benchmarks" / "train-cpu.json").write_text("{}")
+  assert provenance.commit() == clean
   (package / "__init__.py").write_text("changed")
   assert provenance.commit() == f"{clean}-dirty"
 

@@ -33,6 +33,7 @@ def processor() -> str:
 def commit() -> str | None:
   """Returns the short commit of the checkout that holds calm_jax, "-dirty" if it has changes.
 
+  Figures in benchmarks/ are none: the commands that write them may follow each other.
   None if there is no git, or the package is not part of the checkout around it
   (a virtual environment may lie in someone else's).
   """
@@ -42,7 +43,8 @@ def commit() -> str | None:
   revision = _git(root, "rev-parse", "--short", "HEAD")
   if not tracked or not revision:
     return None
-  return f"{revision}-dirty" if _git(root, "status", "--porcelain") else revision
+  changes = _git(root, "status", "--porcelain", "--", ".", ":!benchmarks")
+  return f"{revision}-dirty" if changes else revision
 
 
 def _git(directory: str, *arguments: str) -> str:
