@@ -85,3 +85,11 @@ def test_every_mesh_computes_the_same(monkeypatch, given, sizes: config.Mesh):
   with jax.set_mesh(mesh_lib.build(sizes)):
     found = jax.jit(scores_and_gradients)(*given)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, expected)
+
+
+def test_every_platform_picks_the_same_logit():
+  logits_nV = jax.random.normal(jax.random.key(0), (5, 7))
+  token_n = jnp.array([0, 6, 3, 3, 1])
+  expected = np.asarray(logits_nV)[np.arange(5), np.asarray(token_n)]
+  np.testing.assert_array_equal(vocabulary._summed(logits_nV, token_n), expected)
+  np.testing.assert_array_equal(vocabulary._gathered(logits_nV, token_n), expected)
