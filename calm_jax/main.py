@@ -255,7 +255,8 @@ def _describe(
   kernel = "none"
   if not isinstance(run, config.AutoencoderRun):
     patch = built.codec.patch_size if built.codec else 1
-    kernel = attention.choose(run.execution.attention, run.data.context // patch)
+    positions, dtype = run.data.context // patch, run.training.compute_dtype
+    kernel = attention.choose(run.execution.attention, positions, dtype)
   metrics.show(
     f"mesh {axes}, {mesh.size} of {jax.device_count()} devices; attention {kernel}, remat "
     f"{run.execution.remat}; {count:,} parameters, {whole:.2%} of their bytes whole on each device"

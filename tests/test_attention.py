@@ -8,7 +8,7 @@ import pytest
 from jax import numpy as jnp
 from jax.sharding import NamedSharding
 
-from calm_jax import config
+from calm_jax import config, errors
 from calm_jax.models import attention
 from calm_jax.parallel import mesh as mesh_lib
 from calm_jax.planning import matmuls, program, topologies
@@ -69,9 +69,17 @@ def test_blocks_of_queries_have_the_numbers_and_gradients_of_plain_attention(
 
 
 def test_a_cpu_takes_blocks_unless_positions_are_divided():
-  assert attention.choose("auto", POSITIONS) == "blocks"
+  assert attention.choose("auto", POSITIONS, jnp.float32) == "blocks"
   with jax.set_mesh(mesh_lib.build(config.Mesh(fsdp=2, sequence=2, tensor=2), jax.devices())):
-    assert attention.choose("auto", POSITIONS) == "xla"
+    assert attention.choose("auto", POSITIONS, jnp.float32) == "xla"
+
+
+def test_a_gpu_takes_cudnn_where_it_computes_in_half_precision():
+  """Found on an H200: cuDNN refuses float32 while the step is traced."""
+  for dtype, kernel in ((jnp.bfloat16, "cudnn"), (jnp.float16, "cudnn"), (jnp.float32, "xla")):
+    assert attention.choose("auto", POSITIONS, dtype, "gpu") == kernel
+  with pytest.raises(errors.CalmError, match="bfloat16 or float16, not float32; auto chooses"):
+    attention.choose("cudnn", POSITIONS, jnp.float32, "gpu")
 
 
 @pytest.mark.parametrize("sequence, tensor", [(2, 1), (1, 2), (2, 2)])
@@ -101,7 +109,7 @@ def compiled(topology: str, channels: int, settings: config.Mesh, kv_heads: int 
     for heads in (HEADS, kv_heads, kv_heads, HEADS)
   ]
   with jax.set_mesh(mesh):
-    kind = attention.choose("auto", 512)
+    kind = attention.choose("auto", 512, jnp.bfloat16)
     run = functools.partial(attention.causal, kind=kind)
     lowered = jax.jit(functools.partial(values_and_gradients, run)).lower(*shapes)
   return kind, program.compile_lowered(lowered)

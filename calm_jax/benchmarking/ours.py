@@ -51,7 +51,8 @@ class Steps:
     program.require_divisible(run, run.data.context // patch, self._program.mesh)
     self._attention = "none"
     if not isinstance(run, config.AutoencoderRun):
-      self._attention = attention.choose(run.execution.attention, run.data.context // patch)
+      positions, dtype = run.data.context // patch, run.training.compute_dtype
+      self._attention = attention.choose(run.execution.attention, positions, dtype)
     self._state = self._program.initial()
     start = time.perf_counter()
     self._step = self._program.compiled_step()

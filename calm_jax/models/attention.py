@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from jax import numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from calm_jax import config, errors
 from calm_jax.parallel import mesh as mesh_lib
@@ -166,55 +167,65 @@ class Kernel:
   Attributes:
     run: (query [B, P, H, C], key and value [B, P, G, C]) -> [B, P, H, C].
     platforms: where it runs.
-    unfit: what of (positions, mesh sizes) it can't do, empty for nothing.
+    unfit: what of (positions, mesh sizes, type) it can't do, empty for nothing.
   """
 
   run: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
   platforms: tuple[str, ...]
-  unfit: Callable[[int, Any], str] = lambda positions, parts: ""
+  unfit: Callable[[int, Any, jnp.dtype], str] = lambda positions, parts, dtype: ""
 
 
-def _splash_unfit(positions: int, parts: Any) -> str:
+def _splash_unfit(positions: int, parts: Any, dtype: jnp.dtype) -> str:
   own = _own(positions, parts)
   return "" if own % LANES == 0 else f"it needs a multiple of {LANES} positions a device, not {own}"
 
 
-def _divided_unfit(positions: int, parts: Any) -> str:
+def _divided_unfit(positions: int, parts: Any, dtype: jnp.dtype) -> str:
   return "" if parts["sequence"] == 1 else "it can't divide positions (config.mesh.sequence)"
+
+
+def _cudnn_unfit(positions: int, parts: Any, dtype: jnp.dtype) -> str:
+  if dtype not in (jnp.bfloat16, jnp.float16):
+    return f"it computes in bfloat16 or float16, not {dtype.name}"
+  return _divided_unfit(positions, parts, dtype)
 
 
 # In the order in which `auto` tries them.
 KERNELS: dict[str, Kernel] = {
   "splash": Kernel(_splash, ("tpu",), _splash_unfit),
-  "cudnn": Kernel(_cudnn, ("cuda", "gpu"), _divided_unfit),
+  "cudnn": Kernel(_cudnn, ("cuda", "gpu"), _cudnn_unfit),
   "blocks": Kernel(_blocks, ("cpu",), _divided_unfit),
   "xla": Kernel(_xla, ("tpu", "cuda", "gpu", "rocm", "cpu")),
 }
 
 
-def choose(kind: str, positions: int, platform: str = "") -> str:
+def choose(kind: str, positions: int, dtype: DTypeLike, platform: str = "") -> str:
   """Returns the row of KERNELS that computes attention, `kind` itself unless it is `auto`.
 
-  The mesh is the one that is set. `platform` is by default that of its devices, which may
-  be ones that a program is only compiled for, else that of this process.
+  Args:
+    kind: a row of KERNELS, or `auto`.
+    positions: of a text.
+    dtype: what is computed in.
+    platform: by default that of the devices of the mesh that is set, which may be ones that
+      a program is only compiled for, else that of this process.
 
   Raises:
     CalmError: for an unknown kind, or one that can't be used here: it is not replaced.
   """
-  mesh = jax.sharding.get_abstract_mesh()
+  mesh, dtype = jax.sharding.get_abstract_mesh(), jnp.dtype(dtype)
   platform = platform or mesh_lib.platform()
   parts = {"sequence": 1, "tensor": 1} if mesh.empty else mesh.shape
   if kind == "auto":
     return next(
       name
       for name, kernel in KERNELS.items()
-      if platform in kernel.platforms and not kernel.unfit(positions, parts)
+      if platform in kernel.platforms and not kernel.unfit(positions, parts, dtype)
     )
   if kind not in KERNELS:
     known = config.nearest(kind, ["auto", *KERNELS])
     raise errors.CalmError(f"execution.attention is {kind!r}: {known}")
   kernel = KERNELS[kind]
-  reason = kernel.unfit(positions, parts)
+  reason = kernel.unfit(positions, parts, dtype)
   if platform not in kernel.platforms:
     reason = f"it runs on {' and '.join(kernel.platforms)}, and this is {platform}"
   if reason:

@@ -56,7 +56,7 @@ class Attention(nn.Module):
     elif self.is_initializing():
       y_BPHC = query_BPHC
     else:
-      kind = attention.choose(self.execution.attention, positions)
+      kind = attention.choose(self.execution.attention, positions, self.dtype)
       y_BPHC = attention.causal(query_BPHC, key_BPGC, value_BPGC, kind)
     y_BPD = remat.named(y_BPHC.reshape(x_BPD.shape), "attention")
     return layers.linear("out", sizes.width, "reference", self.dtype, bias=False)(y_BPD), written

@@ -109,7 +109,7 @@ def train_plan(job: Job) -> result.Plan:
     stage_program = job.program()
     state = stage_program.state
     rules.require_sharded(state.params, job.mesh)
-    kind = attention.choose(run.execution.attention, job.positions)
+    kind = attention.choose(run.execution.attention, job.positions, run.training.compute_dtype)
     lowered = stage_program.lowered_step()
   made = program_lib.compile_lowered(lowered)
   tokens = run.training.batch * run.data.context
