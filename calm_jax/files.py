@@ -1,8 +1,11 @@
 """Files that are there whole or not at all, logs, and JSON that every reader takes."""
 
+import contextlib
+import hashlib
 import json
 import math
 import os
+import stat
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,11 +16,30 @@ from calm_jax import errors
 
 def absolute(path: epath.PathLike) -> str:
   """Returns a local path from the root on, and a bucket's URL as it is."""
-  return os.fspath(path) if "://" in os.fspath(path) else os.path.abspath(path)
+  return os.path.abspath(path) if is_local(path) else os.fspath(path)
+
+
+def is_local(path: epath.PathLike) -> bool:
+  """Tells whether a path is of this machine's file system, and not a bucket's URL."""
+  return "://" not in os.fspath(path)
+
+
+def sync(path: epath.PathLike) -> None:
+  """Returns when a local file or folder is on the disk; a bucket's are there once written.
+
+  A folder holds the names of its files: without it a new file can be lost at a power cut.
+  """
+  if not is_local(path):
+    return
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
 
 
 def write(path: epath.PathLike, content: str | bytes) -> None:
-  """Writes a file, or leaves the one that was there.
+  """Writes a file, or leaves the one that was there; on the disk when it returns.
 
   Raises:
     CalmError: if it can't be written.
@@ -26,9 +48,87 @@ def write(path: epath.PathLike, content: str | bytes) -> None:
   temporary = target.parent / f"{target.name}.tmp"
   try:
     temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    sync(temporary)
     temporary.replace(target)
+    sync(target.parent)
   except OSError as error:
+    with contextlib.suppress(OSError):
+      temporary.unlink(missing_ok=True)
     raise errors.CalmError(f"can't write {target}: {error}") from error
+
+
+def require_regular(path: epath.PathLike) -> None:
+  """Raises CalmError where a local path is there and is no regular file: a pipe, a device.
+
+  Reading one could wait for ever, or never end.
+  """
+  if not is_local(path):
+    return
+  try:
+    mode = os.stat(path).st_mode
+  except (OSError, ValueError):
+    return  # Whoever opens it tells why it can't be.
+  if not stat.S_ISREG(mode):
+    kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, a device or a socket"
+    raise errors.CalmError(f"{os.fspath(path)} is {kind}, not a file")
+
+
+def read(path: epath.PathLike) -> bytes:
+  """Returns the bytes of a file.
+
+  Raises:
+    CalmError: if it is no regular file or can't be read.
+  """
+  require_regular(path)
+  try:
+    return epath.Path(path).read_bytes()
+  except (OSError, ValueError) as error:  # ValueError: a path that no system takes.
+    raise errors.CalmError(f"can't read {os.fspath(path)}: {error}") from error
+
+
+def digest(path: epath.PathLike) -> str:
+  """Returns the SHA-256 of a file's bytes, as hexadecimal digits.
+
+  Raises:
+    CalmError: if it is no regular file or can't be read.
+  """
+  require_regular(path)
+  try:
+    with epath.Path(path).open("rb") as file:
+      found = hashlib.sha256()
+      while block := file.read(2**20):
+        found.update(block)
+      return found.hexdigest()
+  except (OSError, ValueError) as error:
+    raise errors.CalmError(f"can't read {os.fspath(path)}: {error}") from error
+
+
+def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
+  """Returns the object that JSON text holds.
+
+  Args:
+    where: names the text in errors: a path, or a path and a line.
+
+  Raises:
+    CalmError: if it is no JSON, nested deeper than can be read, or no object.
+  """
+  try:
+    values = json.loads(text)
+  except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError.
+    reason = "nested too deep" if isinstance(error, RecursionError) else error
+    raise errors.CalmError(f"{where} is no valid JSON: {reason}") from error
+  if not isinstance(values, dict):
+    raise errors.CalmError(f"{where} must hold a JSON object, got {type(values).__name__}")
+  return values
+
+
+def read_json(path: epath.PathLike) -> dict[str, Any]:
+  """Returns the object that a JSON file holds.
+
+  Raises:
+    CalmError: if the file can't be read, or as `parse_json`.
+  """
+  return parse_json(read(path), os.fspath(path))
 
 
 def append(path: epath.PathLike, content: str) -> None:

@@ -1,0 +1,75 @@
+"""Claims about files: whole or not at all, never waited for, and JSON told in one line."""
+
+import hashlib
+import os
+import pathlib
+
+import pytest
+
+from calm_jax import errors, files
+
+
+def test_a_write_that_fails_leaves_what_was_there_and_nothing_else(
+  tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+  path = tmp_path / "x.json"
+  files.write(path, "old")
+
+  def full(descriptor: int) -> None:
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(os, "fsync", full)
+  with pytest.raises(errors.CalmError, match=r"can.t write .*x.json: .*No space left"):
+    files.write(path, "new")
+  assert path.read_text() == "old" and os.listdir(tmp_path) == ["x.json"]
+
+
+def test_a_written_file_and_its_folder_are_on_the_disk(
+  tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+  synced, fsync = [], os.fsync
+
+  def note(descriptor: int) -> None:
+    synced.append(os.path.realpath(f"/proc/self/fd/{descriptor}"))
+    fsync(descriptor)
+
+  monkeypatch.setattr(os, "fsync", note)
+  files.write(tmp_path / "x", b"content")
+  assert synced == [f"{tmp_path}/x.tmp", str(tmp_path)]
+
+
+@pytest.mark.parametrize("reader", [files.read, files.digest, files.read_json])
+def test_a_pipe_a_device_and_a_folder_are_refused_and_not_waited_for(
+  reader, tmp_path: pathlib.Path
+):
+  os.mkfifo(tmp_path / "pipe")
+  for path, kind in ((tmp_path / "pipe", "pipe"), ("/dev/zero", "pipe"), (tmp_path, "folder")):
+    with pytest.raises(errors.CalmError, match=rf"{path} is a {kind}.*not a file"):
+      reader(path)
+  with pytest.raises(errors.CalmError, match=r"can.t read .*missing"):
+    reader(tmp_path / "missing")
+
+
+def test_a_digest_is_that_of_the_bytes(tmp_path: pathlib.Path):
+  content = bytes(range(256)) * 8192
+  (tmp_path / "x").write_bytes(content)
+  assert files.digest(tmp_path / "x") == hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.parametrize(
+  "text, reason",
+  [
+    (b"{", "no valid JSON"),
+    (b'"\xff"', "no valid JSON"),
+    (b'{"a": ' + b"[" * 10**6, "no valid JSON: nested too deep"),
+    (b"[1]", "must hold a JSON object, got list"),
+    (b'"x"', "must hold a JSON object, got str"),
+    (b'{"a": %s}' % (b"1" * 5000), "no valid JSON"),  # Python reads integers of 4,300 digits.
+  ],
+)
+def test_json_that_is_no_object_is_told_with_its_place(
+  text: bytes, reason: str, tmp_path: pathlib.Path
+):
+  (tmp_path / "x.json").write_bytes(text)
+  with pytest.raises(errors.CalmError, match=f"x.json (is )?{reason}"):
+    files.read_json(tmp_path / "x.json")
