@@ -2,7 +2,7 @@
 # Measures training at the published shapes on this machine's accelerator, unattended: sizes one
 # after the other, each beside the compiled PyTorch step, what is done written as it is done.
 #
-#   launch/benchmark.sh --output=benchmarks/h200 [--minutes=8] [--sizes=m,l,xl] [--dry_run]
+#   launch/benchmark.sh --output=benchmarks/h200 [--minutes=15] [--sizes=m,l,xl] [--dry_run]
 #
 #   --output     folder for a JSON file a size, and table.txt with the lines of all
 #   --minutes    after which the size at work is given up
@@ -15,7 +15,7 @@ set -euo pipefail
 # shellcheck source=launch/flags.sh
 source "$(dirname "${BASH_SOURCE[0]}")/flags.sh"
 
-output="" minutes=8 sizes=m,l,xl platform=""
+output="" minutes=15 sizes=m,l,xl platform=""
 parse "output minutes sizes platform" "" "$@"
 require output
 whole minutes
