@@ -213,6 +213,16 @@ def on_first(name: str, action: Callable[[], None]) -> None:
   together(name, action if is_first() else lambda: None)
 
 
+def first_number(name: str, action: Callable[[], float]) -> float:
+  """Returns to all what an action on files gives in process 0.
+
+  Raises:
+    CalmError: what `action` raised.
+  """
+  found = together(name, action if is_first() else lambda: 0.0)
+  return float(from_first(f"{name} found", str(found)))
+
+
 def from_first(name: str, value: str) -> str:
   """Returns process 0's value."""
   return exchange(name, value)[0]

@@ -6,6 +6,7 @@ else to standard error. Texts are also kept in the workdir's samples.jsonl. With
 text; with `--interactive` every line that is typed is one.
 """
 
+import contextlib
 import json
 import sys
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ import jax
 from absl import flags
 from etils import epath
 
-from calm_jax import cli, config, errors, files, workdir
+from calm_jax import cli, config, errors, files, lease, workdir
 from calm_jax.generation import choosers, decode, precision, prompts, requests, rules, session
 from calm_jax.parallel import mesh as mesh_lib
 
@@ -163,8 +164,12 @@ class _Act:
   def _keep(self, lines: list[str]) -> None:
     files.append(epath.Path(_WORKDIR.value) / workdir.SAMPLES, "".join(lines))
 
-  def file(self) -> None:
-    """Writes the texts of a file of prompts, from where an earlier run stopped."""
+  def file(self, held: lease.Lease) -> None:
+    """Writes the texts of a file of prompts, from where an earlier run stopped.
+
+    Args:
+      held: the output's, so that no other process writes to it.
+    """
     wishes = prompts.read(_PROMPTS.value, self._common)
     for wish in wishes:  # All of them before the first is written.
       self._request(wish)
@@ -173,7 +178,9 @@ class _Act:
       _note(f"{_OUTPUT.value} holds {done} of {len(wishes)} texts: going on")
     for begin in range(done, len(wishes), _BATCH.value):
       batch = wishes[begin : begin + _BATCH.value]
-      files.append(_OUTPUT.value, "".join(self._write(batch)))
+      lines = self._write(batch)
+      held.require_held()
+      files.append(_OUTPUT.value, "".join(lines))
       _note(f"{begin + len(batch)} of {len(wishes)} texts")
 
   def interactive(self) -> None:
@@ -211,10 +218,12 @@ def main() -> None:
     "max_tokens": _MAX_TOKENS.value, "seed": _SEED.value, "stop": _STOP.value,
   }  # fmt: skip
   requests.Request(**{**common, "stop": tuple(_STOP.value)})
-  with jax.set_mesh(mesh_lib.build(_mesh())):
+  output = _OUTPUT.value
+  taken = lease.Lease(lease.of_file(output), f"--output={output}") if output else None
+  with taken or contextlib.nullcontext() as held, jax.set_mesh(mesh_lib.build(_mesh())):
     act = _Act(common)
-    if _PROMPTS.value:
-      act.file()
+    if held:
+      act.file(held)
     elif _INTERACTIVE.value:
       act.interactive()
     else:

@@ -5,15 +5,22 @@ Run again with the same flags, it goes on from the newest good checkpoint.
 
 import contextlib
 import dataclasses
+import os
+import signal
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+
+# Until the guard stands: a machine may be taken away while JAX is imported, too.
+if __name__ == "__main__":
+  signal.signal(signal.SIGTERM, lambda *_: os._exit(75))  # errors.EXIT_RESTART
 
 import jax
 from absl import flags
 from etils import epath
 
-from calm_jax import cli, config, distributed, errors, files, run_flags, workdir
+from calm_jax import cli, config, distributed, errors, files, lease, run_flags, workdir
 from calm_jax.data import store as store_lib
 from calm_jax.data import synthetic
 from calm_jax.models import attention, flops
@@ -208,13 +215,32 @@ def train_run(
   """Trains `run` in a workdir, new or to be continued.
 
   Raises:
-    CalmError: for settings, data, devices or a workdir that don't fit each other;
-      nothing is written then.
+    CalmError: for settings, data, devices or a workdir that don't fit each other,
+      or while another process trains there; nothing is written then.
     Interrupted: after Ctrl-C or SIGTERM, once the state is saved.
   """
   around = contextlib.nullcontext(guard) if guard else guard_lib.Guard(run.limits)
-  with around as guard, jax.set_mesh(mesh_lib.build(run.mesh)):
-    _train_on_mesh(run, directory, options, guard)
+  lent = contextlib.nullcontext() if options.dry_run else _held(directory)
+  with around as guard, jax.set_mesh(mesh_lib.build(run.mesh)), lent as held:
+    _train_on_mesh(run, directory, options, guard, held)
+
+
+@contextlib.contextmanager
+def _held(directory: str) -> Iterator[lease.Lease]:
+  """Keeps other jobs out of a workdir; process 0 does it for all of this one."""
+  held = lease.Lease(lease.of_folder(directory), f"--workdir={directory}")
+
+  def take() -> float:
+    files.require_reachable(directory)
+    return held.attempt()
+
+  try:
+    # In turns, so that no process waits for long without a word from another.
+    while wait := distributed.first_number("lease", take):
+      time.sleep(wait)
+    yield held
+  finally:
+    held.release()
 
 
 def _store_of(run: config.Run, directory: str, allow_change: bool) -> store_lib.TokenStore:
@@ -266,20 +292,24 @@ def _describe(
 
 
 def _train_on_mesh(
-  run: config.Run, directory: str, options: Options, guard: guard_lib.Guard
+  run: config.Run,
+  directory: str,
+  options: Options,
+  guard: guard_lib.Guard,
+  held: lease.Lease | None,
 ) -> None:
   built, store = _built(run, directory, options.allow_config_change)
   stage_program = program.Program(run, built.stage, mesh_lib.current())
   _describe(run, built, stage_program, options.print_shardings)
   guard.ledger.part("read input")
-  if options.dry_run:
+  if held is None:
     metrics.show(program.memory_line(stage_program.compiled_step()))
     metrics.show(f"dry run: nothing was trained or written; {run.training.steps} steps would be")
     return
   per_token = flops.train_per_token(run, built.codec, built.origin.vocab_size)
   record = {"config": dataclasses.asdict(run), "origin": dataclasses.asdict(built.origin)}
   trainer = train.Trainer(
-    run, built.stage, store, directory, per_token, record, built.initial, guard
+    run, built.stage, store, directory, per_token, record, built.initial, guard, held
   )
   built = dataclasses.replace(built, initial=None)  # Held by the trainer alone, until it begins.
   if not workdir.exists(directory):

@@ -18,7 +18,7 @@ import tqdm
 from absl import flags
 from etils import epath
 
-from calm_jax import cli, errors, files
+from calm_jax import cli, errors, files, lease
 from calm_jax.data import parts as parts_lib
 from calm_jax.data import sources, store
 from calm_jax.data import tokenizer as tokenizer_lib
@@ -72,17 +72,33 @@ def prepare(settings: Settings) -> store.TokenStore:
   """Writes the store that `settings` describe, unless it is there, and returns it.
 
   Raises:
-    CalmError: if the input is bad, the output can't be written or holds something else.
+    CalmError: if the input is bad, the output can't be written or holds something else,
+      or while another process prepares it.
   """
-  began = time.monotonic()
   _check(settings)
   names, spans = sources.find(settings.input)
   plan = _plan(settings, names, spans)
   finished = _finished(settings.output, plan)
-  if finished is not None:
-    _remove_work(settings.output)  # In case the run that wrote it was killed on its last step.
-    _say(f"{settings.output} is there already, made from the same input with the same settings")
-    return finished
+  if finished is None or (epath.Path(settings.output) / _WORK).exists():
+    output = settings.output
+    with lease.Lease(lease.of_folder(output), f"--output={output}") as held:
+      finished = _finished(output, plan)  # Now that nobody writes there any more.
+      if finished is None:
+        return _make(settings, names, spans, plan, held)
+      _remove_work(output)  # The run that wrote it was killed on its last step.
+  _say(f"{settings.output} is there already, made from the same input with the same settings")
+  return finished
+
+
+def _make(
+  settings: Settings,
+  names: Sequence[str],
+  spans: Sequence[sources.Span],
+  plan: dict[str, str],
+  held: lease.Lease,
+) -> store.TokenStore:
+  """Writes the store, after the parts that an attempt before finished, and returns it."""
+  began = time.monotonic()
   try:
     work = _work_folder(settings.output, plan)
     part_bytes = max(_MIN_PART_BYTES, sum(span.size for span in spans) // _MAX_PARTS)
@@ -97,10 +113,11 @@ def prepare(settings: Settings) -> store.TokenStore:
       append_eos=settings.append_eos,
       heldout=settings.heldout,
     )
-    counts = _make_parts(job, parts, settings.workers or os.cpu_count() or 1)
+    counts = _make_parts(job, parts, settings.workers or os.cpu_count() or 1, held)
     _require_both_splits(counts, settings)
     files.write(epath.Path(settings.output) / PLAN, files.to_json(plan))
     written = _write(settings, job, tokenizer, counts, names)
+    held.require_held()
     _remove_work(settings.output)
   except OSError as error:
     raise errors.CalmError(f"can't write {settings.output}: {error}") from error
@@ -221,7 +238,10 @@ def _sample(settings: Settings, parts: Sequence[tuple[sources.Span, ...]]) -> It
 
 
 def _make_parts(
-  job: parts_lib.Job, parts: Sequence[tuple[sources.Span, ...]], workers: int
+  job: parts_lib.Job,
+  parts: Sequence[tuple[sources.Span, ...]],
+  workers: int,
+  held: lease.Lease,
 ) -> list[parts_lib.Counts]:
   """Makes the parts that are missing and returns the counts of all, in order."""
   counts = {part: parts_lib.read_counts(job, part) for part in range(len(parts))}
@@ -232,6 +252,7 @@ def _make_parts(
   progress = _Progress(sum(size_of.values()))
 
   def on_done(part: int, found: parts_lib.Counts) -> None:
+    held.require_held()
     counts[part] = found
     progress.add(size_of[part])
 

@@ -7,7 +7,8 @@
 #   launch/detached.sh --stop      sends it SIGTERM
 #   --dry_run                      print what would be started and start nothing
 #
-# The folder holds log, the output; pid; and exit_code, once it ended.
+# The folder holds log, the output; pid, the number of the process and the clock tick it began at,
+# as numbers are used again; and exit_code, once it ended.
 set -euo pipefail
 # shellcheck source=launch/flags.sh
 source "$(dirname "${BASH_SOURCE[0]}")/flags.sh"
@@ -15,11 +16,28 @@ source "$(dirname "${BASH_SOURCE[0]}")/flags.sh"
 folder=$HOME/calm_jax_run follow="" status="" stop=""
 parse "folder" "follow status stop" "$@"
 
-under_way() { [ -e "$folder/pid" ] && kill -0 "$(cat "$folder/pid")" 2>/dev/null; }
+# Prints when a process began, in clock ticks since the machine did; nothing where /proc is not.
+began() {
+  local fields
+  read -r -a fields < <(sed 's/.*) //' "/proc/$1/stat" 2>/dev/null) || true
+  echo "${fields[19]:-}"
+}
+
+# Sets pid; fails unless the process that was started here still runs.
+under_way() {
+  local start=""
+  [ -e "$folder/pid" ] || return
+  read -r pid start <"$folder/pid"
+  kill -0 "$pid" 2>/dev/null && [ "$start" = "$(began "$pid")" ]
+}
 
 if [ -n "$follow" ]; then
   [ -e "$folder/pid" ] || fail "nothing was started: there is no $folder/pid"
-  tail -n 100 -f --pid="$(cat "$folder/pid")" "$folder/log"
+  if under_way; then
+    tail -n 100 -f --pid="$pid" "$folder/log"
+  else
+    tail -n 100 "$folder/log"
+  fi
   for _ in $(seq 50); do # The exit code is written just after the process is gone.
     [ ! -e "$folder/exit_code" ] || exit "$(cat "$folder/exit_code")"
     sleep 0.1
@@ -37,11 +55,11 @@ elif [ -n "$status" ]; then
   echo "$(hostname): $told: $(tail -n 1 "$folder/log" 2>/dev/null)"
 elif [ -n "$stop" ]; then
   under_way || fail "nothing runs"
-  kill -TERM "$(cat "$folder/pid")"
+  kill -TERM "$pid"
 else
   [ ${#REST[@]} -gt 0 ] || fail "give the command to run behind --"
   if under_way; then
-    echo "under way already: process $(cat "$folder/pid")" >&2
+    echo "under way already: process $pid" >&2
     exit 0
   fi
   if [ -n "$dry_run" ]; then
@@ -50,15 +68,17 @@ else
   fi
   mkdir -p "$folder"
   rm -f "$folder/pid" "$folder/exit_code"
+  export -f began
   # shellcheck disable=SC2016 # For the inner shell.
   setsid nohup bash -c '
     folder=$1
     shift
     "$@" &
-    echo $! >"$folder/pid.new" && mv "$folder/pid.new" "$folder/pid"
+    echo "$! $(began $!)" >"$folder/pid.new" && mv "$folder/pid.new" "$folder/pid"
     wait $!
     echo $? >"$folder/exit_code.new" && mv "$folder/exit_code.new" "$folder/exit_code"
   ' detached "$folder" "${REST[@]}" </dev/null >"$folder/log" 2>&1 &
   until [ -e "$folder/pid" ]; do sleep 0.05; done
-  echo "started: process $(cat "$folder/pid"), output in $folder/log" >&2
+  read -r pid _ <"$folder/pid"
+  echo "started: process $pid, output in $folder/log" >&2
 fi

@@ -266,6 +266,25 @@ def test_a_detached_run_is_stopped_by_sigterm(script, tmp_path: pathlib.Path):
   assert (tmp_path / "notes/0").read_text() == "seen 1"
 
 
+def test_a_process_that_took_a_detached_runs_number_is_left_alone(script, tmp_path: pathlib.Path):
+  """The machine was restarted, and the number is another process's now."""
+  folder = tmp_path / "run"
+  finish(start(DETACHED, f"--folder={folder}", "--", script("exit 0")))
+  wait_for(folder / "exit_code")
+  (folder / "exit_code").unlink()
+  other = start("sleep", "100")
+  told = (folder / "pid").read_text().split()
+  (folder / "pid").write_text(" ".join([str(other.pid), *told[1:]]) + "\n")
+  try:
+    refused((DETACHED, f"--folder={folder}", "--stop"), "nothing runs")
+    assert "nothing runs" in finish(start(DETACHED, f"--folder={folder}", "--status"))[1]
+    assert finish(start(DETACHED, f"--folder={folder}", "--follow"))[0] == 75
+    assert other.poll() is None
+  finally:
+    other.kill()
+    other.communicate()
+
+
 # TPU VMs.
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from calm_jax import config, distributed, errors, workdir
+from calm_jax import config, distributed, errors, lease, workdir
 from calm_jax.data import pipeline
 from calm_jax.data import store as store_lib
 from calm_jax.parallel import mesh as mesh_lib
@@ -43,14 +43,17 @@ class Trainer:
     record: Mapping[str, Any],
     initial: Any,
     guard: guard_lib.Guard,
+    held: lease.Lease,
   ):
     """Takes the parts of a run.
 
     Args:
+      held: the workdir's, taken by process 0.
       record: goes into every checkpoint.
       initial: parameters to start from; None for the stage's initial values.
     """
     self._initial, self._guard, self._stage = initial, guard, stage
+    self._held = held
     self._run, self._flops_per_token = run, flops_per_token
     settings, context = run.training, run.data.context
     self._directory = epath.Path(directory)
@@ -136,6 +139,8 @@ class Trainer:
       profile.before_step()
       state, figures = take(state, self._stage.frozen, arrays, self._program.place_signals(raised))
       done += 1
+      if distributed.is_first():  # Before figures are written.
+        self._held.require_held()
       agreed = report.push(done, figures, self._rows[:0] if fed is None else fed.index)
       if distributed.count() == 1:  # It need not wait to hear of itself.
         agreed = raised | self._raised(no_batch=False)
@@ -214,6 +219,7 @@ class Trainer:
     self._guard.watchdog.begin("shutdown" if wait else "step")
     saved = True
     if done != self._saved:
+      distributed.on_first("lease held", self._held.require_held)
       params, rest = step.parts(state)
       saved = self._checkpoints.save(done, params, rest, {**self._record, "data": dict(position)})
       self._saved, self._saved_at = done, time.monotonic()
