@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from calm_jax import errors, prepare
-from calm_jax.data import parts, sources
+from calm_jax.data import holdout, parts, sources
+from calm_jax.data import manifest as manifest_lib
 from calm_jax.data import store as store_lib
 from calm_jax.data import tokenizer as tokenizer_lib
 
@@ -107,8 +108,8 @@ def test_the_manifest_counts_what_was_read(settings: prepare.Settings):
   manifest = prepare.prepare(settings).manifest
   sizes = [sum(len(text.encode()) for text in part) for part in (DOCUMENTS[:150], DOCUMENTS[150:])]
   assert manifest.sources == (
-    store_lib.Source("a.jsonl", sizes[0], 150),
-    store_lib.Source("b.jsonl", sizes[1], 50),
+    manifest_lib.Source("a.jsonl", sizes[0], 150),
+    manifest_lib.Source("b.jsonl", sizes[1], 50),
   )
   assert manifest.dtype == "uint16" and manifest.skipped_lines == 0
 
@@ -136,8 +137,9 @@ def test_a_big_corpus_is_sampled_everywhere_and_never_held_out(
 ):
   monkeypatch.setattr(prepare, "_SAMPLE_BYTES", 4000)
   _, spans = sources.find(settings.input)
-  sample = list(prepare._sample(settings, sources.split(spans, 2000)))
-  heldout = {text for text in DOCUMENTS if parts.is_heldout(text, settings.heldout)}
+  division = holdout.Division(settings.heldout)
+  sample = list(prepare._sample(settings, sources.split(spans, 2000), division))
+  heldout = {text for text in DOCUMENTS if holdout.is_heldout(text, settings.heldout)}
   assert 3000 < sum(map(len, sample)) < 5000
   assert not heldout & set(sample)
   assert any(text.startswith("document 18") for text in sample)
@@ -194,9 +196,12 @@ def test_a_killed_run_goes_on_after_its_finished_parts(
 
 
 def test_parts_of_other_settings_are_not_taken(settings: prepare.Settings):
-  none = dataclasses.replace(settings, heldout=1e-9)
-  with pytest.raises(errors.CalmError, match="no document falls in the heldout split"):
-    prepare.prepare(none)
+  broken = with_bad_line(dataclasses.replace(settings, append_eos=False))
+  with pytest.raises(errors.CalmError, match="not JSON"):
+    prepare.prepare(broken)
+  (work,) = (pathlib.Path(settings.output) / "unfinished").iterdir()
+  assert (work / "00000.json").exists()
+  pathlib.Path(settings.input[1]).write_text(pathlib.Path(settings.input[1]).read_text()[:-7])
   assert texts(prepare.prepare(settings), "heldout")
   assert not (pathlib.Path(settings.output) / "unfinished").exists()
 
@@ -238,10 +243,11 @@ def test_a_bad_line_stops_the_run_and_can_be_skipped(settings: prepare.Settings,
 @pytest.mark.parametrize(
   ("change", "reason"),
   [
-    ({"heldout": 0.0}, "--heldout=0.0 is not between 0 and 1"),
-    ({"heldout": 1.0}, "--heldout=1.0 is not between 0 and 1"),
-    ({"heldout": float("nan")}, "--heldout=nan is not between 0 and 1"),
-    ({"heldout": 1 - 1e-9}, "no document falls in the train split: there are 200"),
+    ({"heldout": -0.1}, r"--heldout=-0.1 is not in \[0, 1\)"),
+    ({"heldout": 1.0}, r"--heldout=1.0 is not in \[0, 1\)"),
+    ({"heldout": float("nan")}, r"--heldout=nan is not in \[0, 1\)"),
+    ({"heldout": 1e-9}, r"--heldout=1e-09 of [\d,]+ letters leaves nothing for the heldout split"),
+    ({"heldout": 1 - 1e-9}, "leaves nothing for the train split"),
     ({"workers": -1}, "--workers=-1 is negative"),
     ({"input": ()}, "must not be empty"),
     ({"output": ""}, "must not be empty"),
