@@ -259,7 +259,7 @@ def _make_parts(
   job: parts_lib.Job, parts: Sequence[tuple[sources.Span, ...]], workers: int
 ) -> list[parts_lib.Part]:
   """Makes the parts that are missing or damaged and returns all, in order."""
-  made = {part: parts_lib.read_part(job, part) for part in range(len(parts))}
+  made = {part: parts_lib.read_part(job, part, spans) for part, spans in enumerate(parts)}
   missing = {part: parts[part] for part, found in made.items() if found is None}
   if len(missing) < len(parts):
     _say(f"going on: {len(parts) - len(missing)} of {len(parts)} parts are there")

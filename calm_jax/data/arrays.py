@@ -56,7 +56,7 @@ def write(
   sums, start = [], 0
   for block in _regrouped(blocks, _SHARD):
     stored = block.astype(_stored(dtype), copy=False)
-    sums.append(hashlib.sha256(stored).hexdigest())
+    sums.append(hashlib.sha256(stored.data).hexdigest())
     array[start : start + len(stored)].write(stored).result()
     start += len(stored)
   assert start == size, (name, start, size)
@@ -76,7 +76,7 @@ def verified(array: Any, path: str, name: str, sums: Iterable[str]) -> Iterator[
     begin, end = shard * _SHARD, min((shard + 1) * _SHARD, array.shape[0])
     for start in range(begin, end, _READ):
       block = read(array[start : min(start + _READ, end)], path)
-      found.update(block.astype(_stored(block.dtype), copy=False))
+      found.update(block.astype(_stored(block.dtype), copy=False).data)
       yield block
     if found.hexdigest() != expected:
       raise errors.CalmError(

@@ -60,6 +60,11 @@ class Job:
   append_eos: bool
   division: holdout.Division
 
+  def digest(self, spans: Sequence[sources.Span]) -> str:
+    """Returns a hash of all that the content of a part of these spans follows from."""
+    values = dataclasses.asdict(self) | {"spans": [dataclasses.astuple(span) for span in spans]}
+    return seal.digest({**values, "directory": "", "tokenizer": ""})  # Not of where they lie.
+
   def file(self, part: int, name: str) -> epath.Path:
     """Returns the path of a part's file."""
     return epath.Path(self.directory) / f"{part:05d}.{name}"
@@ -87,12 +92,12 @@ def good_documents(
     yield item
 
 
-def read_part(job: Job, part: int) -> Part | None:
-  """Returns a part that was made before and is whole, else None."""
+def read_part(job: Job, part: int, spans: Sequence[sources.Span]) -> Part | None:
+  """Returns a part that was made before, of the same, and is whole; else None."""
   path = job.file(part, "json")
   try:
     values = seal.unsealed(files.read_json(path), str(path))
-    if values["tokenizer"] != job.tokenizer_sha256:
+    if values["made_of"] != job.digest(spans):
       return None
     found = Part(collections.Counter(values["counts"]), values["files"])
     whole = all(files.digest(job.file(part, name)) == found.sums[name] for name in _FILES)
@@ -116,7 +121,7 @@ def make_part(job: Job, part: int, spans: Sequence[sources.Span]) -> Part:
     sums = {name: total for writer in writers.values() for name, total in writer.sums().items()}
     for name in _FILES:
       files.sync(job.file(part, name))
-    values = {"tokenizer": job.tokenizer_sha256, "counts": dict(counts), "files": sums}
+    values = {"made_of": job.digest(spans), "counts": dict(counts), "files": sums}
     files.write(job.file(part, "json"), files.to_json(seal.sealed(values)))
   except OSError as error:  # Those of sources are CalmErrors by now.
     raise errors.CalmError(f"can't write {job.directory}: {error}") from error
