@@ -104,6 +104,7 @@ def prepare(settings: Settings) -> store.TokenStore:
       division=division,
     )
     made = _make_parts(job, parts, settings.workers or os.cpu_count() or 1)
+    sources.require_unchanged(spans)
     written = _write(settings, job, tokenizer, made, names, plan)
     _remove_work(settings.output)
   except OSError as error:

@@ -388,6 +388,20 @@ def test_a_tokenizer_that_changes_while_it_is_used_is_told(
     prepare.prepare(dataclasses.replace(settings, tokenizer=str(own)))
 
 
+def test_a_source_that_changes_while_it_is_read_becomes_no_store(
+  settings: prepare.Settings, monkeypatch: pytest.MonkeyPatch
+):
+  make_parts = parts.make_parts
+
+  def appended(*arguments):
+    make_parts(*arguments)
+    with_bad_line(settings)
+
+  monkeypatch.setattr(parts, "make_parts", appended)
+  with pytest.raises(errors.CalmError, match=r"b\.jsonl changed while it was read"):
+    prepare.prepare(settings)
+
+
 def test_the_files_of_a_part_are_on_the_disk_before_its_counts(
   settings: prepare.Settings, monkeypatch: pytest.MonkeyPatch
 ):

@@ -198,6 +198,18 @@ def test_a_pipe_a_device_and_a_folder_are_no_sources_and_not_waited_for(
     list(sources.documents(span, "text"))
 
 
+def test_a_file_that_changed_since_it_was_found_is_told(tmp_path: pathlib.Path):
+  path = tmp_path / "a.txt"
+  path.write_text("a")
+  _, spans = sources.find([str(path), sources.STDLIB])
+  sources.require_unchanged(spans)
+  path.write_text("ab")
+  with pytest.raises(
+    errors.CalmError, match=r"a\.txt changed while it was read: run prepare again"
+  ):
+    sources.require_unchanged(spans)
+
+
 def test_a_folder_that_can_not_be_listed_is_told_and_not_left_out(
   tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ):

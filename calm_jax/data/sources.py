@@ -121,6 +121,14 @@ def documents(span: Span, field: str) -> Iterator[Item]:
     ) from error
 
 
+def require_unchanged(spans: Sequence[Span]) -> None:
+  """Raises CalmError where a file is no longer as it was found."""
+  for span in spans:
+    now = _span(span.path, span.source) if span.mtime_ns else span
+    if (now.size, now.mtime_ns) != (span.size, span.mtime_ns):
+      raise errors.CalmError(f"{span.path} changed while it was read: run prepare again")
+
+
 def split(spans: Sequence[Span], part_bytes: int) -> list[tuple[Span, ...]]:
   """Returns the spans in order, in parts of about `part_bytes`; small files share one."""
   parts, part, size = [], [], 0
@@ -225,16 +233,21 @@ def _open(path: str) -> IO[bytes]:
 def _read_whole(span: Span, field: str) -> Iterator[Item]:
   """Yields the file as one document."""
   del field
+  yield _content(span.path).decode("utf-8")
+
+
+def _content(path: str) -> bytearray:
+  """Returns the bytes of a file, ValueError where they are more than a document may have."""
   content = bytearray()
-  with _open(span.path) as file:
+  with _open(path) as file:
     while block := file.read(_READ_BYTES):
       content += block
       if len(content) > _DOCUMENT_BYTES:
         raise ValueError(
-          f"it unpacks to more than {_DOCUMENT_BYTES:,} bytes, the most a document may have: cut "
-          "it into several files"
+          f"it holds more than {_DOCUMENT_BYTES:,} bytes, the most a document may have: cut it "
+          "into several files"
         )
-  yield content.decode("utf-8")
+  return content
 
 
 def _read_json_lines(span: Span, field: str) -> Iterator[Item]:
