@@ -67,6 +67,7 @@ def _store(directory: str) -> store_lib.TokenStore:
     "calm_jax.prepare",
   )
   store = synthetic.open_store(_DATA.value or run.data.path)
+  pipeline.require_heldout(store, ", and give that store with --data")
   workdir.require_same_tokenizer(origin, store, directory)
   return store
 

@@ -21,8 +21,8 @@ from absl import flags
 from etils import epath
 
 from calm_jax import cli, config, distributed, errors, files, lease, run_flags, workdir
+from calm_jax.data import pipeline, synthetic
 from calm_jax.data import store as store_lib
-from calm_jax.data import synthetic
 from calm_jax.models import attention, flops
 from calm_jax.parallel import mesh as mesh_lib
 from calm_jax.parallel import rules
@@ -265,6 +265,8 @@ def _built(run: config.Run, directory: str, allow_change: bool) -> tuple[Built, 
   distributed.require_same("--workdir", f"{directory} ({'begun' if begun else 'new'})")
   built = BUILDERS[run.stage](run, Given.of(run, store, directory))
   _require_fitting(run, built.codec.patch_size if built.codec else 1)
+  if run.training.eval_every:
+    pipeline.require_heldout(store, ", or train with --config.training.eval_every=0")
   if begun:
     workdir.require_same_data(directory, built.origin)
   return built, store
@@ -301,6 +303,8 @@ def _train_on_mesh(
   built, store = _built(run, directory, options.allow_config_change)
   stage_program = program.Program(run, built.stage, mesh_lib.current())
   _describe(run, built, stage_program, options.print_shardings)
+  for warning in pipeline.of_few_blocks(store, run.data.context, bool(run.training.eval_every)):
+    metrics.show(warning)
   guard.ledger.part("read input")
   if held is None:
     metrics.show(program.memory_line(stage_program.compiled_step()))

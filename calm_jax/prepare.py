@@ -8,7 +8,6 @@ Killed and run again with the same flags, it goes on after the parts it finished
 import dataclasses
 import functools
 import hashlib
-import json
 import os
 import sys
 import time
@@ -19,18 +18,18 @@ from absl import flags
 from etils import epath
 
 from calm_jax import cli, errors, files, lease
+from calm_jax.data import holdout, manifest, seal, sources, store
 from calm_jax.data import parts as parts_lib
-from calm_jax.data import sources, store
 from calm_jax.data import tokenizer as tokenizer_lib
 
 TRAIN = "train:"
-PLAN = "plan.json"
 
 _WORK = "unfinished"  # The folder of parts, below --output.
 _MIN_PART_BYTES = 2**20
 _MAX_PARTS = 4096
 _SAMPLE_BYTES = 2**26  # Text that a tokenizer is trained on, at most.
 _LINE_SECONDS = 10.0  # Between lines of progress where there is no terminal.
+_FEW_TOKENS = 20 * 256  # Blocks that a split should hold, of the quickstart's context.
 
 _INPUT = flags.DEFINE_list(
   "input",
@@ -48,7 +47,12 @@ _TOKENIZER = flags.DEFINE_string(
 _TEXT_FIELD = flags.DEFINE_string("text_field", "text", "Field of JSON lines, column of Parquet.")
 _SKIP_BAD_LINES = flags.DEFINE_boolean("skip_bad_lines", False, "Count bad lines and go on.")
 _APPEND_EOS = flags.DEFINE_boolean("append_eos", True, "End every document with EOS.")
-_HELDOUT = flags.DEFINE_float("heldout", 0.02, "Share of documents held out, by their hash.")
+_HELDOUT = flags.DEFINE_float(
+  "heldout",
+  0.02,
+  "Share of documents held out, by their hash; of fewer than 100 documents, or where none falls "
+  "into a split, the share of the text at its end. 0 holds nothing out.",
+)
 _WORKERS = flags.DEFINE_integer("workers", 0, "Processes; 0 for the number of cores.")
 _EOS_TOKEN = flags.DEFINE_string("eos_token", "", "Token that ends a document; empty: look it up.")
 
@@ -103,32 +107,34 @@ def _make(
     work = _work_folder(settings.output, plan)
     part_bytes = max(_MIN_PART_BYTES, sum(span.size for span in spans) // _MAX_PARTS)
     parts = sources.split(spans, part_bytes)
-    tokenizer = _tokenizer(settings, work, parts)
+    division = _division(settings, parts)
+    tokenizer = _tokenizer(settings, work, parts, division)
     job = parts_lib.Job(
       directory=str(work),
       tokenizer=tokenizer.path,
+      tokenizer_sha256=tokenizer.sha256,
       eos_id=tokenizer.eos_id,
       text_field=settings.text_field,
       skip_bad_lines=settings.skip_bad_lines,
       append_eos=settings.append_eos,
-      heldout=settings.heldout,
+      division=division,
     )
-    counts = _make_parts(job, parts, settings.workers or os.cpu_count() or 1, held)
-    _require_both_splits(counts, settings)
-    files.write(epath.Path(settings.output) / PLAN, files.to_json(plan))
-    written = _write(settings, job, tokenizer, counts, names)
+    made = _make_parts(job, parts, settings.workers or os.cpu_count() or 1, held)
+    sources.require_unchanged(spans)
+    written = _write(settings, job, tokenizer, made, names, plan)
     held.require_held()
     _remove_work(settings.output)
   except OSError as error:
     raise errors.CalmError(f"can't write {settings.output}: {error}") from error
   _summarize(written, time.monotonic() - began)
+  _warn_of_little(written)
   return written
 
 
 def _check(settings: Settings) -> None:
-  if not 0 < settings.heldout < 1:
+  if not 0 <= settings.heldout < 1:
     raise errors.CalmError(
-      f"--heldout={settings.heldout} is not between 0 and 1: it is a share of documents"
+      f"--heldout={settings.heldout} is not in [0, 1): it is a share of documents, 0 for none"
     )
   if settings.workers < 0:
     raise errors.CalmError(f"--workers={settings.workers} is negative")
@@ -150,7 +156,7 @@ def _plan(
   if not tokenizer.startswith(TRAIN):
     tokenizer = tokenizer_lib.load(tokenizer, settings.eos_token).hash
   return {
-    "format_version": str(store.FORMAT_VERSION),
+    "format_version": str(manifest.FORMAT_VERSION),
     "input": ",".join(names),
     "files": f"{len(spans)} files, {sum(span.size for span in spans)} bytes, "
     f"names and times {stamps.hexdigest()[:16]}",
@@ -167,14 +173,14 @@ def _finished(output: str, plan: dict[str, str]) -> store.TokenStore | None:
   """Returns the whole store at `output` if it was made by this plan, None if there is none.
 
   Raises:
-    CalmError: if it was made by another plan.
+    CalmError: if it was made by another plan, or is damaged.
   """
-  if store.read_manifest(output) is None:
+  found = manifest.read(output)
+  if found is None:
     return None
-  try:
-    stored = json.loads((epath.Path(output) / PLAN).read_text())
-  except (OSError, ValueError):
-    stored = {}
+  path = epath.Path(output) / store.PLAN
+  stored = files.read_json(path)
+  store.require_digest(path, found.plan)
   differing = [
     f"{name} ({stored.get(name, 'unknown')} there, {value} now)"
     for name, value in plan.items()
@@ -191,7 +197,7 @@ def _finished(output: str, plan: dict[str, str]) -> store.TokenStore | None:
 def _work_folder(output: str, plan: dict[str, str]) -> epath.Path:
   """Makes the folder for the parts of this plan, and removes those of other plans."""
   root = epath.Path(output) / _WORK
-  work = root / hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
+  work = root / seal.digest(plan)[:16]
   work.mkdir(parents=True, exist_ok=True)
   for other in root.iterdir():
     if other.name != work.name:
@@ -206,35 +212,65 @@ def _remove_work(output: str) -> None:
     root.rmtree()
 
 
+def _division(settings: Settings, parts: Sequence[tuple[sources.Span, ...]]) -> holdout.Division:
+  """Returns what is held out, and says so where it is not documents by their hash."""
+  readers = [functools.partial(_texts, settings, part) for part in parts]
+  division = holdout.decide(readers, settings.heldout)
+  if division.by == holdout.END:
+    _say(
+      f"of {division.documents:,} documents the last {settings.heldout:.2%} of the text is held "
+      f"out, and not documents by their hash: they are fewer than {holdout.FEW_DOCUMENTS}, or none "
+      "falls into a split"
+    )
+  return division
+
+
 def _tokenizer(
-  settings: Settings, work: epath.Path, parts: Sequence[tuple[sources.Span, ...]]
+  settings: Settings,
+  work: epath.Path,
+  parts: Sequence[tuple[sources.Span, ...]],
+  division: holdout.Division,
 ) -> tokenizer_lib.Tokenizer:
   """Returns the tokenizer given, or one trained in this run or by an attempt before."""
   if not settings.tokenizer.startswith(TRAIN):
     return tokenizer_lib.load(settings.tokenizer, settings.eos_token)
-  path = work / "tokenizer.model"
-  if path.exists():
-    return tokenizer_lib.load(str(path))
+  path, whole = work / "tokenizer.model", work / "tokenizer.sum.json"
+  try:
+    if files.read_json(whole) == {"sha256": files.digest(path)}:
+      return tokenizer_lib.load(str(path))
+  except errors.CalmError:
+    pass  # None is there yet, or it is damaged: it is trained anew.
   _say(f"training a tokenizer: {settings.tokenizer}")
   vocab_size = int(settings.tokenizer.removeprefix(TRAIN))
-  return tokenizer_lib.train(_sample(settings, parts), vocab_size, str(path))
+  sample = _sample(settings, parts, division)
+  trained = tokenizer_lib.train(sample, vocab_size, str(path))
+  files.write(whole, files.to_json({"sha256": trained.sha256}))
+  return trained
 
 
-def _sample(settings: Settings, parts: Sequence[tuple[sources.Span, ...]]) -> Iterator[str]:
-  """Yields documents that are not held out, at most _SAMPLE_BYTES, from all over the corpus."""
+def _sample(
+  settings: Settings, parts: Sequence[tuple[sources.Span, ...]], division: holdout.Division
+) -> Iterator[str]:
+  """Yields text that is not held out, at most _SAMPLE_BYTES, from all over the corpus."""
   sizes = [sum(span.num_bytes for span in part) for part in parts]
   share = min(1.0, _SAMPLE_BYTES / max(1, sum(sizes)))
-  for part, size in zip(parts, sizes, strict=True):
+  for part, size in enumerate(sizes):
     left = share * size
-    for span in part:
-      for item in parts_lib.good_documents(span, settings.text_field, settings.skip_bad_lines):
-        if isinstance(item, str) and not parts_lib.is_heldout(item, settings.heldout):
-          yield item[: int(left) + 1]
-          left -= len(item.encode())
-        if left <= 0:
-          break
+    for number, document in enumerate(_texts(settings, parts[part])):
+      for split, text in division.of(part, number, document):
+        if split == "train":
+          yield text[: int(left) + 1]
+          left -= len(text.encode())
       if left <= 0:
         break
+
+
+def _texts(settings: Settings, spans: Sequence[sources.Span]) -> Iterator[str]:
+  """Yields the documents of a part, in order."""
+  for span in spans:
+    for item in parts_lib.good_documents(span, settings.text_field, settings.skip_bad_lines):
+      if isinstance(item, str):
+        yield item
 
 
 def _make_parts(
@@ -242,60 +278,52 @@ def _make_parts(
   parts: Sequence[tuple[sources.Span, ...]],
   workers: int,
   held: lease.Lease,
-) -> list[parts_lib.Counts]:
-  """Makes the parts that are missing and returns the counts of all, in order."""
-  counts = {part: parts_lib.read_counts(job, part) for part in range(len(parts))}
-  missing = {part: parts[part] for part, found in counts.items() if found is None}
+) -> list[parts_lib.Part]:
+  """Makes the parts that are missing or damaged and returns all, in order."""
+  made = {part: parts_lib.read_part(job, part, spans) for part, spans in enumerate(parts)}
+  missing = {part: parts[part] for part, found in made.items() if found is None}
   if len(missing) < len(parts):
     _say(f"going on: {len(parts) - len(missing)} of {len(parts)} parts are there")
   size_of = {part: sum(span.num_bytes for span in spans) for part, spans in missing.items()}
   progress = _Progress(sum(size_of.values()))
 
-  def on_done(part: int, found: parts_lib.Counts) -> None:
+  def on_done(part: int, found: parts_lib.Part) -> None:
     held.require_held()
-    counts[part] = found
+    made[part] = found
     progress.add(size_of[part])
 
   try:
     parts_lib.make_parts(job, missing, workers, on_done)
   finally:
     progress.close()
-  return [found for found in counts.values() if found is not None]
-
-
-def _require_both_splits(counts: Sequence[parts_lib.Counts], settings: Settings) -> None:
-  documents = {split: sum(c[f"{split}.documents"] for c in counts) for split in store.SPLITS}
-  total = sum(documents.values())
-  if not total:
-    raise errors.CalmError(f"there is no text in --input={','.join(settings.input)}")
-  for split, count in documents.items():
-    if not count:
-      raise errors.CalmError(
-        f"no document falls in the {split} split: there are {total}, with --heldout="
-        f"{settings.heldout}; give more documents (a .txt is one) or another share"
-      )
+  return [found for found in made.values() if found is not None]
 
 
 def _write(
   settings: Settings,
   job: parts_lib.Job,
   tokenizer: tokenizer_lib.Tokenizer,
-  counts: Sequence[parts_lib.Counts],
+  made: Sequence[parts_lib.Part],
   names: Sequence[str],
+  plan: dict[str, str],
 ) -> store.TokenStore:
   dtype = store.token_dtype(tokenizer.vocab_size)
-  total = functools.reduce(lambda a, b: a + b, counts)
+  total = functools.reduce(lambda a, b: a + b, (part.counts for part in made))
+  if not total["train.tokens"]:
+    raise errors.CalmError(f"{tokenizer.path} makes no token of the training text")
   return store.write(
     settings.output,
     tokenizer,
-    {split: parts_lib.read_split(job, counts, split, dtype) for split in store.SPLITS},
+    {split: parts_lib.read_split(job, made, split, dtype) for split in manifest.SPLITS},
     [
-      store.Source(name, total[f"{i}.bytes"], total[f"{i}.documents"])
+      manifest.Source(name, total[f"{i}.bytes"], total[f"{i}.documents"])
       for i, name in enumerate(names)
     ],
     appends_eos=settings.append_eos,
     heldout=settings.heldout,
+    heldout_by=job.division.by,
     skipped_lines=total[parts_lib.SKIPPED],
+    plan=plan,
   )
 
 
@@ -334,17 +362,29 @@ class _Progress:
 
 
 def _summarize(written: store.TokenStore, seconds: float) -> None:
-  manifest = written.manifest
-  size = sum(source.bytes for source in manifest.sources)
-  tokens = sum(split.tokens for split in manifest.splits.values())
-  documents = sum(split.documents for split in manifest.splits.values())
-  heldout = manifest.splits["heldout"]
-  skipped = f", {manifest.skipped_lines} bad lines skipped" if manifest.skipped_lines else ""
+  found = written.manifest
+  size = sum(source.bytes for source in found.sources)
+  tokens = sum(split.tokens for split in found.splits.values())
+  documents = sum(source.documents for source in found.sources)
+  heldout = found.splits["heldout"]
+  skipped = f", {found.skipped_lines} bad lines skipped" if found.skipped_lines else ""
   _say(
     f"{written.path}: {documents:,} documents{skipped}, {size / 1e6:.1f} MB of text, "
     f"{tokens:,} tokens, {size / tokens:.3f} bytes a token; held out {heldout.documents:,} "
     f"documents, {heldout.tokens / tokens:.2%} of tokens; {seconds:.1f} s; store {written.hash}"
   )
+
+
+def _warn_of_little(written: store.TokenStore) -> None:
+  """Says which splits are too small to tell much."""
+  for split in manifest.SPLITS:
+    tokens = written.num_tokens(split)
+    asked = split == "train" or written.manifest.heldout
+    if asked and tokens < _FEW_TOKENS:
+      _say(
+        f"warning: the {split} split holds only {tokens:,} tokens, fewer than 20 blocks of 256: "
+        "give more text" + (" or a larger --heldout" if split == "heldout" else "")
+      )
 
 
 def _say(line: str) -> None:

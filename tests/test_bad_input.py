@@ -14,6 +14,7 @@ import tokenizers
 from jax import numpy as jnp
 
 from calm_jax import config, errors, main, prepare, workdir
+from calm_jax.data import pipeline
 from calm_jax.data import store as store_lib
 from calm_jax.data import tokenizer as tokenizer_lib
 
@@ -44,6 +45,40 @@ def other_tokens(tokens: str, tmp_path: pathlib.Path) -> str:
     (f"{tmp_path}/dogs.jsonl",), f"{tmp_path}/store", "train:290", heldout=0.3, workers=1
   )
   return prepare.prepare(settings).path
+
+
+@pytest.fixture(scope="module")
+def nothing_heldout(tokens: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+  """A store of the same tokenizer that was prepared with --heldout=0."""
+  folder = tmp_path_factory.mktemp("nothing_heldout")
+  (folder / "cats.txt").write_text("Cats said meow, then ate. " * 20)
+  settings = prepare.Settings(
+    (f"{folder}/cats.txt",), f"{folder}/store", f"{tokens}/tokenizer.model", heldout=0.0, workers=1
+  )
+  return prepare.prepare(settings).path
+
+
+def test_a_store_without_a_held_out_split_where_evaluations_are_due(
+  autoencoder_run, nothing_heldout, tmp_path, capfd
+):
+  run = changed(autoencoder_run, data={"path": nothing_heldout})
+  reason = "has no held-out split.* --heldout=0.02, or train with --config.training.eval_every=0"
+  refused(run, tmp_path / "new", reason)
+  run = changed(run, training={"eval_every": 0})
+  main.train_run(run, str(tmp_path / "new"), main.Options(dry_run=True))
+  told = capfd.readouterr().err
+  assert "the train split of" in told and "fewer than 20" in told and "heldout split" not in told
+
+
+def test_splits_of_few_blocks_are_warned_of(tokens):
+  store = store_lib.TokenStore.open(tokens)
+  heldout = store.num_tokens("heldout")
+  assert heldout < store.num_tokens("train") and not pipeline.of_few_blocks(store, 32, True)
+  context = heldout // 19
+  (line,) = pipeline.of_few_blocks(store, context, True)
+  assert f"the heldout split of {tokens} holds only 19 blocks of {context} tokens" in line
+  assert not pipeline.of_few_blocks(store, context, False)
+  assert len(pipeline.of_few_blocks(store, store.num_tokens("train"), True)) == 2
 
 
 @pytest.mark.parametrize("context", [30, 4])
@@ -207,6 +242,10 @@ COMMANDS = {
   "stray argument": ("main", "training.steps=5", "unexpected argument 'training.steps=5'"),
   "no workdir to evaluate": ("evaluate", "--workdir={new}", "no workdir at"),
   "context to evaluate": ("evaluate", "--workdir={calm} --context=30", "multiple of K = 4"),
+  "nothing held out to evaluate": (
+    "evaluate", "--workdir={calm} --data={nothing_heldout}",
+    "has no held-out split, as --heldout=0 asks: prepare the text with a share",
+  ),
   "temperature": ("generate", "--workdir={calm} --temperature=1.2", "must lie in (0, 1]"),
   "rule": ("generate", "--workdir={calm} --rule=frist", "--rule"),
   "mesh of writing": ("generate", "--workdir={calm} --mesh=rows=2", "--mesh has 'rows=2'"),
@@ -263,9 +302,16 @@ COMMANDS = {
 
 @pytest.mark.parametrize(("act", "flags", "reason"), COMMANDS.values(), ids=COMMANDS.keys())
 def test_a_bad_command_ends_in_one_line(
-  act: str, flags: str, reason: str, trained_autoencoder, trained_calm, tmp_path: pathlib.Path
+  act: str,
+  flags: str,
+  reason: str,
+  trained_autoencoder,
+  trained_calm,
+  nothing_heldout,
+  tmp_path: pathlib.Path,
 ):
   places = {"new": tmp_path / "new", "calm": trained_calm, "autoencoder": trained_autoencoder}
+  places["nothing_heldout"] = nothing_heldout
   command = [sys.executable, "-m", f"calm_jax.{act}", *flags.format(**places).split()]
   done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
   assert done.returncode == 2 and done.stdout == ""

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from calm_jax import errors, prepare
-from calm_jax.data import parts, sources
+from calm_jax.data import holdout, parts, sources
+from calm_jax.data import manifest as manifest_lib
 from calm_jax.data import store as store_lib
 from calm_jax.data import tokenizer as tokenizer_lib
 
@@ -45,6 +46,15 @@ def settings(tmp_path: pathlib.Path, tokenizer: str) -> prepare.Settings:
     heldout=0.1,
     workers=1,
   )
+
+
+@pytest.fixture
+def few(settings: prepare.Settings) -> prepare.Settings:
+  """The same two files with 60 long documents, of which the end is held out."""
+  for path, documents in zip(settings.input, (DOCUMENTS[:40], DOCUMENTS[40:60]), strict=True):
+    lines = "".join(json.dumps({"text": text * 5}) + "\n" for text in documents)
+    pathlib.Path(path).write_text(lines)
+  return settings
 
 
 def with_bad_line(settings: prepare.Settings) -> prepare.Settings:
@@ -107,20 +117,96 @@ def test_the_manifest_counts_what_was_read(settings: prepare.Settings):
   manifest = prepare.prepare(settings).manifest
   sizes = [sum(len(text.encode()) for text in part) for part in (DOCUMENTS[:150], DOCUMENTS[150:])]
   assert manifest.sources == (
-    store_lib.Source("a.jsonl", sizes[0], 150),
-    store_lib.Source("b.jsonl", sizes[1], 50),
+    manifest_lib.Source("a.jsonl", sizes[0], 150),
+    manifest_lib.Source("b.jsonl", sizes[1], 50),
   )
   assert manifest.dtype == "uint16" and manifest.skipped_lines == 0
 
 
+@pytest.mark.parametrize("corpus", ["settings", "few"])
 @pytest.mark.parametrize("name", ["given", "train:300"])
-def test_the_number_of_workers_does_not_show(settings: prepare.Settings, name: str):
+def test_the_number_of_workers_does_not_show(
+  request: pytest.FixtureRequest, corpus: str, name: str
+):
+  settings = request.getfixturevalue(corpus)
   if name != "given":
     settings = dataclasses.replace(settings, tokenizer=name)
   alone = prepare.prepare(settings)
   together = prepare.prepare(dataclasses.replace(settings, output=f"{settings.output}2", workers=3))
   assert alone.hash == together.hash
   assert files(alone.path) == files(together.path)
+  assert alone.manifest.heldout_by == ("documents" if corpus == "settings" else "end")
+
+
+def test_of_few_documents_the_end_of_the_text_is_held_out(
+  few: prepare.Settings, capfd: pytest.CaptureFixture[str]
+):
+  store = prepare.prepare(few)
+  assert "of 60 documents the last 10.00% of the text is held out" in capfd.readouterr().err
+  train, heldout = texts(store, "train"), texts(store, "heldout")
+  expected = [text * 5 for text in DOCUMENTS[:60]]
+  cut = train[-1] + heldout[0]
+  assert [*train[:-1], cut, *heldout[1:]] == expected
+  assert train[-1][-1].isspace()  # No word is cut.
+  assert 0.1 <= len("".join(heldout)) / len("".join(expected)) < 0.12
+  assert store.manifest.splits["heldout"].documents == len(heldout)
+  assert sum(source.documents for source in store.manifest.sources) == 60
+
+
+def test_one_text_file_can_be_prepared_whatever_its_hash(
+  settings: prepare.Settings, tmp_path: pathlib.Path
+):
+  text = "\n".join(DOCUMENTS)
+  (tmp_path / "a.txt").write_text(text)
+  store = prepare.prepare(dataclasses.replace(settings, input=(f"{tmp_path}/a.txt",), heldout=0.02))
+  (train,), (heldout,) = texts(store, "train"), texts(store, "heldout")
+  assert train + heldout == text and 0.02 <= len(heldout) / len(text) < 0.025
+
+
+def test_where_no_document_falls_into_a_split_the_end_is_held_out(
+  settings: prepare.Settings, monkeypatch: pytest.MonkeyPatch
+):
+  monkeypatch.setattr(holdout, "is_heldout", lambda text, share: False)
+  store = prepare.prepare(settings)
+  assert store.manifest.heldout_by == "end"
+  assert texts(store, "heldout")[1:] == DOCUMENTS[-len(texts(store, "heldout")) + 1 :]
+
+
+def test_a_tokenizer_is_trained_on_nothing_that_is_held_out(few: prepare.Settings):
+  _, spans = sources.find(few.input)
+  spans_of = sources.split(spans, 10**9)
+  division = prepare._division(few, spans_of)
+  sample = "".join(prepare._sample(few, spans_of, division))
+  heldout = texts(prepare.prepare(few), "heldout")
+  whole = "".join(text * 5 for text in DOCUMENTS[:60])
+  assert sample == whole.removesuffix("".join(heldout)) and sample != whole
+
+
+def test_nothing_is_held_out_where_that_is_asked(settings: prepare.Settings):
+  store = prepare.prepare(dataclasses.replace(settings, heldout=0.0))
+  assert texts(store, "train") == DOCUMENTS
+  assert (store.num_tokens("heldout"), store.manifest.heldout_by) == (0, "nothing")
+  np.testing.assert_array_equal(store.offsets("heldout"), [0])
+  store.verify()
+
+
+def test_a_small_split_is_warned_of(settings: prepare.Settings, capfd: pytest.CaptureFixture[str]):
+  size = prepare.prepare(settings).num_tokens("heldout")
+  told = f"warning: the heldout split holds only {size:,} tokens, fewer than 20 blocks of 256"
+  assert told in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", "short"])
+def test_a_corpus_that_can_not_be_divided_is_refused_before_anything_is_tokenized(
+  settings: prepare.Settings, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, text: str
+):
+  for name in ("make_part", "make_parts"):
+    monkeypatch.setattr(parts, name, None)
+  monkeypatch.setattr(tokenizer_lib, "train", None)
+  (tmp_path / "a.txt").write_text(text)
+  bad = dataclasses.replace(settings, input=(f"{tmp_path}/a.txt",), tokenizer="train:300")
+  with pytest.raises(errors.CalmError, match=r"there is no text|leaves nothing for the heldout"):
+    prepare.prepare(bad)
 
 
 def test_long_documents_are_encoded_in_pieces_that_lose_nothing(
@@ -136,8 +222,9 @@ def test_a_big_corpus_is_sampled_everywhere_and_never_held_out(
 ):
   monkeypatch.setattr(prepare, "_SAMPLE_BYTES", 4000)
   _, spans = sources.find(settings.input)
-  sample = list(prepare._sample(settings, sources.split(spans, 2000)))
-  heldout = {text for text in DOCUMENTS if parts.is_heldout(text, settings.heldout)}
+  division = holdout.Division(settings.heldout)
+  sample = list(prepare._sample(settings, sources.split(spans, 2000), division))
+  heldout = {text for text in DOCUMENTS if holdout.is_heldout(text, settings.heldout)}
   assert 3000 < sum(map(len, sample)) < 5000
   assert not heldout & set(sample)
   assert any(text.startswith("document 18") for text in sample)
@@ -168,13 +255,24 @@ prepare.prepare(prepare.Settings(tuple(sys.argv[1].split(",")), sys.argv[2], sys
 """
 
 
-def test_a_killed_run_goes_on_after_its_finished_parts(
-  settings: prepare.Settings, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-):
-  settings = dataclasses.replace(settings, tokenizer="train:300")
+def kill(settings: prepare.Settings) -> pathlib.Path:
+  """Runs prepare until it is killed after three parts, and returns its work folder."""
   arguments = [",".join(settings.input), settings.output, settings.tokenizer]
   killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], timeout=60)
   assert killed.returncode == -signal.SIGKILL
+  (work,) = (pathlib.Path(settings.output) / "unfinished").iterdir()
+  return work
+
+
+@pytest.mark.parametrize("corpus", ["settings", "few"])
+def test_a_killed_run_goes_on_after_its_finished_parts(
+  request: pytest.FixtureRequest,
+  corpus: str,
+  monkeypatch: pytest.MonkeyPatch,
+  capfd: pytest.CaptureFixture[str],
+):
+  settings = dataclasses.replace(request.getfixturevalue(corpus), tokenizer="train:300")
+  kill(settings)
   with pytest.raises(errors.CalmError, match="unfinished"):
     store_lib.TokenStore.open(settings.output)
 
@@ -189,14 +287,145 @@ def test_a_killed_run_goes_on_after_its_finished_parts(
   assert f"going on: 3 of {total} parts are there" in capfd.readouterr().err
 
   monkeypatch.undo()
+  monkeypatch.setattr(prepare, "_MIN_PART_BYTES", 2000)
   whole = prepare.prepare(dataclasses.replace(settings, output=f"{settings.output}2"))
   assert files(resumed.path) == files(whole.path)
 
 
+def edited(path: pathlib.Path) -> None:
+  values = json.loads(path.read_text())
+  values["counts"]["train.tokens"] -= 1
+  path.write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize(
+  ("name", "damage"),
+  [
+    ("00001.train.tokens", lambda path: path.write_bytes(bytes(path.stat().st_size))),
+    ("00001.train.tokens", lambda path: path.write_bytes(path.read_bytes()[:-2])),
+    ("00001.train.lengths", lambda path: path.write_bytes(b"")),
+    ("00001.heldout.tokens", lambda path: path.unlink()),
+    ("00001.json", lambda path: path.write_text("{}")),
+    ("00001.json", lambda path: path.write_text("[]")),
+    ("00001.json", lambda path: path.write_text("")),
+    ("00001.json", edited),
+    ("tokenizer.model", lambda path: path.write_bytes(path.read_bytes()[:-9])),
+    ("tokenizer.sum.json", lambda path: path.write_text("{}")),
+  ],
+)
+def test_a_part_or_tokenizer_that_was_damaged_is_made_anew(
+  settings: prepare.Settings,
+  monkeypatch: pytest.MonkeyPatch,
+  name: str,
+  damage,
+):
+  settings = dataclasses.replace(settings, tokenizer="train:300")
+  work = kill(settings)
+  damage(work / name)
+  made, make_part = [], parts.make_part
+  monkeypatch.setattr(
+    parts, "make_part", lambda job, part, spans: made.append(part) or make_part(job, part, spans)
+  )
+  store = prepare.prepare(settings)
+  assert made[:2] == ([1, 3] if name.startswith("00001") else [3, 4])
+  store.verify()
+  whole = prepare.prepare(dataclasses.replace(settings, output=f"{settings.output}2"))
+  assert files(store.path) == files(whole.path)
+
+
+def test_parts_of_another_tokenizer_are_not_taken(settings: prepare.Settings):
+  settings = dataclasses.replace(settings, tokenizer="train:300")
+  work = kill(settings)
+  tokenizer_lib.train([*DOCUMENTS, "another"], 290, str(work / "tokenizer.model"))
+  sha256 = tokenizer_lib.load(str(work / "tokenizer.model")).sha256
+  (work / "tokenizer.sum.json").write_text(json.dumps({"sha256": sha256}))
+  store = prepare.prepare(settings)
+  heldout = {text for text in DOCUMENTS if holdout.is_heldout(text, settings.heldout)}
+  assert set(texts(store, "heldout")) == heldout and store.manifest.tokenizer.vocab_size == 290
+
+
+def test_parts_of_other_spans_are_not_taken(
+  settings: prepare.Settings, monkeypatch: pytest.MonkeyPatch
+):
+  kill(settings)
+  monkeypatch.setattr(prepare, "_MIN_PART_BYTES", 3000)  # As another version may have it.
+  store = prepare.prepare(settings)
+  whole = prepare.prepare(dataclasses.replace(settings, output=f"{settings.output}2"))
+  assert files(store.path) == files(whole.path)
+
+
+def test_a_part_that_changes_after_it_was_made_is_told_and_no_store_is_written(
+  settings: prepare.Settings, monkeypatch: pytest.MonkeyPatch
+):
+  make_parts = parts.make_parts
+
+  def zeroed(job, *arguments):
+    make_parts(job, *arguments)
+    path = pathlib.Path(job.file(2, "train.tokens"))
+    path.write_bytes(bytes(path.stat().st_size))
+
+  monkeypatch.setattr(parts, "make_parts", zeroed)
+  with pytest.raises(errors.CalmError, match=r"00002\.train\.tokens changed since it was written"):
+    prepare.prepare(settings)
+  monkeypatch.undo()
+  with pytest.raises(errors.CalmError, match="unfinished"):
+    store_lib.TokenStore.open(settings.output)
+
+
+def test_a_tokenizer_that_changes_while_it_is_used_is_told(
+  settings: prepare.Settings, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+  own = tmp_path / "own.model"
+  own.write_bytes(pathlib.Path(settings.tokenizer).read_bytes())
+  make_parts = parts.make_parts
+
+  def replaced(*arguments):
+    make_parts(*arguments)
+    tokenizer_lib.train([*DOCUMENTS, "another"], 290, str(own))
+
+  monkeypatch.setattr(parts, "make_parts", replaced)
+  with pytest.raises(errors.CalmError, match=r"own\.model changed while it was used"):
+    prepare.prepare(dataclasses.replace(settings, tokenizer=str(own)))
+
+
+def test_a_source_that_changes_while_it_is_read_becomes_no_store(
+  settings: prepare.Settings, monkeypatch: pytest.MonkeyPatch
+):
+  make_parts = parts.make_parts
+
+  def appended(*arguments):
+    make_parts(*arguments)
+    with_bad_line(settings)
+
+  monkeypatch.setattr(parts, "make_parts", appended)
+  with pytest.raises(errors.CalmError, match=r"b\.jsonl changed while it was read"):
+    prepare.prepare(settings)
+
+
+def test_the_files_of_a_part_are_on_the_disk_before_its_counts(
+  settings: prepare.Settings, monkeypatch: pytest.MonkeyPatch
+):
+  synced, fsync = [], os.fsync
+
+  def note(descriptor: int) -> None:
+    synced.append(os.path.basename(os.path.realpath(f"/proc/self/fd/{descriptor}")))
+    fsync(descriptor)
+
+  monkeypatch.setattr(os, "fsync", note)
+  prepare.prepare(settings)
+  raw = {
+    f"00000.{split}.{name}" for split in ("train", "heldout") for name in ("tokens", "lengths")
+  }
+  assert raw <= set(synced[: synced.index("00000.json.tmp")])
+
+
 def test_parts_of_other_settings_are_not_taken(settings: prepare.Settings):
-  none = dataclasses.replace(settings, heldout=1e-9)
-  with pytest.raises(errors.CalmError, match="no document falls in the heldout split"):
-    prepare.prepare(none)
+  broken = with_bad_line(dataclasses.replace(settings, append_eos=False))
+  with pytest.raises(errors.CalmError, match="not JSON"):
+    prepare.prepare(broken)
+  (work,) = (pathlib.Path(settings.output) / "unfinished").iterdir()
+  assert (work / "00000.json").exists()
+  pathlib.Path(settings.input[1]).write_text(pathlib.Path(settings.input[1]).read_text()[:-7])
   assert texts(prepare.prepare(settings), "heldout")
   assert not (pathlib.Path(settings.output) / "unfinished").exists()
 
@@ -222,6 +451,20 @@ def test_another_plan_is_refused_by_what_differs(settings: prepare.Settings):
   assert files(settings.output) == before
 
 
+@pytest.mark.parametrize(
+  "damage", [lambda path: path.unlink(), lambda path: path.write_text("{}"), lambda path: None]
+)
+def test_a_plan_that_is_not_the_stores_own_is_told(settings: prepare.Settings, damage):
+  plan = pathlib.Path(prepare.prepare(settings).path) / "plan.json"
+  other = dataclasses.replace(settings, output=f"{settings.output}2", append_eos=False)
+  plan.write_bytes((pathlib.Path(prepare.prepare(other).path) / "plan.json").read_bytes())
+  damage(plan)
+  with pytest.raises(
+    errors.CalmError, match=r"plan\.json(: .*No such file| is damaged: its bytes)"
+  ):
+    prepare.prepare(settings)
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_bad_line_stops_the_run_and_can_be_skipped(settings: prepare.Settings, workers: int):
   settings = with_bad_line(dataclasses.replace(settings, workers=workers))
@@ -238,10 +481,11 @@ def test_a_bad_line_stops_the_run_and_can_be_skipped(settings: prepare.Settings,
 @pytest.mark.parametrize(
   ("change", "reason"),
   [
-    ({"heldout": 0.0}, "--heldout=0.0 is not between 0 and 1"),
-    ({"heldout": 1.0}, "--heldout=1.0 is not between 0 and 1"),
-    ({"heldout": float("nan")}, "--heldout=nan is not between 0 and 1"),
-    ({"heldout": 1 - 1e-9}, "no document falls in the train split: there are 200"),
+    ({"heldout": -0.1}, r"--heldout=-0.1 is not in \[0, 1\)"),
+    ({"heldout": 1.0}, r"--heldout=1.0 is not in \[0, 1\)"),
+    ({"heldout": float("nan")}, r"--heldout=nan is not in \[0, 1\)"),
+    ({"heldout": 1e-9}, r"--heldout=1e-09 of [\d,]+ letters leaves nothing for the heldout split"),
+    ({"heldout": 1 - 1e-9}, "leaves nothing for the train split"),
     ({"workers": -1}, "--workers=-1 is negative"),
     ({"input": ()}, "must not be empty"),
     ({"output": ""}, "must not be empty"),
@@ -252,6 +496,12 @@ def test_a_bad_line_stops_the_run_and_can_be_skipped(settings: prepare.Settings,
     ({"tokenizer": "train:100000"}, "can't train a tokenizer of 100000 pieces"),
     ({"tokenizer": "train:300", "eos_token": "</s>"}, "--eos_token is for a tokenizer's file"),
     ({"tokenizer": "nowhere.model"}, r"no such tokenizer: nowhere\.model"),
+    ({"tokenizer": "train:99999999999999"}, "can't train a tokenizer of 99999999999999 pieces"),
+    ({"tokenizer": "/dev/zero"}, "'/dev/zero' is no tokenizer"),
+    ({"input": ("/dev/zero",)}, "/dev/zero has a suffix that is not known"),
+    ({"input": ("a\0b",)}, "matches nothing"),
+    ({"tokenizer": "a\0b.model"}, "can't read tokenizer"),
+    ({"output": "a\0b"}, "can't "),
     ({"tokenizer": "gpt2"}, "'gpt2' is no tokenizer"),
     ({"eos_token": "<fin>"}, "no token that ends a document"),
   ],

@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import json
+import os
 import pathlib
 import pickle
 import shutil
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 
 from calm_jax import errors
+from calm_jax.data import arrays, seal
+from calm_jax.data import manifest as manifest_lib
 from calm_jax.data import store as store_lib
 from calm_jax.data import tokenizer as tokenizer_lib
 
@@ -41,10 +44,12 @@ def write(
     str(path),
     tokenizer,
     contents,
-    [store_lib.Source("a.txt", 10, len(train) + 1)],
+    [manifest_lib.Source("a.txt", 10, len(train) + 1)],
     appends_eos=True,
     heldout=0.02,
+    heldout_by="documents",
     skipped_lines=0,
+    plan={"input": "a.txt"},
   )
 
 
@@ -73,8 +78,8 @@ def test_offsets_are_the_starts_of_documents_and_the_end(store: store_lib.TokenS
 def test_blocks_and_shards_do_not_show(
   tmp_path: pathlib.Path, tokenizer: tokenizer_lib.Tokenizer, monkeypatch: pytest.MonkeyPatch
 ):
-  monkeypatch.setattr(store_lib, "_CHUNK", 8)
-  monkeypatch.setattr(store_lib, "_SHARD", 32)
+  monkeypatch.setattr(arrays, "_CHUNK", 8)
+  monkeypatch.setattr(arrays, "_SHARD", 32)
   rng = np.random.default_rng(0)
   documents = [rng.integers(0, 280, size) for size in (1, 31, 32, 33, 100, 2, 64)]
   stores = [write(tmp_path / str(n), tokenizer, documents, n) for n in (1, 5, 32, 1000)]
@@ -101,6 +106,30 @@ def test_hash_tells_different_tokens_apart(
   assert write(tmp_path / "boundary", tokenizer, other_boundary).hash != store.hash
 
 
+def test_hash_follows_from_the_content_and_not_from_names_or_compression(
+  tmp_path: pathlib.Path,
+  store: store_lib.TokenStore,
+  tokenizer: tokenizer_lib.Tokenizer,
+  monkeypatch: pytest.MonkeyPatch,
+):
+  spec = arrays._spec
+
+  def smaller(*arguments):
+    found = spec(*arguments)
+    inner = found["metadata"]["codecs"][0]["configuration"]["codecs"]
+    inner[1] = {"name": "zstd", "configuration": {"level": 9}}
+    return found
+
+  monkeypatch.setattr(arrays, "_spec", smaller)
+  train = [np.arange(5), np.array([9]), np.arange(100, 104)]
+  contents = {"train": content(train), "heldout": content([np.array([7, 0, 1])])}
+  other = store_lib.write(
+    str(tmp_path / "other"), tokenizer, contents, [manifest_lib.Source("b.txt", 11, 5)],
+    appends_eos=True, heldout=0.3, heldout_by="end", skipped_lines=4, plan={"a": "b"},
+  )  # fmt: skip
+  assert other.manifest != store.manifest and other.hash == store.hash
+
+
 def test_reopened_and_pickled_stores_are_the_same(store: store_lib.TokenStore):
   for other in (store_lib.TokenStore.open(store.path), pickle.loads(pickle.dumps(store))):
     assert other.manifest == store.manifest and other.hash == store.hash
@@ -121,10 +150,16 @@ def test_tokens_are_stored_in_the_smallest_type(vocab_size: int, name: str):
 
 
 def test_the_manifest_survives_json(store: store_lib.TokenStore):
-  text = json.dumps(dataclasses.asdict(store.manifest))
-  assert store_lib.Manifest.from_json(text) == store.manifest
-  with pytest.raises(ValueError, match="format 99, this version reads 1"):
-    store_lib.Manifest.from_json(text.replace('"format_version": 1', '"format_version": 99'))
+  values = json.loads(store.manifest.to_json())
+  assert manifest_lib.Manifest.from_mapping(values, "here") == store.manifest
+
+
+def test_a_store_of_another_version_is_refused_by_its_number(store: store_lib.TokenStore):
+  file = pathlib.Path(store.path) / "manifest.json"
+  values = {**json.loads(file.read_text()), "format_version": 1}
+  file.write_text(json.dumps(values))
+  with pytest.raises(errors.CalmError, match="format 1, this version reads 2: prepare the text ag"):
+    store_lib.TokenStore.open(store.path)
 
 
 def test_a_store_without_a_manifest_is_unfinished(store: store_lib.TokenStore):
@@ -139,9 +174,165 @@ def test_a_store_without_a_manifest_is_unfinished(store: store_lib.TokenStore):
 def test_a_broken_manifest_is_told_in_one_line(store: store_lib.TokenStore, text: str):
   file = pathlib.Path(store.path) / "manifest.json"
   file.write_bytes(text.encode(errors="surrogateescape"))
+  with pytest.raises(errors.CalmError, match=r"manifest\.json.*: prepare the text again") as caught:
+    store_lib.TokenStore.open(store.path)
+  assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  ("before", "after"),
+  [
+    ('"tokens": 10', '"tokens": 9'),
+    ('"eos_id": 1', '"eos_id": 2'),
+    ('"appends_eos": true', '"appends_eos": false'),
+    ('"name": "a.txt"', '"name": "b.txt"'),
+    ('"heldout": 0.02', '"heldout": 0.03'),
+  ],
+)
+def test_an_edited_manifest_is_refused(store: store_lib.TokenStore, before: str, after: str):
+  file = pathlib.Path(store.path) / "manifest.json"
+  assert before in file.read_text()
+  file.write_text(file.read_text().replace(before, after))
+  with pytest.raises(errors.CalmError, match=r"manifest\.json is damaged: its fields have SHA"):
+    store_lib.TokenStore.open(store.path)
+
+
+@pytest.mark.parametrize(
+  ("name", "change"),
+  [
+    ("dtype", "float32"),
+    ("dtype", 3),
+    ("splits", []),
+    ("splits", {}),
+    ("sources", [3]),
+    ("tokenizer", {"file": "../../key", "sha256": "", "vocab_size": 3, "eos_id": 1}),
+    ("tokenizer", {"file": "tokenizer.json", "sha256": "", "vocab_size": 3, "eos_id": 3}),
+    ("new", 1),
+  ],
+)
+def test_a_manifest_with_the_right_hash_and_wrong_types_is_told(
+  store: store_lib.TokenStore, name: str, change
+):
+  values = dataclasses.asdict(store.manifest) | {name: change}
+  (pathlib.Path(store.path) / "manifest.json").write_text(json.dumps(seal.sealed(values)))
   with pytest.raises(errors.CalmError, match=r"can't read .*manifest\.json") as caught:
     store_lib.TokenStore.open(store.path)
   assert "\n" not in str(caught.value)
+
+
+def changed_json(path: pathlib.Path, change) -> None:
+  values = json.loads(path.read_text())
+  change(values["codecs"][0]["configuration"]["codecs"])
+  path.write_text(json.dumps(values))
+
+
+def test_tokens_laid_out_otherwise_are_refused_and_not_read_wrongly(store: store_lib.TokenStore):
+  array = pathlib.Path(store.path) / "train/tokens/zarr.json"
+  before = array.read_text()
+  for change in (
+    lambda codecs: codecs[0]["configuration"].update(endian="big"),
+    lambda codecs: codecs.pop(),  # The checksum.
+  ):
+    array.write_text(before)
+    changed_json(array, change)
+    with pytest.raises(errors.CalmError, match=r"can't read .* Mismatch in \"codecs\"") as caught:
+      store_lib.TokenStore.open(store.path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "train/tokens/zarr.json", "heldout/offsets/c/0"])
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(store: store_lib.TokenStore, name: str):
+  file = pathlib.Path(store.path) / name
+  file.unlink()
+  os.mkfifo(file)
+  with pytest.raises(errors.CalmError, match=rf"{name} is (a pipe|missing or no file)"):
+    store_lib.TokenStore.open(store.path)
+
+
+def test_verify_reads_all_and_reports_each(store: store_lib.TokenStore):
+  found = []
+  store.verify(lambda name, line: found.append((name, line)))
+  arrays_of = [
+    f"{split}/{name}" for split in ("train", "heldout") for name in ("tokens", "offsets")
+  ]
+  assert [name for name, _ in found] == [
+    "manifest.json",
+    "plan.json",
+    "tokenizer.model",
+    *arrays_of,
+  ]
+  assert (
+    "10 tokens" in dict(found)["train/tokens"] and "3 documents" in dict(found)["train/offsets"]
+  )
+
+
+@pytest.mark.parametrize(
+  "name",
+  ["tokenizer.model", "plan.json", "train/tokens/c/0", "train/tokens/c/1", "train/offsets/c/0"],
+)
+def test_verify_names_the_first_file_that_lies(
+  tmp_path: pathlib.Path,
+  tokenizer: tokenizer_lib.Tokenizer,
+  monkeypatch: pytest.MonkeyPatch,
+  name: str,
+):
+  monkeypatch.setattr(arrays, "_CHUNK", 8)
+  monkeypatch.setattr(arrays, "_SHARD", 16)
+  documents = [[np.arange(5), np.arange(25)], [np.arange(4), np.arange(100, 126)]]
+  first, second = (write(tmp_path / n, tokenizer, d) for n, d in zip("ab", documents, strict=True))
+  first.verify()
+  target = pathlib.Path(first.path) / name
+  if target.suffix:
+    target.write_bytes(target.read_bytes() + b" ")
+  else:  # Of the same size, and whole by its own checksum.
+    shutil.copyfile(pathlib.Path(second.path) / name, target)
+  opened = store_lib.TokenStore.open(first.path)
+  with pytest.raises(errors.CalmError, match=rf"{name} is damaged: .* SHA-256 .*: prepare the"):
+    opened.verify()
+
+
+def test_verify_refuses_tokens_outside_the_vocabulary(
+  tmp_path: pathlib.Path, tokenizer: tokenizer_lib.Tokenizer
+):
+  store = write(tmp_path / "store", tokenizer, [np.array([1, 280, 3])])
+  with pytest.raises(errors.CalmError, match="train/tokens is damaged: it holds token 280, the vo"):
+    store.verify()
+
+
+def test_what_is_not_read_back_as_it_was_written_becomes_no_store(
+  tmp_path: pathlib.Path, tokenizer: tokenizer_lib.Tokenizer, monkeypatch: pytest.MonkeyPatch
+):
+  """A second writer, or a disk, zeroes a shard between writing and reading."""
+  opened = arrays.open
+
+  def zeroed(path, name, size, dtype, num_sums):
+    if name == "train/tokens":
+      spec = arrays._spec(path, name, size, dtype)
+      arrays.tensorstore.open(spec, open=True).result().write(np.zeros(size, dtype)).result()
+    return opened(path, name, size, dtype, num_sums)
+
+  monkeypatch.setattr(arrays, "open", zeroed)
+  with pytest.raises(errors.CalmError, match=r"train/tokens/c/0 is damaged"):
+    write(tmp_path / "store", tokenizer, [np.arange(5)])
+  monkeypatch.undo()
+  with pytest.raises(errors.CalmError, match="unfinished"):
+    store_lib.TokenStore.open(str(tmp_path / "store"))
+
+
+def test_a_written_store_and_its_folders_are_on_the_disk_before_its_manifest(
+  tmp_path: pathlib.Path, tokenizer: tokenizer_lib.Tokenizer, monkeypatch: pytest.MonkeyPatch
+):
+  synced, fsync = [], os.fsync
+
+  def note(descriptor: int) -> None:
+    synced.append(os.path.relpath(os.path.realpath(f"/proc/self/fd/{descriptor}"), tmp_path))
+    fsync(descriptor)
+
+  monkeypatch.setattr(os, "fsync", note)
+  write(tmp_path / "store", tokenizer, [np.arange(5)])
+  assert synced[-2:] == ["store/manifest.json.tmp", "store"]
+  folders = {".", "store", "store/train", "store/heldout", "store/train/tokens"}
+  assert folders < set(synced[:-2]) and "store/tokenizer.model.tmp" in synced[:-2]
 
 
 def test_a_lost_array_or_one_of_other_size_is_told_at_once(
@@ -150,10 +341,10 @@ def test_a_lost_array_or_one_of_other_size_is_told_at_once(
   write(tmp_path / "other", tokenizer, [np.arange(6)])
   root = pathlib.Path(store.path)
   shutil.rmtree(root / "train/tokens")
-  with pytest.raises(errors.CalmError, match="can't read the token store"):
+  with pytest.raises(errors.CalmError, match=r"can't read the token store .*train/tokens"):
     store_lib.TokenStore.open(store.path)
   shutil.copytree(tmp_path / "other/train/tokens", root / "train/tokens")
-  with pytest.raises(errors.CalmError, match=r"is damaged: train holds \(6, 3\)"):
+  with pytest.raises(errors.CalmError, match=r"can't read .*\[10\] but received: \[6\]"):
     store_lib.TokenStore.open(store.path)
 
 
@@ -164,8 +355,8 @@ def test_a_lost_or_damaged_file_is_never_read_as_tokens(store: store_lib.TokenSt
   with pytest.raises(errors.CalmError, match=r"can't read .* Error reading shard"):
     store_lib.TokenStore.open(store.path).read("train", 0, 4)
   shard.unlink()
-  with pytest.raises(errors.CalmError, match=r"can't read .* is missing"):
-    store_lib.TokenStore.open(store.path).read("train", 0, 4)
+  with pytest.raises(errors.CalmError, match=r"can't read .*train/tokens/c/0 is missing"):
+    store_lib.TokenStore.open(store.path)
 
 
 def test_the_store_keeps_a_copy_of_its_tokenizer(

@@ -1,7 +1,9 @@
 """Claims about tokenizers: lossless, deterministic, and no text becomes a control id."""
 
 import json
+import os
 import pathlib
+import types
 
 import pytest
 import tokenizers
@@ -122,6 +124,81 @@ def test_an_eos_that_text_can_produce_is_refused(tmp_path: pathlib.Path):
     tokenizer_lib.load(str(path))
 
 
+@pytest.mark.parametrize("eos", [-1, 330, 2**31, 2**40])
+def test_an_eos_outside_the_vocabulary_is_refused(
+  trained: tokenizer_lib.Tokenizer, tmp_path: pathlib.Path, eos: int
+):
+  for path in (trained.path, hugging_face(tmp_path / "tokenizer.json", ["</s>"])):
+    with pytest.raises(errors.CalmError, match=f"has no token {eos} to end documents with"):
+      tokenizer_lib.load(path, eos)
+
+
+def test_the_id_of_eos_is_the_models_and_not_what_the_file_says(tmp_path: pathlib.Path):
+  path = pathlib.Path(hugging_face(tmp_path / "tokenizer.json", ["</s>"]))
+  content = json.loads(path.read_text())
+  content["added_tokens"][0]["id"] = 250
+  path.write_text(json.dumps(content))
+  assert tokenizer_lib.load(str(path)).eos_id == 0
+
+
+def test_a_pipe_and_a_device_are_no_tokenizer_and_not_waited_for(tmp_path: pathlib.Path):
+  os.mkfifo(tmp_path / "a.model")
+  (tmp_path / "b.json").symlink_to("/dev/zero")
+  for name in ("a.model", "b.json"):
+    with pytest.raises(errors.CalmError, match=f"{name} is a pipe, a device"):
+      tokenizer_lib.load(str(tmp_path / name))
+
+
+def test_a_file_too_big_for_a_tokenizer_is_not_read(tmp_path: pathlib.Path):
+  with open(tmp_path / "a.model", "wb") as file:
+    file.truncate(2**40)  # It takes no room.
+  with pytest.raises(errors.CalmError, match=r"it has 1,099,511,627,776 bytes, none has more than"):
+    tokenizer_lib.load(str(tmp_path / "a.model"))
+
+
+def test_ids_beyond_31_bits_are_refused(tmp_path: pathlib.Path):
+  path = pathlib.Path(hugging_face(tmp_path / "tokenizer.json", ["</s>"]))
+  content = json.loads(path.read_text())
+  content["model"]["vocab"]["gap"] = 2**31
+  path.write_text(json.dumps(content))
+  with pytest.raises(errors.CalmError, match=r"its ids go up to 2,147,483,648, they must lie in"):
+    tokenizer_lib.load(str(path))
+
+
+def test_a_text_that_can_not_be_encoded_is_told(tmp_path: pathlib.Path):
+  model = tokenizers.Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, unk_token="<unk>"))
+  model.pre_tokenizer = pre_tokenizers.Whitespace()
+  model.add_special_tokens(["</s>"])
+  model.encode_special_tokens = True
+  path = tmp_path / "tokenizer.json"
+  model.save(str(path))
+  with pytest.raises(
+    errors.CalmError, match=r"tokenizer\.json can't encode a text: WordLevel error"
+  ):
+    tokenizer_lib.load(str(path)).encode("b")
+
+
+class Panic(BaseException):
+  """As what Rust's panics are raised as."""
+
+
+def panic(*arguments, **named):
+  raise Panic("index out\nof bounds")
+
+
+def test_a_panic_of_the_library_is_told_in_one_line(
+  tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+  path = hugging_face(tmp_path / "tokenizer.json", ["</s>"])
+  loaded = tokenizer_lib.load(path)
+  loaded._model = types.SimpleNamespace(encode=panic)  # pyright: ignore
+  with pytest.raises(errors.CalmError, match="can't encode a text: index out of bounds"):
+    loaded.encode("a")
+  monkeypatch.setattr(tokenizers, "Tokenizer", types.SimpleNamespace(from_str=panic))
+  with pytest.raises(errors.CalmError, match=r"can't read tokenizer .*: index out of bounds"):
+    tokenizer_lib.load(path)
+
+
 def test_the_vocabulary_bounds_ids_that_have_gaps(tmp_path: pathlib.Path):
   path = pathlib.Path(hugging_face(tmp_path / "tokenizer.json", ["</s>"]))
   content = json.loads(path.read_text())
@@ -136,6 +213,8 @@ def test_the_vocabulary_bounds_ids_that_have_gaps(tmp_path: pathlib.Path):
     ("a.model", b"", "can't read tokenizer"),
     ("a.model", b"no model", "can't read tokenizer"),
     ("a.json", b"{}", "can't read tokenizer"),
+    ("a.json", b"[" * 10**6, "can't read tokenizer"),
+    ("a.json", b"[]", "can't read tokenizer"),
     ("a.json", b"\xff", "can't read tokenizer"),
     ("a.model", None, "no such tokenizer"),
     ("a.bpe", b"", "is no tokenizer"),

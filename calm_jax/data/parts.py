@@ -1,7 +1,8 @@
 """Documents -> parts: the tokens of a stretch of the corpus, made in parallel and kept.
 
-A part is five files in a work folder: tokens and document lengths of each split,
-and a JSON of counts, written last. One that has its counts is never made again.
+A part is five files in a work folder: tokens and document lengths of each split, and a JSON
+of counts, written last, with sums of the others and of itself. One that is whole is never made
+again; one that was cut, zeroed or edited since is.
 """
 
 import collections
@@ -10,25 +11,27 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import json
+import itertools
 import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import process
+from typing import IO
 
 import numpy as np
 from etils import epath
 
 from calm_jax import errors, files
-from calm_jax.data import sources, store
+from calm_jax.data import holdout, manifest, seal, sources, store
 from calm_jax.data import tokenizer as tokenizer_lib
 
 Counts = collections.Counter[str]  # "train.tokens", "heldout.documents", "0.bytes", ...
 SKIPPED = "skipped_lines"
 
 _LENGTH_DTYPE = np.dtype(np.int64)
+_FILES = tuple(f"{split}.{name}" for split in manifest.SPLITS for name in ("tokens", "lengths"))
 _READ_BYTES = 2**24
 # SentencePiece needs some 50 bytes of memory a letter, so long documents are encoded
 # in pieces that end at a newline.
@@ -40,30 +43,39 @@ class Job:
   """What every part of a run has in common.
 
   Attributes:
-    directory: the work folder. tokenizer: its file. eos_id: its EOS.
+    directory: the work folder. tokenizer: its file. tokenizer_sha256: of its bytes.
+    eos_id: its EOS.
     text_field: the field of JSON lines, the column of Parquet.
     skip_bad_lines: whether to count bad lines and go on.
     append_eos: whether EOS ends each document.
-    heldout: the share of documents that are held out.
+    division: what is held out.
   """
 
   directory: str
   tokenizer: str
+  tokenizer_sha256: str
   eos_id: int
   text_field: str
   skip_bad_lines: bool
   append_eos: bool
-  heldout: float
+  division: holdout.Division
+
+  def digest(self, spans: Sequence[sources.Span]) -> str:
+    """Returns a hash of all that the content of a part of these spans follows from."""
+    values = dataclasses.asdict(self) | {"spans": [dataclasses.astuple(span) for span in spans]}
+    return seal.digest({**values, "directory": "", "tokenizer": ""})  # Not of where they lie.
 
   def file(self, part: int, name: str) -> epath.Path:
     """Returns the path of a part's file."""
     return epath.Path(self.directory) / f"{part:05d}.{name}"
 
 
-def is_heldout(text: str, share: float) -> bool:
-  """Tells whether a document is held out, by its content, so that its copies are too."""
-  digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-  return int.from_bytes(digest, "big") < share * 2**64
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """A part that is made: what there was, and the SHA-256 of each of its files by name."""
+
+  counts: Counts
+  sums: dict[str, str]
 
 
 def good_documents(
@@ -80,16 +92,22 @@ def good_documents(
     yield item
 
 
-def read_counts(job: Job, part: int) -> Counts | None:
-  """Returns the counts of a part that was made before, else None."""
+def read_part(job: Job, part: int, spans: Sequence[sources.Span]) -> Part | None:
+  """Returns a part that was made before, of the same, and is whole; else None."""
+  path = job.file(part, "json")
   try:
-    return collections.Counter(json.loads(job.file(part, "json").read_text()))
-  except (FileNotFoundError, ValueError):
+    values = seal.unsealed(files.read_json(path), str(path))
+    if values["made_of"] != job.digest(spans):
+      return None
+    found = Part(collections.Counter(values["counts"]), values["files"])
+    whole = all(files.digest(job.file(part, name)) == found.sums[name] for name in _FILES)
+  except (errors.CalmError, KeyError):
     return None
+  return found if whole else None
 
 
-def make_part(job: Job, part: int, spans: Sequence[sources.Span]) -> Counts:
-  """Writes a part and returns its counts.
+def make_part(job: Job, part: int, spans: Sequence[sources.Span]) -> Part:
+  """Writes a part and returns what is in it, once it is on the disk.
 
   Raises:
     CalmError: if its sources can't be read or its files can't be written.
@@ -97,22 +115,26 @@ def make_part(job: Job, part: int, spans: Sequence[sources.Span]) -> Counts:
   try:
     with contextlib.ExitStack() as stack:
       writers = {
-        split: stack.enter_context(_SplitWriter.open(job, part, split)) for split in store.SPLITS
+        split: stack.enter_context(_SplitWriter.open(job, part, split)) for split in manifest.SPLITS
       }
-      counts = _tokenize(job, spans, writers)
-    files.write(job.file(part, "json"), json.dumps(counts))
+      counts = _tokenize(job, part, spans, writers)
+    sums = {name: total for writer in writers.values() for name, total in writer.sums().items()}
+    for name in _FILES:
+      files.sync(job.file(part, name))
+    values = {"made_of": job.digest(spans), "counts": dict(counts), "files": sums}
+    files.write(job.file(part, "json"), files.to_json(seal.sealed(values)))
   except OSError as error:  # Those of sources are CalmErrors by now.
     raise errors.CalmError(f"can't write {job.directory}: {error}") from error
-  return counts
+  return Part(counts, sums)
 
 
 def make_parts(
   job: Job,
   spans_of: dict[int, tuple[sources.Span, ...]],
   workers: int,
-  on_done: Callable[[int, Counts], None],
+  on_done: Callable[[int, Part], None],
 ) -> None:
-  """Makes parts in `workers` processes and calls `on_done` with the counts of each.
+  """Makes parts in `workers` processes and calls `on_done` with each.
 
   Raises:
     CalmError: of the first part that fails, or if a process dies.
@@ -143,14 +165,13 @@ def make_parts(
       child.terminate()
 
 
-def read_split(job: Job, counts: Sequence[Counts], split: str, dtype: np.dtype) -> store.Content:
-  """Returns a split of all parts, in order."""
-  parts = range(len(counts))
+def read_split(job: Job, parts: Sequence[Part], split: str, dtype: np.dtype) -> store.Content:
+  """Returns a split of all parts, in order; reading it raises CalmError at a damaged file."""
   return store.Content(
-    num_tokens=sum(count[f"{split}.tokens"] for count in counts),
-    num_documents=sum(count[f"{split}.documents"] for count in counts),
-    tokens=_read_blocks((job.file(part, f"{split}.tokens") for part in parts), dtype),
-    lengths=_read_blocks((job.file(part, f"{split}.lengths") for part in parts), _LENGTH_DTYPE),
+    num_tokens=sum(part.counts[f"{split}.tokens"] for part in parts),
+    num_documents=sum(part.counts[f"{split}.documents"] for part in parts),
+    tokens=_read_blocks(job, parts, f"{split}.tokens", dtype),
+    lengths=_read_blocks(job, parts, f"{split}.lengths", _LENGTH_DTYPE),
   )
 
 
@@ -168,48 +189,71 @@ def _start_worker() -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def _tokenizer(path: str, eos_id: int) -> tokenizer_lib.Tokenizer:
-  return tokenizer_lib.load(path, eos=eos_id)
+def _tokenizer(path: str, eos_id: int, sha256: str) -> tokenizer_lib.Tokenizer:
+  loaded = tokenizer_lib.load(path, eos=eos_id)
+  if loaded.sha256 != sha256:
+    raise errors.CalmError(f"{path} changed while it was used: run prepare again")
+  return loaded
 
 
 class _SplitWriter:
   """Appends documents to a part's files of one split."""
 
-  def __init__(self, tokens, lengths, dtype: np.dtype):
-    self._tokens, self._lengths, self._dtype = tokens, lengths, dtype
+  def __init__(self, split: str, opened: dict[str, IO[bytes]], dtype: np.dtype):
+    self._split, self._files, self._dtype = split, opened, dtype
+    self._sums = {name: hashlib.sha256() for name in opened}
 
   @classmethod
   @contextlib.contextmanager
   def open(cls, job: Job, part: int, split: str) -> Iterator["_SplitWriter"]:
-    """Opens the files, emptying those of an attempt that was cut short."""
-    dtype = store.token_dtype(_tokenizer(job.tokenizer, job.eos_id).vocab_size)
+    """Opens the files, in place of those of an attempt that was cut short."""
+    tokenizer = _tokenizer(job.tokenizer, job.eos_id, job.tokenizer_sha256)
+    for name in ("tokens", "lengths"):
+      job.file(part, f"{split}.{name}").unlink(missing_ok=True)
     with (
       job.file(part, f"{split}.tokens").open("wb") as tokens,
       job.file(part, f"{split}.lengths").open("wb") as lengths,
     ):
-      yield cls(tokens, lengths, dtype)
+      opened = {"tokens": tokens, "lengths": lengths}
+      yield cls(split, opened, store.token_dtype(tokenizer.vocab_size))
 
-  def append(self, ids: Sequence[int]) -> None:
-    """Writes one document."""
-    self._tokens.write(np.array(ids, self._dtype).tobytes())
-    self._lengths.write(np.array([len(ids)], _LENGTH_DTYPE).tobytes())
+  def append(self, pieces: Iterable[Sequence[int]]) -> int:
+    """Writes one document, given in pieces, and returns its length in tokens."""
+    length = 0
+    for ids in pieces:
+      self._write("tokens", np.array(ids, self._dtype))
+      length += len(ids)
+    self._write("lengths", np.array([length], _LENGTH_DTYPE))
+    return length
+
+  def sums(self) -> dict[str, str]:
+    """Returns the SHA-256 of what was written, by file."""
+    return {f"{self._split}.{name}": total.hexdigest() for name, total in self._sums.items()}
+
+  def _write(self, name: str, values: np.ndarray) -> None:
+    content = values.tobytes()
+    self._sums[name].update(content)
+    self._files[name].write(content)
 
 
-def _tokenize(job: Job, spans: Iterable[sources.Span], writers: dict[str, _SplitWriter]) -> Counts:
+def _tokenize(
+  job: Job, part: int, spans: Iterable[sources.Span], writers: dict[str, _SplitWriter]
+) -> Counts:
   """Writes the documents of `spans` to their splits and returns what there was."""
-  tokenizer = _tokenizer(job.tokenizer, job.eos_id)
-  end = [tokenizer.eos_id] if job.append_eos else []
+  tokenizer = _tokenizer(job.tokenizer, job.eos_id, job.tokenizer_sha256)
+  end = [[tokenizer.eos_id]] if job.append_eos else []
   counts: Counts = collections.Counter()
+  number = 0
   for span in spans:
     for item in good_documents(span, job.text_field, job.skip_bad_lines):
       if isinstance(item, sources.BadLine):
         counts[SKIPPED] += 1
         continue
-      ids = [token for piece in _pieces(item) for token in tokenizer.encode(piece)] + end
-      split = "heldout" if is_heldout(item, job.heldout) else "train"
-      writers[split].append(ids)
-      counts[f"{split}.tokens"] += len(ids)
-      counts[f"{split}.documents"] += 1
+      for split, text in job.division.of(part, number, item):
+        encoded = (tokenizer.encode(piece) for piece in _pieces(text))
+        counts[f"{split}.tokens"] += writers[split].append(itertools.chain(encoded, end))
+        counts[f"{split}.documents"] += 1
+      number += 1
       counts[f"{span.source}.bytes"] += len(item.encode())
       counts[f"{span.source}.documents"] += 1
   return counts
@@ -225,8 +269,17 @@ def _pieces(text: str) -> Iterator[str]:
   yield text[start:]
 
 
-def _read_blocks(files: Iterable[epath.Path], dtype: np.dtype) -> Iterator[np.ndarray]:
-  for path in files:
+def _read_blocks(
+  job: Job, parts: Sequence[Part], name: str, dtype: np.dtype
+) -> Iterator[np.ndarray]:
+  """Yields a file of each part, and raises where one is not as it was written."""
+  for number, part in enumerate(parts):
+    path, found = job.file(number, name), hashlib.sha256()
     with path.open("rb") as file:
       while block := file.read(_READ_BYTES):
-        yield np.frombuffer(block, dtype)
+        found.update(block)
+        yield np.frombuffer(block[: len(block) - len(block) % dtype.itemsize], dtype)
+    if found.hexdigest() != part.sums[name]:
+      raise errors.CalmError(
+        f"{path} changed since it was written: run prepare again, which makes it anew"
+      )

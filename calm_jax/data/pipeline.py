@@ -13,6 +13,31 @@ from calm_jax.data import store as store_lib
 Batch = Mapping[str, np.ndarray]
 
 
+FEW_BLOCKS = 20  # Figures on fewer vary much.
+
+
+def require_heldout(store: store_lib.TokenStore, otherwise: str) -> None:
+  """Raises CalmError unless the store has a held-out split; `otherwise` is another way out."""
+  if not store.num_tokens("heldout"):
+    raise errors.CalmError(
+      f"the token store {store.path} has no held-out split, as --heldout=0 asks: prepare the text "
+      f"with a share, as --heldout=0.02{otherwise}"
+    )
+
+
+def of_few_blocks(store: store_lib.TokenStore, context: int, evaluates: bool) -> list[str]:
+  """Returns a line for each split that is used and holds few blocks of `context` tokens."""
+  return [
+    f"warning: the {split} split of {store.path} holds only {blocks} blocks of {context} tokens, "
+    f"fewer than {FEW_BLOCKS}: {effect}; prepare more text{larger} or shorten --config.data.context"
+    for split, used, effect, larger in (
+      ("train", True, "they are soon learnt by heart", ""),
+      ("heldout", evaluates, "figures on them vary much", " or a larger --heldout"),
+    )
+    if used and (blocks := store.num_tokens(split) // context) < FEW_BLOCKS
+  ]
+
+
 class Blocks:
   """Block i of a split: tokens [i * context, (i + 1) * context), across document ends.
 

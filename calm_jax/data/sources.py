@@ -13,7 +13,7 @@ import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, NamedTuple
 
-from calm_jax import errors
+from calm_jax import errors, files
 
 STDLIB = "stdlib:"
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}  # Suffix -> pyarrow's name.
@@ -29,6 +29,11 @@ _STDLIB_SKIPPED_FOLDERS = _SKIPPED_FOLDERS | {
 }
 _MACHINE_SPECIFIC = ("config-", "_sysconfigdata", "sitecustomize", "usercustomize")
 _TOPICS = "documentation topics"  # A format of its own: no file suffix leads to it.
+
+# What is held in memory at once, whatever a compressed file unpacks to.
+_DOCUMENT_BYTES = 2**30  # Of a file that is one document.
+_LINE_BYTES = 2**27  # Of a line of JSON, and of a value of Parquet.
+_READ_BYTES = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +105,8 @@ def documents(span: Span, field: str) -> Iterator[Item]:
   """Yields the documents of a span that are not empty, and its bad lines.
 
   Raises:
-    CalmError: if the file can't be read: gone, truncated, not UTF-8, no such column.
+    CalmError: if the file can't be read: gone, truncated, not UTF-8, no such column, or
+      a document of more than 1 GiB.
   """
   try:
     for item in READERS[span.format].read(span, field):
@@ -108,11 +114,19 @@ def documents(span: Span, field: str) -> Iterator[Item]:
         yield item
   except errors.CalmError:
     raise
-  except (OSError, ValueError, NotImplementedError) as error:
+  except (OSError, ValueError, EOFError) as error:
     reason = "not UTF-8: " if isinstance(error, UnicodeDecodeError) else ""
     raise errors.CalmError(
       f"can't read {span.path}: {reason}{' '.join(str(error).split())}"
     ) from error
+
+
+def require_unchanged(spans: Sequence[Span]) -> None:
+  """Raises CalmError where a file is no longer as it was found."""
+  for span in spans:
+    now = _span(span.path, span.source) if span.mtime_ns else span
+    if (now.size, now.mtime_ns) != (span.size, span.mtime_ns):
+      raise errors.CalmError(f"{span.path} changed while it was read: run prepare again")
 
 
 def split(spans: Sequence[Span], part_bytes: int) -> list[tuple[Span, ...]]:
@@ -167,7 +181,11 @@ def _find_stdlib(source: int) -> tuple[str, list[Span]]:
 def _walk(root: str, skipped: set[str]) -> list[str]:
   """Returns the files below `root` of known format, without hidden ones, sorted."""
   found = []
-  for folder, subfolders, names in os.walk(root):
+
+  def unreadable(error: OSError) -> None:
+    raise errors.CalmError(f"can't read {error.filename}: {error.strerror}") from error
+
+  for folder, subfolders, names in os.walk(root, onerror=unreadable):
     subfolders[:] = (name for name in subfolders if name not in skipped and name[0] != ".")
     known = (name for name in names if name[0] != "." and _format(name) in READERS)
     found += [os.path.join(folder, name) for name in known]
@@ -180,6 +198,7 @@ def _span(path: str, source: int) -> Span:
       f"{path} has a suffix that is not known: {', '.join(_known_suffixes())}, and "
       f"{' or '.join(COMPRESSIONS)} after any of them"
     )
+  files.require_regular(path)
   try:
     status = os.stat(path)
   except OSError as error:
@@ -200,6 +219,7 @@ def _known_suffixes() -> list[str]:
 
 
 def _open(path: str) -> IO[bytes]:
+  files.require_regular(path)  # It may have been one when it was found.
   compression = COMPRESSIONS.get(pathlib.PurePath(path).suffix)
   if compression is None:
     return open(path, "rb")
@@ -213,32 +233,62 @@ def _open(path: str) -> IO[bytes]:
 def _read_whole(span: Span, field: str) -> Iterator[Item]:
   """Yields the file as one document."""
   del field
-  with _open(span.path) as file:
-    yield file.read().decode("utf-8")
+  yield _content(span.path).decode("utf-8")
+
+
+def _content(path: str) -> bytearray:
+  """Returns the bytes of a file, ValueError where they are more than a document may have."""
+  content = bytearray()
+  with _open(path) as file:
+    while block := file.read(_READ_BYTES):
+      content += block
+      if len(content) > _DOCUMENT_BYTES:
+        raise ValueError(
+          f"it holds more than {_DOCUMENT_BYTES:,} bytes, the most a document may have: cut it "
+          "into several files"
+        )
+  return content
 
 
 def _read_json_lines(span: Span, field: str) -> Iterator[Item]:
   """Yields a field of the lines that start within the span."""
   with _open(span.path) as file:
-    position, lines_before = 0, 0
+    first, lines_before = 0, 0
     if span.start:
       # A line belongs to the span of its first byte, so the one cut by the start does not.
       file.seek(span.start - 1)
-      position = span.start - 1 + len(file.readline())
-      lines_before = None
-    first = position
-    for number, line in enumerate(file, start=1):
+      first, lines_before = span.start - 1 + _skip_line(file, span.num_bytes + 1), None
+    position = first
+    for number in itertools.count(1):
       if span.stop is not None and position >= span.stop:
+        return
+      line = file.readline(_LINE_BYTES + 1)
+      if not line:
         return
       position += len(line)
       if not line.strip():
         continue
       try:
-        yield _field_of(line, field)
-      except (ValueError, RecursionError) as error:
+        item = _field_of(line, field)
+      except ValueError as error:
         if lines_before is None:
           lines_before = _count_lines(span.path, first)
-        yield BadLine(f"{span.path}:{lines_before + number}", str(error))
+        item = BadLine(f"{span.path}:{lines_before + number}", str(error))
+      yield item
+      if len(line) > _LINE_BYTES:  # After the yield: who stops at a bad line need not read it.
+        position += _skip_line(file, None)
+
+
+def _skip_line(file: IO[bytes], limit: int | None) -> int:
+  """Returns the bytes up to the end of a line, read and forgotten, or `limit` if none ends."""
+  skipped = 0
+  while limit is None or skipped < limit:
+    size = _READ_BYTES if limit is None else min(_READ_BYTES, limit - skipped)
+    block = file.readline(size)
+    skipped += len(block)
+    if not block or block.endswith(b"\n"):
+      break
+  return skipped
 
 
 def _field_of(line: bytes, field: str) -> str:
@@ -247,12 +297,18 @@ def _field_of(line: bytes, field: str) -> str:
   Raises:
     ValueError: with the reason, if there is none that can be written as UTF-8.
   """
+  if len(line) > _LINE_BYTES:
+    raise ValueError(f"longer than {_LINE_BYTES:,} bytes, the most a line may have")
   try:
     record = json.loads(line.decode("utf-8"))
   except UnicodeDecodeError as error:
     raise ValueError(f"not UTF-8 ({error.reason} at byte {error.start} of the line)") from error
   except json.JSONDecodeError as error:
     raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from error
+  except RecursionError as error:
+    raise ValueError("JSON nested too deep") from error
+  except ValueError as error:  # Python reads no integer of more than 4,300 digits.
+    raise ValueError(f"JSON that can't be read ({str(error).partition(':')[0]})") from error
   if not isinstance(record, dict) or field not in record:
     raise ValueError(f"no field {field!r} (--text_field names it)")
   text = record[field]
@@ -278,19 +334,46 @@ def _read_parquet(span: Span, field: str) -> Iterator[Item]:
   import pyarrow as pa
   from pyarrow import parquet
 
-  with parquet.ParquetFile(span.path) as file:
-    schema = file.schema_arrow
-    if field not in schema.names:
-      raise errors.CalmError(
-        f"{span.path} has no column {field!r} (--text_field names it) but {', '.join(schema.names)}"
-      )
-    kind = schema.field(field).type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-      raise errors.CalmError(f"column {field!r} of {span.path} holds {kind}, not text")
-    batches = file.iter_batches(batch_size=1024, columns=[field])
-    for row, value in enumerate(itertools.chain.from_iterable(b.column(0) for b in batches), 1):
-      text = value.as_py()
-      yield BadLine(f"{span.path}:{row}", "null, not text") if text is None else text
+  files.require_regular(span.path)
+  try:
+    with parquet.ParquetFile(span.path) as file:
+      _require_text(span.path, file.schema_arrow, field)
+    # Values are kept as indices of a dictionary: a long one that a small file repeats a
+    # million times is in memory once.
+    with parquet.ParquetFile(span.path, read_dictionary=[field]) as file:
+      batches = file.iter_batches(batch_size=1024, columns=[field])
+      values = itertools.chain.from_iterable(b.column(0) for b in batches)
+      for row, value in enumerate(values, 1):
+        yield _value_of(f"{span.path}:{row}", value)
+  except (pa.ArrowException, MemoryError) as error:
+    raise ValueError(str(error) or type(error).__name__) from error
+
+
+def _require_text(path: str, schema, field: str) -> None:
+  """Raises CalmError unless a column of Parquet is there and holds text."""
+  import pyarrow as pa
+
+  if field not in schema.names:
+    raise errors.CalmError(
+      f"{path} has no column {field!r} (--text_field names it) but {', '.join(schema.names)}"
+    )
+  kind = schema.field(field).type
+  kind = kind.value_type if pa.types.is_dictionary(kind) else kind  # As some files say themselves.
+  if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+    raise errors.CalmError(f"column {field!r} of {path} holds {kind}, not text")
+
+
+def _value_of(where: str, value) -> Item:
+  """Returns the text of a value of Parquet, or why it is none."""
+  try:
+    text = value.as_py()
+  except UnicodeDecodeError as error:
+    return BadLine(where, f"not UTF-8 ({error.reason} at byte {error.start})")
+  if text is None:
+    return BadLine(where, "null, not text")
+  if len(text) > _LINE_BYTES:
+    return BadLine(where, f"longer than {_LINE_BYTES:,} letters, the most a value may have")
+  return text
 
 
 def _read_topics(span: Span, field: str) -> Iterator[Item]:

@@ -1,97 +1,34 @@
 """Tokens -> token store: two flat arrays a split, readable at random, from disk or a bucket.
 
-  manifest.json          what is in the store; written last, so it marks a whole store
+  manifest.json          what is in the store, with sums of all of it and a hash of itself;
+                         written last, so it marks a whole store
   plan.json              what it was made from, for `calm_jax.prepare`
   tokenizer.model|json   a copy
   train/tokens           zarr v3, uint16 or uint32 [tokens]
   train/offsets          zarr v3, int64 [documents + 1]: the start of each document, and the end
   heldout/tokens, heldout/offsets
 
-A block of 512 or of 8192 tokens takes one request, whatever its start.
+A block of 512 or of 8192 tokens takes one request, whatever its start. Opening checks the
+manifest's hash and that arrays of the right size are there; reading checks the CRC-32C of what
+is read; `TokenStore.verify` checks everything.
 """
 
 import dataclasses
 import hashlib
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import tensorstore
 from etils import epath
 
 from calm_jax import errors, files
+from calm_jax.data import arrays
+from calm_jax.data import manifest as manifest_lib
 from calm_jax.data import tokenizer as tokenizer_lib
+from calm_jax.data.manifest import MANIFEST, SPLITS
 
-FORMAT_VERSION = 1
-SPLITS = ("train", "heldout")
-MANIFEST = "manifest.json"
-
-_CHUNK = 8192  # Elements that are compressed and read together.
-_SHARD = 2**24  # Elements a file.
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenizerInfo:
-  """The tokenizer of a store: the name of its copy there, its hash and its EOS."""
-
-  file: str
-  hash: str
-  vocab_size: int
-  eos_id: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-  """An input: its name, and the UTF-8 bytes of its documents."""
-
-  name: str
-  bytes: int
-  documents: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Split:
-  """The size of a split, and a checksum of its tokens and offsets."""
-
-  tokens: int
-  documents: int
-  checksum: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Manifest:
-  """What is in a store.
-
-  Attributes:
-    appends_eos: whether EOS ends every document. dtype: of the stored tokens.
-    skipped_lines: bad lines left out of `sources`.
-    heldout: the share of documents asked for; `splits` has what came of it.
-  """
-
-  tokenizer: TokenizerInfo
-  appends_eos: bool
-  dtype: str
-  heldout: float
-  skipped_lines: int
-  sources: tuple[Source, ...]
-  splits: Mapping[str, Split]
-  format_version: int = FORMAT_VERSION
-
-  @classmethod
-  def from_json(cls, text: str) -> "Manifest":
-    """Returns the manifest that `text` holds; ValueError, KeyError or TypeError for none."""
-    values = json.loads(text)
-    if values["format_version"] != FORMAT_VERSION:
-      raise ValueError(f"format {values['format_version']}, this version reads {FORMAT_VERSION}")
-    return cls(
-      **values
-      | {
-        "tokenizer": TokenizerInfo(**values["tokenizer"]),
-        "sources": tuple(Source(**source) for source in values["sources"]),
-        "splits": {name: Split(**values["splits"][name]) for name in SPLITS},
-      }
-    )
+PLAN = "plan.json"
+OFFSET_DTYPE = np.dtype(np.int64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,26 +44,26 @@ class Content:
 class TokenStore:
   """A whole token store. Can be pickled, and read from several threads."""
 
-  def __init__(self, path: str, manifest: Manifest):
+  def __init__(self, path: str, manifest: manifest_lib.Manifest):
     self.path, self.manifest = path, manifest
-    self._tokens = {name: _open(path, f"{name}/tokens") for name in SPLITS}
-    self._offsets = {name: _open(path, f"{name}/offsets") for name in SPLITS}
+    self._tokens, self._offsets = {}, {}
     for name, split in manifest.splits.items():
-      found = self._tokens[name].shape[0], self._offsets[name].shape[0] - 1
-      if found != (split.tokens, split.documents):
-        raise errors.CalmError(
-          f"{path} is damaged: {name} holds {found} tokens and documents, {MANIFEST} says "
-          f"{(split.tokens, split.documents)}"
-        )
+      ends = split.documents + 1
+      self._tokens[name] = arrays.open(
+        path, f"{name}/tokens", split.tokens, np.dtype(manifest.dtype), len(split.token_shards)
+      )
+      self._offsets[name] = arrays.open(
+        path, f"{name}/offsets", ends, OFFSET_DTYPE, len(split.offset_shards)
+      )
 
   @classmethod
   def open(cls, path: str) -> "TokenStore":
     """Returns the store at `path`, a folder or a bucket's URL.
 
     Raises:
-      CalmError: if there is none, or it is unfinished or damaged.
+      CalmError: if there is none, it is unfinished, or it is seen to be damaged.
     """
-    manifest = read_manifest(path)
+    manifest = manifest_lib.read(path)
     if manifest is None:
       if epath.Path(path).exists():
         raise errors.CalmError(f"the token store {path} is unfinished: run prepare again")
@@ -138,9 +75,8 @@ class TokenStore:
 
   @property
   def hash(self) -> str:
-    """The first 16 hex digits of the manifest's SHA-256, which identify the content."""
-    values = dataclasses.asdict(self.manifest)
-    return _digest(json.dumps(values, sort_keys=True, separators=(",", ":")).encode())
+    """16 hex digits that follow from tokens, offsets, tokenizer and EOS, and nothing else."""
+    return self.manifest.content_hash
 
   def num_tokens(self, split: str) -> int:
     """Returns the number of tokens in a split."""
@@ -154,32 +90,102 @@ class TokenStore:
     """
     if not 0 <= start <= stop <= self.num_tokens(split):
       raise ValueError(f"{split} has tokens [0, {self.num_tokens(split)}), not [{start}, {stop})")
-    return self._get(self._tokens[split][start:stop]).astype(np.int32)
+    return arrays.read(self._tokens[split][start:stop], self.path).astype(np.int32)
 
   def offsets(self, split: str) -> np.ndarray:
     """Returns the start of each document and the end of the last, int64 [documents + 1]."""
-    return self._get(self._offsets[split])
+    return arrays.read(self._offsets[split], self.path)
 
-  def _get(self, array: Any) -> np.ndarray:
-    try:
-      return array.read().result()
-    except ValueError as error:
-      raise errors.CalmError(f"can't read the token store {self.path}: {error}") from error
+  def verify(self, report: Callable[[str, str], None] = lambda name, found: None) -> None:
+    """Reads everything and raises at the first that is not as it was written.
+
+    Takes as long as reading the files, and some MiB of memory.
+
+    Args:
+      report: called with the name of each thing, and a line on what was checked, once it
+        is found whole.
+
+    Raises:
+      CalmError: naming the file that is damaged.
+    """
+    report(MANIFEST, self.verify_manifest())
+    report(PLAN, self.verify_plan())
+    report(self.manifest.tokenizer.file, self.verify_tokenizer())
+    for split in SPLITS:
+      report(f"{split}/tokens", self.verify_tokens(split))
+      report(f"{split}/offsets", self.verify_offsets(split))
+
+  def verify_manifest(self) -> str:
+    """Returns a line on the manifest; CalmError if it is no longer the one that was opened."""
+    if manifest_lib.read(self.path) != self.manifest:
+      raise errors.CalmError(f"{epath.Path(self.path) / MANIFEST} was replaced since it was opened")
+    return f"SHA-256 of its fields; store {self.hash}"
+
+  def verify_plan(self) -> str:
+    """Returns a line on the plan; CalmError if it is not the one that the store was made by."""
+    if not self.manifest.plan:
+      return "none: the store was not made by prepare"
+    require_digest(epath.Path(self.path) / PLAN, self.manifest.plan)
+    return "SHA-256 of its bytes"
+
+  def verify_tokenizer(self) -> str:
+    """Returns a line on the tokenizer's copy; CalmError if it is not the one written with."""
+    info = self.manifest.tokenizer
+    path = epath.Path(self.path) / info.file
+    require_digest(path, info.sha256)
+    loaded = tokenizer_lib.load(str(path), info.eos_id)
+    if loaded.vocab_size != info.vocab_size:
+      raise errors.CalmError(
+        f"{path} has a vocabulary of {loaded.vocab_size}, {MANIFEST} says {info.vocab_size}"
+      )
+    return f"SHA-256 of its bytes; vocabulary of {info.vocab_size:,}, EOS {info.eos_id}"
+
+  def verify_tokens(self, split: str) -> str:
+    """Returns a line on the tokens of a split.
+
+    Raises:
+      CalmError: if they are not those that were written, or lie outside the vocabulary.
+    """
+    name, size = f"{split}/tokens", self.manifest.tokenizer.vocab_size
+    sums = self.manifest.splits[split].token_shards
+    for block in arrays.verified(self._tokens[split], self.path, name, sums):
+      if len(block) and int(block.max()) >= size:
+        raise errors.CalmError(
+          f"{epath.Path(self.path) / name} is damaged: it holds token {int(block.max())}, the "
+          f"vocabulary has {size}"
+        )
+    return f"SHA-256 of {len(sums)} shards, {self.num_tokens(split):,} tokens of the vocabulary"
+
+  def verify_offsets(self, split: str) -> str:
+    """Returns a line on the documents' offsets of a split.
+
+    Raises:
+      CalmError: if they are not those that were written, or do not ascend from 0 to the
+        number of tokens.
+    """
+    name, sizes = f"{split}/offsets", self.manifest.splits[split]
+    first, last = None, 0
+    for block in arrays.verified(self._offsets[split], self.path, name, sizes.offset_shards):
+      first = int(block[0]) if first is None else first
+      if np.any(np.diff(block, prepend=last) < 0):
+        raise errors.CalmError(f"{epath.Path(self.path) / name} is damaged: it does not ascend")
+      last = int(block[-1])
+    if (first, last) != (0, sizes.tokens):
+      raise errors.CalmError(
+        f"{epath.Path(self.path) / name} is damaged: it goes from {first} to {last}, the split has "
+        f"{sizes.tokens} tokens"
+      )
+    return f"SHA-256 of {len(sizes.offset_shards)} shards, {sizes.documents:,} documents"
 
 
-def read_manifest(path: str) -> Manifest | None:
-  """Returns the manifest of the store at `path`, None if there is no whole store.
-
-  Raises:
-    CalmError: if it can't be read.
-  """
-  file = epath.Path(path) / MANIFEST
-  try:
-    return Manifest.from_json(file.read_text())
-  except (FileNotFoundError, NotADirectoryError):
-    return None
-  except (OSError, ValueError, KeyError, TypeError) as error:
-    raise errors.CalmError(f"can't read {file}: {error}") from error
+def require_digest(path: epath.Path, expected: str) -> None:
+  """Raises CalmError unless a file's bytes have the SHA-256 that a store's manifest records."""
+  found = files.digest(path)
+  if found != expected:
+    raise errors.CalmError(
+      f"{path} is damaged: its bytes have SHA-256 {found[:16]}, {MANIFEST} says {expected[:16]}: "
+      f"{manifest_lib.AGAIN}"
+    )
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -191,33 +197,53 @@ def write(
   path: str,
   tokenizer: tokenizer_lib.Tokenizer,
   contents: Mapping[str, Content],
-  sources: Iterable[Source],
+  sources: Iterable[manifest_lib.Source],
   *,
   appends_eos: bool,
   heldout: float,
+  heldout_by: str,
   skipped_lines: int,
+  plan: Mapping[str, Any] | None = None,
 ) -> TokenStore:
-  """Writes a store, its manifest last, and returns it.
+  """Writes a store, reads it back, writes its manifest last, and returns it.
+
+  Args:
+    plan: what it is made from, to be kept beside it; None for a store made otherwise.
 
   Raises:
-    CalmError: if it can't be written.
+    CalmError: if it can't be written, or what is read back is not what was written.
   """
   dtype = token_dtype(tokenizer.vocab_size)
   root = epath.Path(path)
   file = f"tokenizer{epath.Path(tokenizer.path).suffix}"
   try:
     root.mkdir(parents=True, exist_ok=True)
-    epath.Path(tokenizer.path).copy(root / file, overwrite=True)
-    manifest = Manifest(
-      tokenizer=TokenizerInfo(file, tokenizer.hash, tokenizer.vocab_size, tokenizer.eos_id),
+    for left in (root / name for name in SPLITS):  # By an attempt that was cut short.
+      if left.exists():
+        left.rmtree()
+    copy = files.read(tokenizer.path)
+    if hashlib.sha256(copy).hexdigest() != tokenizer.sha256:
+      raise errors.CalmError(f"{tokenizer.path} changed while it was used: run prepare again")
+    files.write(root / file, copy)
+    text = files.to_json(plan) if plan is not None else ""
+    if text:
+      files.write(root / PLAN, text)
+    splits = {name: _write_split(path, name, contents[name], dtype) for name in SPLITS}
+    arrays.sync_folders(path)
+    manifest = manifest_lib.Manifest(
+      tokenizer=manifest_lib.TokenizerInfo(
+        file, tokenizer.sha256, tokenizer.vocab_size, tokenizer.eos_id
+      ),
       appends_eos=appends_eos,
       dtype=dtype.name,
       heldout=heldout,
+      heldout_by=heldout_by,
       skipped_lines=skipped_lines,
       sources=tuple(sources),
-      splits={name: _write_split(path, name, contents[name], dtype) for name in SPLITS},
+      splits=splits,
+      plan=hashlib.sha256(text.encode()).hexdigest() if text else "",
     )
-    files.write(root / MANIFEST, files.to_json(dataclasses.asdict(manifest)))
+    files.write(root / MANIFEST, manifest.to_json())
   except errors.CalmError:
     raise
   except (OSError, ValueError) as error:  # TensorStore tells a full disk by ValueError.
@@ -226,12 +252,14 @@ def write(
   return TokenStore(path, manifest)
 
 
-def _write_split(path: str, name: str, content: Content, dtype: np.dtype) -> Split:
-  tokens = _write_array(path, f"{name}/tokens", content.num_tokens, dtype, content.tokens)
-  offsets = _write_array(
-    path, f"{name}/offsets", content.num_documents + 1, np.dtype(np.int64), _starts(content.lengths)
+def _write_split(path: str, name: str, content: Content, dtype: np.dtype) -> manifest_lib.Split:
+  tokens, documents = content.num_tokens, content.num_documents
+  return manifest_lib.Split(
+    tokens,
+    documents,
+    arrays.write(path, f"{name}/tokens", tokens, dtype, content.tokens),
+    arrays.write(path, f"{name}/offsets", documents + 1, OFFSET_DTYPE, _starts(content.lengths)),
   )
-  return Split(content.num_tokens, content.num_documents, _digest((tokens + offsets).encode()))
 
 
 def _starts(lengths: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
@@ -242,74 +270,3 @@ def _starts(lengths: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
     starts = end + np.cumsum(block, dtype=np.int64)
     yield starts
     end = starts[-1:] if len(starts) else end
-
-
-def _write_array(
-  path: str, name: str, size: int, dtype: np.dtype, blocks: Iterable[np.ndarray]
-) -> str:
-  """Writes a flat array of `size` elements and returns the digest of its bytes."""
-  array = tensorstore.open(_spec(path, name, size, dtype), create=True, delete_existing=True)
-  array = array.result()
-  digest, start = hashlib.sha256(), 0
-  for block in _regrouped(blocks, _SHARD):
-    stored = block.astype(dtype.newbyteorder("<"), copy=False)
-    digest.update(stored.tobytes())
-    array[start : start + len(stored)].write(stored).result()
-    start += len(stored)
-  assert start == size, (name, start, size)
-  return digest.hexdigest()
-
-
-def _regrouped(blocks: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
-  """Yields the same elements in blocks of `size`, the last one shorter."""
-  held, count = [], 0
-  for block in blocks:
-    held.append(block)
-    count += len(block)
-    if count >= size:
-      whole = np.concatenate(held)
-      yield from (whole[i : i + size] for i in range(0, count - size + 1, size))
-      held, count = [whole[count - count % size :]], count % size
-  if count:
-    yield np.concatenate(held)
-
-
-def _open(path: str, name: str) -> Any:
-  try:
-    return tensorstore.open(_address(path, name), read=True).result()
-  except ValueError as error:
-    reason = str(error).partition(" [tensorstore_spec=")[0]
-    raise errors.CalmError(f"can't read the token store {path}: {reason}") from error
-
-
-def _address(path: str, name: str) -> dict[str, Any]:
-  url = f"{files.absolute(path).rstrip('/')}/{name}/"
-  return {
-    "driver": "zarr3",
-    "kvstore": url if "://" in path else {"driver": "file", "path": url},
-    # A lost file is an error, not a run of zeros.
-    "fill_missing_data_reads": False,
-    "store_data_equal_to_fill_value": True,
-  }
-
-
-def _spec(path: str, name: str, size: int, dtype: np.dtype) -> dict[str, Any]:
-  inner = [
-    {"name": "bytes", "configuration": {"endian": "little"}},
-    {"name": "zstd", "configuration": {"level": 1}},
-    {"name": "crc32c"},
-  ]
-  sharded = {"chunk_shape": [_CHUNK], "codecs": inner}
-  grid = {"name": "regular", "configuration": {"chunk_shape": [_SHARD]}}
-  return _address(path, name) | {
-    "metadata": {
-      "shape": [size],
-      "data_type": dtype.name,
-      "chunk_grid": grid,
-      "codecs": [{"name": "sharding_indexed", "configuration": sharded}],
-    }
-  }
-
-
-def _digest(content: bytes) -> str:
-  return hashlib.sha256(content).hexdigest()[:16]

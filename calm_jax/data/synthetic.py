@@ -10,7 +10,7 @@ import numpy as np
 import tokenizers
 
 from calm_jax import errors
-from calm_jax.data import store, tokenizer
+from calm_jax.data import holdout, store, tokenizer
 
 PREFIX = "synthetic:"
 TOKENS = {"train": 2**22, "heldout": 2**19}
@@ -57,5 +57,6 @@ def _write(vocab_size: int) -> store.TokenStore:
   }
   return store.write(
     str(folder / "tokens"), tokenizer.load(str(folder / "words.json")), contents, [],
-    appends_eos=False, heldout=TOKENS["heldout"] / sum(TOKENS.values()), skipped_lines=0,
+    appends_eos=False, heldout=TOKENS["heldout"] / sum(TOKENS.values()),
+    heldout_by=holdout.DOCUMENTS, skipped_lines=0,
   )  # fmt: skip

@@ -26,6 +26,7 @@ EOS_NAMES = (
   "<｜end▁of▁sentence｜>",  # noqa: RUF001 -- DeepSeek writes it with these letters.
 )
 
+_MAX_BYTES = 2**28  # Of a tokenizer's file; the largest in use have some 2**25.
 _SPACE_MARK = "▁"  # SentencePiece writes a space so, and decodes this letter to a space.
 
 # What a learned piece may span: a word with the space and punctuation before it,
@@ -41,21 +42,41 @@ class Tokenizer(abc.ABC):
   like a special token is encoded as the letters it is written with.
 
   Attributes:
-    path: of the file. hash: the first 16 hex digits of the SHA-256 of its bytes.
+    path: of the file. sha256: of its bytes.
     vocab_size: every id is smaller. eos_id: ends a document.
   """
 
   path: str
-  hash: str
+  sha256: str
   vocab_size: int
   eos_id: int
 
   def __init__(self, path: str, content: bytes):
-    self.path, self.hash = path, hashlib.sha256(content).hexdigest()[:16]
+    self.path, self.sha256 = path, hashlib.sha256(content).hexdigest()
+
+  @property
+  def hash(self) -> str:
+    """The first 16 hex digits of `sha256`."""
+    return self.sha256[:16]
+
+  def encode(self, text: str) -> list[int]:
+    """Returns the ids of `text`, without EOS.
+
+    Raises:
+      CalmError: if the tokenizer can't encode it, as one without an unknown token may not.
+    """
+    try:
+      return self._encode(text)
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+      raise
+    except BaseException as error:  # As for `load`.
+      raise errors.CalmError(
+        f"tokenizer {self.path} can't encode a text: {_reason(error):.200}"
+      ) from error
 
   @abc.abstractmethod
-  def encode(self, text: str) -> list[int]:
-    """Returns the ids of `text`, without EOS."""
+  def _encode(self, text: str) -> list[int]:
+    """Returns what `encode` does, with the library's own errors."""
 
   @abc.abstractmethod
   def decode(self, ids: Iterable[int]) -> str:
@@ -86,7 +107,7 @@ class _SentencePiece(Tokenizer):
     adds_prefix = self._model.encode("a", out_type=str)[0].startswith(_SPACE_MARK)
     return ids if all(map(self._model.is_byte, ids)) and not adds_prefix else []
 
-  def encode(self, text: str) -> list[int]:
+  def _encode(self, text: str) -> list[int]:
     if not self._mark_ids or _SPACE_MARK not in text:
       return self._model.encode(text)
     first, *others = self._model.encode(text.split(_SPACE_MARK))
@@ -114,10 +135,12 @@ class _HuggingFace(Tokenizer):
     self._model.no_truncation()
     self._model.encode_special_tokens = True  # Special tokens in a text are letters.
     # Ids may have gaps, so the count of pieces is not a bound.
-    self.vocab_size = 1 + max(self._model.get_vocab(with_added_tokens=True).values())
-    self._added = {token["content"]: token["id"] for token in json.loads(content)["added_tokens"]}
+    self.vocab_size = 1 + max(self._model.get_vocab(with_added_tokens=True).values(), default=-1)
+    added = [token["content"] for token in json.loads(content)["added_tokens"]]
+    # Not the ids that the file says: those the model gives, which may differ.
+    self._added = {name: self._model.token_to_id(name) for name in added}
 
-  def encode(self, text: str) -> list[int]:
+  def _encode(self, text: str) -> list[int]:
     return self._model.encode(text, add_special_tokens=False).ids
 
   def decode(self, ids: Iterable[int]) -> str:
@@ -150,20 +173,50 @@ def load(path: str, eos: str | int = "") -> Tokenizer:
       f"{path!r} is no tokenizer: give a SentencePiece .model, a Hugging Face tokenizer.json "
       "or train:VOCAB"
     )
-  try:
-    tokenizer = kind(path, epath.Path(path).read_bytes())
-  except FileNotFoundError as error:
-    raise errors.CalmError(f"no such tokenizer: {path}") from error
-  except Exception as error:  # Hugging Face's raises no narrower class.
-    reason = " ".join(str(error).split())
-    raise errors.CalmError(f"can't read tokenizer {path}: {reason}") from error
+  tokenizer = _read(kind, path)
   tokenizer.eos_id = eos if isinstance(eos, int) else _eos_id(tokenizer, eos)
+  if not 0 <= tokenizer.eos_id < tokenizer.vocab_size:
+    raise errors.CalmError(
+      f"{path} has no token {tokenizer.eos_id} to end documents with: its vocabulary has "
+      f"{tokenizer.vocab_size}"
+    )
   if tokenizer.eos_id in tokenizer.encode(tokenizer.piece(tokenizer.eos_id)):
     raise errors.CalmError(
       f"{path} encodes the text {tokenizer.piece(tokenizer.eos_id)!r} as EOS, so documents "
       "that mention it would end there: make it a control or special token"
     )
   return tokenizer
+
+
+def _read(kind: type[Tokenizer], path: str) -> Tokenizer:
+  """Returns the tokenizer in a file, its EOS not known yet."""
+  file = epath.Path(path)
+  files.require_regular(path)
+  try:
+    size = file.stat().length
+    if size > _MAX_BYTES:
+      raise errors.CalmError(
+        f"can't read tokenizer {path}: it has {size:,} bytes, none has more than {_MAX_BYTES:,}"
+      )
+    tokenizer = kind(path, file.read_bytes())
+  except errors.CalmError:
+    raise
+  except FileNotFoundError as error:
+    raise errors.CalmError(f"no such tokenizer: {path}") from error
+  except (KeyboardInterrupt, SystemExit, GeneratorExit):
+    raise
+  except BaseException as error:  # Hugging Face's raises no narrower class, and panics.
+    raise errors.CalmError(f"can't read tokenizer {path}: {_reason(error)}") from error
+  if not 0 < tokenizer.vocab_size < 2**31:
+    raise errors.CalmError(
+      f"can't read tokenizer {path}: its ids go up to {tokenizer.vocab_size - 1:,}, they must "
+      f"lie in [0, {2**31 - 1:,})"
+    )
+  return tokenizer
+
+
+def _reason(error: BaseException) -> str:
+  return " ".join(str(error).split()) or type(error).__name__
 
 
 def _eos_id(tokenizer: Tokenizer, name: str) -> int:
