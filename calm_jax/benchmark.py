@@ -60,8 +60,9 @@ def _job() -> contenders.Job | None:
   run = run_flags.run()
   if run is None:
     return None
-  codec = run.model if isinstance(run, config.AutoencoderRun) else run_flags.codec()
-  return contenders.Job(run_flags.title(), run, codec, run_flags.vocab_size())
+  found = run_flags.companions()
+  codec = run.model if isinstance(run, config.AutoencoderRun) else found.autoencoder
+  return contenders.Job(run_flags.title(), run, codec, found.vocab_size)
 
 
 def main() -> None:

@@ -145,11 +145,18 @@ class Backbone(Transformer):
   """Sizes of stage two's Transformer over patches.
 
   Attributes:
+    patch_size: K, tokens a patch, that the run is written for; an autoencoder of another K
+      is refused.
     input: what a patch is to it: its tokens (`discrete`, as published), its latent
       (`continuous`), or the sum of `both`.
   """
 
+  patch_size: int = 4
   input: Literal["both", "continuous", "discrete"] = "discrete"
+
+  def __post_init__(self):
+    super().__post_init__()
+    require_positive(self, "patch_size")
 
   @property
   def reads_tokens(self) -> bool:
@@ -447,6 +454,38 @@ RUNS: dict[str, type[Run]] = {
   "calm": CalmRun,
   "transformer": TransformerRun,
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Companions:
+  """What goes with a config file's size where no workdir tells it, by default the published.
+
+  A config file's `get_companions` returns it for a size, as its `get_config` the settings.
+
+  Attributes:
+    vocab_size: V of the tokenizer, by default Llama 3's.
+    autoencoder: sizes of the autoencoder that stage two reads; other stages read none.
+  """
+
+  vocab_size: int = 128_256
+  autoencoder: Autoencoder = dataclasses.field(default_factory=Autoencoder)
+
+
+def require_same_patches(run: Run, codec: Autoencoder, whose: str, other: str) -> None:
+  """Raises CalmError unless stage two is written for the K of its autoencoder.
+
+  Args:
+    whose: the autoencoder, for people. other: the flag that gives another one.
+  """
+  if not isinstance(run, CalmRun) or run.model.patch_size == codec.patch_size:
+    return
+  ours, theirs = run.model.patch_size, codec.patch_size
+  context = run.data.context // ours * theirs
+  raise errors.CalmError(
+    f"config.model.patch_size is {ours}, but {whose} has K = {theirs} tokens a patch: give another "
+    f"{other}, or --config.model.patch_size={theirs} --config.data.context={context}, which keeps "
+    "the patches an example"
+  )
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:

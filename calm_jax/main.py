@@ -138,6 +138,9 @@ def _calm(run: config.CalmRun, given: Given) -> Built:
     "config.autoencoder is empty: give --config.autoencoder=W, the workdir of stage one",
   )
   codec = workdir.load_autoencoder(source)
+  config.require_same_patches(
+    run, codec.run.model, f"the autoencoder in {source}", "--config.autoencoder"
+  )
   workdir.require_same_tokenizer(codec.origin, given.store, source)
   vocab_size = given.vocab_size(codec.origin.vocab_size)
   origin = workdir.Origin.of(

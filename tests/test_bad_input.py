@@ -76,6 +76,25 @@ def test_no_autoencoder_one_that_is_not_there_and_one_that_is_none(
     refused(dataclasses.replace(calm_run, autoencoder=path), tmp_path / "new", reason)
 
 
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_a_run_written_for_another_k_names_both_and_the_flags(calm_run, tmp_path, dry_run):
+  run = changed(calm_run, model={"patch_size": 2})
+  reason = (
+    f"patch_size is 2, but the autoencoder in {calm_run.autoencoder} has K = 4 .* "
+    "--config.model.patch_size=4 --config.data.context=64, which keeps the patches"
+  )
+  with pytest.raises(errors.CalmError, match=reason) as caught:
+    main.train_run(run, str(tmp_path / "new"), main.Options(dry_run=dry_run))
+  assert "\n" not in str(caught.value) and not (tmp_path / "new").exists()
+
+
+def test_weights_of_another_k_are_no_start(calm_run, trained_calm, tmp_path):
+  run = dataclasses.replace(
+    changed(calm_run, model={"patch_size": 2}), autoencoder="", start_from=str(trained_calm)
+  )
+  refused(run, tmp_path / "new", "give --config.model.patch_size=4")
+
+
 def test_a_store_that_does_not_match_the_autoencoder(
   calm_run, trained_autoencoder, other_tokens, tmp_path
 ):
