@@ -61,6 +61,7 @@ def _job() -> contenders.Job | None:
   if run is None:
     return None
   found = run_flags.companions()
+  print(run_flags.counted_with(run, found), file=sys.stderr)
   codec = run.model if isinstance(run, config.AutoencoderRun) else found.autoencoder
   return contenders.Job(run_flags.title(), run, codec, found.vocab_size)
 

@@ -7,7 +7,10 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from calm_jax import config, errors
+from calm_jax import config, errors, settings
+
+# Flags defined here are those of the act that calls: its --help is to show them.
+flags.disclaim_key_flags()
 
 
 def define(
@@ -45,8 +48,8 @@ def run(name: str = "config") -> config.Run | None:
   try:
     values: Mapping[str, Any] = value.to_dict()
   except OSError as error:  # What went wrong when the flag was parsed shows here.
-    reason = " ".join(str(error).partition("Attempted")[2].split())
-    raise errors.CalmError(f"can't load --{name}: {reason}") from error
+    file = config_flags.get_config_filename(flags.FLAGS[name])
+    raise errors.CalmError(settings.unloadable(name, file, error)) from error
   return config.from_mapping(values)
 
 
@@ -66,22 +69,22 @@ def companions() -> config.Companions:
   """
   path, *size = config_flags.get_config_filename(flags.FLAGS["config"]).split(":", 1)
   own = runpy.run_path(path).get("get_companions", lambda *size: config.Companions())(*size)
-  given, settings = run("autoencoder_config"), run()
+  given, ours = run("autoencoder_config"), run()
   codec = own.autoencoder
   if given is not None:
     if not isinstance(given, config.AutoencoderRun):
       raise errors.CalmError(f"--autoencoder_config is of stage {given.stage!r}: give stage one's")
     codec = given.model
-  if settings is not None:
+  if ours is not None:
     whose = "the autoencoder of " + ("--autoencoder_config" if given else "this size")
-    config.require_same_patches(settings, codec, whose, "--autoencoder_config")
+    config.require_same_patches(ours, codec, whose, "--autoencoder_config")
   return config.Companions(flags.FLAGS.vocab_size or own.vocab_size, codec)
 
 
-def counted_with(settings: config.Run, found: config.Companions) -> str:
+def counted_with(ours: config.Run, found: config.Companions) -> str:
   """Returns what of `companions` counts for these settings, for people."""
   codec, line = found.autoencoder, f"vocabulary {found.vocab_size:,} (--vocab_size)"
-  if not isinstance(settings, config.CalmRun):
+  if not isinstance(ours, config.CalmRun):
     return line
   return (
     f"{line}; autoencoder of K = {codec.patch_size}, width {codec.width}, latent {codec.latent} "
