@@ -88,6 +88,20 @@ def test_a_run_written_for_another_k_names_both_and_the_flags(calm_run, tmp_path
   assert "\n" not in str(caught.value) and not (tmp_path / "new").exists()
 
 
+def test_a_workdir_older_than_stage_twos_k_has_its_autoencoders(trained_calm, tmp_path):
+  shutil.copytree(trained_calm, tmp_path / "old")
+  whole = workdir.read_run(str(trained_calm))
+  own, inner = tmp_path / "old/config.json", tmp_path / "old/autoencoder/config.json"
+  for path, model in ((own, {"patch_size": None}), (inner, {"patch_size": 2})):
+    values = json.loads(path.read_text())
+    sizes = values["model"] | model
+    values["model"] = {name: size for name, size in sizes.items() if size is not None}
+    path.write_text(json.dumps(values))
+  assert workdir.read_run(str(tmp_path / "old")) == changed(whole, model={"patch_size": 2})
+  shutil.rmtree(tmp_path / "old/autoencoder")
+  assert workdir.read_run(str(tmp_path / "old")) == whole
+
+
 def test_weights_of_another_k_are_no_start(calm_run, trained_calm, tmp_path):
   run = dataclasses.replace(
     changed(calm_run, model={"patch_size": 2}), autoencoder="", start_from=str(trained_calm)
@@ -276,7 +290,7 @@ COMMANDS = {
   "unknown contender": ("benchmark", "--suite=train --contenders=torch", "--contenders has"),
   "no document": ("benchmark", "--document=none.md", "can't read --document=none.md"),
   "unknown suite": ("benchmark", "--suite=evil", "did you mean 'eval'"),
-  "no such flag": ("generate", "--workdri={calm}", "Did you mean: workdir"),
+  "no such flag": ("generate", "--workdri={calm}", "--workdri: no such flag; nearest: --workdir"),
 }  # fmt: skip
 
 
