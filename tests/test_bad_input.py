@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 
+import acts
+import folders
 import jax
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from jax import numpy as jnp
 from calm_jax import config, errors, main, prepare, workdir
 from calm_jax.data import store as store_lib
 from calm_jax.data import tokenizer as tokenizer_lib
+from calm_jax.interchange import reading
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -100,6 +103,12 @@ def test_a_workdir_older_than_stage_twos_k_has_its_autoencoders(trained_calm, tm
   assert workdir.read_run(str(tmp_path / "old")) == changed(whole, model={"patch_size": 2})
   shutil.rmtree(tmp_path / "old/autoencoder")
   assert workdir.read_run(str(tmp_path / "old")) == whole
+
+
+@pytest.mark.parametrize(("case", "k"), [("k4", 4), ("k2_gqa", 2)])
+def test_an_imported_model_is_written_for_the_k_of_its_autoencoder(case: str, k: int):
+  run = reading.read(folders.GOLDEN / case / "energy").run
+  assert isinstance(run, config.CalmRun) and run.model.patch_size == k
 
 
 def test_weights_of_another_k_are_no_start(calm_run, trained_calm, tmp_path):
@@ -294,17 +303,27 @@ COMMANDS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("act", "flags", "reason"), COMMANDS.values(), ids=COMMANDS.keys())
-def test_a_bad_command_ends_in_one_line(
-  act: str, flags: str, reason: str, trained_autoencoder, trained_calm, tmp_path: pathlib.Path
-):
-  places = {"new": tmp_path / "new", "calm": trained_calm, "autoencoder": trained_autoencoder}
-  command = [sys.executable, "-m", f"calm_jax.{act}", *flags.format(**places).split()]
-  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-  assert done.returncode == 2 and done.stdout == ""
-  last = done.stderr.splitlines()[-1]
-  assert last.startswith("error: ") and reason in last
-  assert "Traceback" not in done.stderr and not (tmp_path / "new").exists()
+@pytest.fixture(scope="module")
+def ended(
+  trained_autoencoder, trained_calm, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[acts.Ended, pathlib.Path]]:
+  """How each of COMMANDS ends, and the folder that it must not make."""
+  places = {"calm": trained_calm, "autoencoder": trained_autoencoder}
+  new = {name: tmp_path_factory.mktemp("bad") / "new" for name in COMMANDS}
+  lines: dict[str, list[list[str]]] = {}
+  for name, (act, flags, _) in COMMANDS.items():
+    lines.setdefault(act, []).append(flags.format(new=new[name], **places).split())
+  answers = {act: iter(found) for act, found in acts.run(lines, str(ROOT)).items()}
+  return {name: (next(answers[act]), new[name]) for name, (act, *_) in COMMANDS.items()}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_bad_command_ends_in_one_line(name: str, ended):
+  (code, told, complained), new = ended[name]
+  assert code == 2 and told == ""
+  last = complained.splitlines()[-1]
+  assert last.startswith("error: ") and COMMANDS[name][2] in last
+  assert "Traceback" not in complained and not new.exists()
 
 
 def test_a_prompt_that_is_not_utf8(trained_calm):
