@@ -60,8 +60,10 @@ def _job() -> contenders.Job | None:
   run = run_flags.run()
   if run is None:
     return None
-  codec = run.model if isinstance(run, config.AutoencoderRun) else run_flags.codec()
-  return contenders.Job(run_flags.title(), run, codec, run_flags.vocab_size())
+  found = run_flags.companions()
+  print(run_flags.counted_with(run, found), file=sys.stderr)
+  codec = run.model if isinstance(run, config.AutoencoderRun) else found.autoencoder
+  return contenders.Job(run_flags.title(), run, codec, found.vocab_size)
 
 
 def main() -> None:

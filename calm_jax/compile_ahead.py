@@ -46,8 +46,10 @@ def _job() -> steps.Job:
   run = run_flags.run()
   if run is None or not _TOPOLOGY.value:
     raise errors.CalmError("give --config=configs/STAGE.py[:SIZE] and --topology=CHIP:SHAPE")
+  found = run_flags.companions()
+  print(run_flags.counted_with(run, found), file=sys.stderr)
   topology = topologies.parse(_TOPOLOGY.value, _SLICES.value)
-  return steps.Job(run_flags.title(), run, topology, run_flags.vocab_size(), run_flags.codec())
+  return steps.Job(run_flags.title(), run, topology, found.vocab_size, found.autoencoder)
 
 
 def _write(figures: Mapping[str, Any]) -> None:

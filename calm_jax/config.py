@@ -51,11 +51,12 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Autoencoder:
-  """Sizes of stage one (spec: width D, inner width I, latent L).
+  """Sizes of stage one.
 
   Attributes:
     patch_size: K, tokens a patch.
-    width: E. ffn: inner width of its SwiGLU blocks.
+    width: E, of a token in encoder and decoder.
+    ffn: inner width of its SwiGLU blocks.
     encoder_layers, decoder_layers: half of each run on single tokens, half on
       the patch, so both are even.
     latent: Z, size of the latent vector.
@@ -114,10 +115,15 @@ class Transformer:
   """Sizes of a Llama Transformer: the baseline itself, or over patches.
 
   Attributes:
-    layers, width (D), ffn (F), heads (H), kv_heads (G): Llama's.
+    layers: of the Transformer, as Llama's.
+    width: D, of the hidden state.
+    ffn: F, inner width of the SwiGLU blocks.
+    heads: H, of queries; twice their number divides the width.
+    kv_heads: G, heads of keys and values, a divisor of H.
     rope_theta: base of the rotary positions, which count tokens or patches.
-    init: as in `Autoencoder`, of all but the Transformer's own layers; these keep std
-      0.02, which did as well on small models.
+    init: `reference` draws weights with std 0.02 as published; `fan_in` with 1/sqrt(fan_in),
+      which small models need, but in the Transformer's own layers: these keep std 0.02, which
+      did as well on small models.
   """
 
   layers: int = 16
@@ -145,11 +151,18 @@ class Backbone(Transformer):
   """Sizes of stage two's Transformer over patches.
 
   Attributes:
+    patch_size: K, tokens a patch, that the run is written for; an autoencoder of another K
+      is refused.
     input: what a patch is to it: its tokens (`discrete`, as published), its latent
       (`continuous`), or the sum of `both`.
   """
 
+  patch_size: int = 4
   input: Literal["both", "continuous", "discrete"] = "discrete"
+
+  def __post_init__(self):
+    super().__post_init__()
+    require_positive(self, "patch_size")
 
   @property
   def reads_tokens(self) -> bool:
@@ -165,7 +178,7 @@ class Head:
   """The generative head.
 
   Attributes:
-    kind: a row of `models.heads.HEADS`: energy, flow or diffusion.
+    kind: energy, flow or diffusion: a row of `models.heads.HEADS`.
     blocks: residual blocks; the paper has a quarter as many as backbone layers.
     noise: R, dimensions of the energy head's uniform noise.
     steps: sampling steps of the flow head (midpoint: two calls of the network each)
@@ -191,7 +204,7 @@ class CalmLoss:
   """Stage two's objective: what is drawn, and the distance of the energy score.
 
   Attributes:
-    samples: N, a patch: samples of the energy head, repetitions with fresh noise and
+    samples: N, of a patch: samples of the energy head, repetitions with fresh noise and
       target of the others in training; samples of any head in evaluation.
     targets: what the energy head's samples are compared with: `draws` of the posterior, as
       published, or its `exact` expectation, by quadrature. Evaluation takes the exact one.
@@ -219,11 +232,14 @@ class Optimizer:
 
   Attributes:
     learning_rate: the peak.
-    schedule: a row of `training.optimizer.SCHEDULES`.
+    schedule: constant, cosine or wsd (warmup, stable, decay): a row of
+      `training.optimizer.SCHEDULES`.
     warmup_steps: steps of linear rise; step 0 already moves, step warmup-1 is the peak.
     decay_steps: last steps over which `wsd` falls to final_share of the peak.
     final_share: where `cosine` and `wsd` end, as a share of the peak.
-    b1, b2, eps, weight_decay: AdamW's; biases and norms are not decayed.
+    b1, b2: AdamW's decay rates of the first and the second moment.
+    eps: AdamW's, added to the root of the second moment.
+    weight_decay: AdamW's, of matrices; biases and norms are not decayed.
     clip_norm: global gradient norm above which gradients are scaled down.
   """
 
@@ -250,17 +266,21 @@ class Optimizer:
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-  """The loop.
+  """The loop: how long, on how much at once, and when it reports, scores and saves.
 
   Attributes:
-    steps: optimizer steps. batch: examples a step, over all accumulation parts.
+    steps: optimizer steps of the whole run.
+    batch: examples a step, over all accumulation parts.
     accumulation: parts the batch is worked off in, one after the other.
     seed: of the parameters, the data order and all noise.
     compute_dtype: of activations; parameters and losses stay float32.
-    log_every, eval_every, checkpoint_every: steps; 0 turns evaluation off.
+    log_every: steps between two reports of figures.
+    eval_every: steps between two evaluations on held-out text; 0 for none.
     eval_blocks: held-out examples an evaluation.
+    checkpoint_every: steps between two saves.
     checkpoint_minutes: save also when so many have passed since the last time; 0 for never.
-    keep_latest: newest checkpoints kept. keep_every: steps whose checkpoints stay; 0 for none.
+    keep_latest: newest checkpoints kept.
+    keep_every: checkpoints of the multiples of so many steps stay; 0 for none.
     max_skipped: non-finite steps in a row after which the run stops.
   """
 
@@ -323,8 +343,10 @@ class Execution:
   """How the same numbers are computed.
 
   Attributes:
-    attention: a row of `models.attention.KERNELS`; `auto` for the fastest of the platform.
-    remat: a row of `models.remat.POLICIES`: what the backward pass recomputes.
+    attention: splash, cudnn, blocks or xla, a row of `models.attention.KERNELS`; `auto` for
+      the fastest of the platform.
+    remat: what the backward pass computes again: none, dots, named, offload or full, a row of
+      `models.remat.POLICIES`.
     unroll: layers one after the other in the program, not as a loop: longer to compile.
   """
 
@@ -340,8 +362,9 @@ class Limits:
   0 for none.
 
   Attributes:
-    startup: from the first second to the first step. step: one step, one batch of an
-      evaluation or one save. shutdown: from the last step to the end.
+    startup_minutes: from the first second to the first step.
+    step_minutes: one step, one batch of an evaluation or one save.
+    shutdown_minutes: from the last step to the end.
   """
 
   startup_minutes: float = 60.0
@@ -358,8 +381,8 @@ class Profile:
   """What is recorded for a profiler, in the workdir's folder `profile`.
 
   Attributes:
-    steps: how many steps are traced, 0 for none; after `skip` steps of the attempt. A
-      memory profile is written at their end.
+    steps: how many steps are traced, 0 for none. A memory profile is written at their end.
+    skip: steps of the attempt before the first that is traced.
     port: of a server that a profiler can ask for a trace at any time; 0 for none.
   """
 
@@ -377,6 +400,7 @@ class AutoencoderRun:
   """Stage one: patches -> latents -> patches.
 
   Attributes:
+    stage: the kind of run, which tells what else there is to set.
     start_from: a workdir of the same stage whose weights the run starts from, in place
       of initial values; empty for none.
   """
@@ -399,10 +423,12 @@ class CalmRun:
   """Stage two: the language model over the latents of a trained autoencoder.
 
   Attributes:
+    stage: the kind of run, which tells what else there is to set.
     autoencoder: stage one's workdir. Its weights are copied into this run's own
       workdir at the start, which is complete without the other from then on. Empty
       with `start_from`, whose autoencoder is taken.
-    start_from: as in `AutoencoderRun`.
+    start_from: a workdir of the same stage whose weights the run starts from, in place
+      of initial values; empty for none.
   """
 
   stage: Literal["calm"] = "calm"
@@ -425,7 +451,9 @@ class TransformerRun:
   """The baseline: a Llama that predicts the next token by cross-entropy.
 
   Attributes:
-    start_from: as in `AutoencoderRun`.
+    stage: the kind of run, which tells what else there is to set.
+    start_from: a workdir of the same stage whose weights the run starts from, in place
+      of initial values; empty for none.
   """
 
   stage: Literal["transformer"] = "transformer"
@@ -447,6 +475,38 @@ RUNS: dict[str, type[Run]] = {
   "calm": CalmRun,
   "transformer": TransformerRun,
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Companions:
+  """What goes with a config file's size where no workdir tells it, by default the published.
+
+  A config file's `get_companions` returns it for a size, as its `get_config` the settings.
+
+  Attributes:
+    vocab_size: V of the tokenizer, by default Llama 3's.
+    autoencoder: sizes of the autoencoder that stage two reads; other stages read none.
+  """
+
+  vocab_size: int = 128_256
+  autoencoder: Autoencoder = dataclasses.field(default_factory=Autoencoder)
+
+
+def require_same_patches(run: Run, codec: Autoencoder, whose: str, other: str) -> None:
+  """Raises CalmError unless stage two is written for the K of its autoencoder.
+
+  Args:
+    whose: the autoencoder, for people. other: the flag that gives another one.
+  """
+  if not isinstance(run, CalmRun) or run.model.patch_size == codec.patch_size:
+    return
+  ours, theirs = run.model.patch_size, codec.patch_size
+  context = run.data.context // ours * theirs
+  raise errors.CalmError(
+    f"config.model.patch_size is {ours}, but {whose} has K = {theirs} tokens a patch: give another "
+    f"{other}, or --config.model.patch_size={theirs} --config.data.context={context}, which keeps "
+    "the patches an example"
+  )
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:
@@ -546,7 +606,7 @@ def shapes(name: str, run: Run) -> bool:
 
 def differences(a: Run, b: Run) -> dict[str, tuple[Any, Any]]:
   """Returns the settings in which two runs differ, with both values."""
-  flat_a, flat_b = _flat(dataclasses.asdict(a)), _flat(dataclasses.asdict(b))
+  flat_a, flat_b = flat(dataclasses.asdict(a)), flat(dataclasses.asdict(b))
   names = [*flat_a, *(name for name in flat_b if name not in flat_a)]
   return {
     name: (flat_a.get(name), flat_b.get(name))
@@ -555,11 +615,12 @@ def differences(a: Run, b: Run) -> dict[str, tuple[Any, Any]]:
   }
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(tree: typing.Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """Returns nested settings by their names with dots, as training.steps."""
   result = {}
   for name, value in tree.items():
     if isinstance(value, dict):
-      result |= _flat(value, f"{prefix}{name}.")
+      result |= flat(value, f"{prefix}{name}.")
     else:
       result[f"{prefix}{name}"] = value
   return result

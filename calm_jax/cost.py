@@ -45,7 +45,7 @@ def _writes(run: config.Run, name: str) -> config.CalmRun | config.TransformerRu
   return run
 
 
-def _job(run: config.CalmRun | config.TransformerRun, codec: config.Autoencoder) -> writing.Job:
+def _job(run: config.CalmRun | config.TransformerRun, companions: config.Companions) -> writing.Job:
   """Returns what is written; the baseline takes one draw at any temperature."""
   draws, rounds = 1.0, 1
   if isinstance(run, config.CalmRun):
@@ -57,10 +57,10 @@ def _job(run: config.CalmRun | config.TransformerRun, codec: config.Autoencoder)
         f"--draws must lie in [1, num_candidates = {wish.num_candidates}], got {draws}",
       )
     rounds = -(-draws * _BATCH.value // max(candidates.ROUND, _BATCH.value))
-  own = codec if isinstance(run, config.CalmRun) else None
+  own = companions.autoencoder if isinstance(run, config.CalmRun) else None
   window = run.data.context // (own.patch_size if own else 1)
   return writing.Job(
-    run, own, run_flags.vocab_size(), window, draws=draws, rounds=rounds, batch=_BATCH.value
+    run, own, companions.vocab_size, window, draws=draws, rounds=rounds, batch=_BATCH.value
   )
 
 
@@ -88,8 +88,8 @@ def _table(title: str, unit: str, columns: dict[str, dict[str, float]]) -> list[
   return lines
 
 
-def _figures(name: str, run, codec: config.Autoencoder) -> dict[str, Any]:
-  job, chip = _job(run, codec), topologies.CHIPS[_CHIP.value]
+def _figures(name: str, run, companions: config.Companions) -> dict[str, Any]:
+  job, chip = _job(run, companions), topologies.CHIPS[_CHIP.value]
   found = writing.parts(job)
   seconds, bound = writing.seconds(found, chip)
   return {
@@ -130,14 +130,15 @@ def _cost() -> tuple[list[str], Any]:
   run = run_flags.run()
   if run is None:
     raise errors.CalmError("give --config=configs/STAGE.py[:SIZE]")
-  run, codec = _writes(run, "config"), run_flags.codec()
+  run, companions = _writes(run, "config"), run_flags.companions()
+  print(run_flags.counted_with(run, companions), file=sys.stderr)
   given = run_flags.run("baseline")
   other = _equal(run) if given is None else _writes(given, "baseline")
   name = config_flags.get_config_filename(flags.FLAGS["config"])
-  models = [_figures(name, run, codec)]
+  models = [_figures(name, run, companions)]
   if other:
     told = "its equal" if given is None else "baseline"
-    models.append(_figures(told, other, codec))
+    models.append(_figures(told, other, companions))
   draws = f"{models[0]['draws']:g} draw{'s' * (models[0]['draws'] != 1)} a patch"
   lines = _table(
     "training, a token", "MFLOP", {one["name"]: one["training_flops"] for one in models}

@@ -6,6 +6,7 @@ Run again with the same flags, it goes on from the newest good checkpoint.
 import contextlib
 import dataclasses
 import os
+import shlex
 import signal
 import time
 import traceback
@@ -145,6 +146,9 @@ def _calm(run: config.CalmRun, given: Given) -> Built:
     "config.autoencoder is empty: give --config.autoencoder=W, the workdir of stage one",
   )
   codec = workdir.load_autoencoder(source)
+  config.require_same_patches(
+    run, codec.run.model, f"the autoencoder in {source}", "--config.autoencoder"
+  )
   workdir.require_same_tokenizer(codec.origin, given.store, source)
   vocab_size = given.vocab_size(codec.origin.vocab_size)
   origin = workdir.Origin.of(
@@ -293,6 +297,45 @@ def _describe(
     metrics.show(rules.table(rules.placed(params, mesh)))
 
 
+def remarks(run: config.Run, store: store_lib.TokenStore) -> list[str]:
+  """Returns, a line each, what of a run's length and data its owner may not have meant."""
+  settings, warmup = run.training, run.optimizer.warmup_steps
+  lines, blocks = [], store.num_tokens("train") // run.data.context
+  if settings.steps < warmup:
+    lines.append(
+      f"training.steps = {settings.steps:,} ends inside the warmup, optimizer.warmup_steps = "
+      f"{warmup:,}: the learning rate reaches {settings.steps / warmup:.1%} of its peak"
+    )
+  epochs = settings.steps * settings.batch / max(1, blocks)
+  if epochs > 1 and not run.data.reuse_batch:
+    lines.append(
+      f"{settings.steps:,} steps of {settings.batch:,} examples are {epochs:.2f} epochs: the data "
+      f"hold {blocks:,} examples of {run.data.context:,} tokens"
+    )
+  return lines + list(pipeline.of_few_blocks(store, run.data.context, bool(settings.eval_every)))
+
+
+def next_command(run: config.Run, directory: str, size: str) -> str:
+  """Returns what to do with a finished run, for people.
+
+  Args:
+    size: of configs/calm.py, for a finished autoencoder.
+  """
+  place = shlex.quote(directory)
+  if not isinstance(run, config.AutoencoderRun):
+    return (
+      f"next: python -m calm_jax.evaluate --workdir={place}\n"
+      f"      python -m calm_jax.generate --workdir={place} --prompt=TEXT"
+    )
+  k, usual = run.model.patch_size, config.CalmRun()
+  other = f" --config.model.patch_size={k} --config.data.context={usual.data.context // 4 * k}"
+  return (
+    f"next: python -m calm_jax.main --config=configs/calm.py:{size} "
+    f"--config.data.path={shlex.quote(run.data.path)} --config.autoencoder={place}"
+    f"{other if k != usual.model.patch_size else ''} --workdir=DIR"
+  )
+
+
 def _train_on_mesh(
   run: config.Run,
   directory: str,
@@ -303,8 +346,8 @@ def _train_on_mesh(
   built, store = _built(run, directory, options.allow_config_change)
   stage_program = program.Program(run, built.stage, mesh_lib.current())
   _describe(run, built, stage_program, options.print_shardings)
-  for warning in pipeline.of_few_blocks(store, run.data.context, bool(run.training.eval_every)):
-    metrics.show(warning)
+  for line in remarks(run, store):
+    metrics.show(line)
   guard.ledger.part("read input")
   if held is None:
     metrics.show(program.memory_line(stage_program.compiled_step()))
@@ -348,6 +391,9 @@ def main() -> None:
     guard.ledger.part("join")
     try:
       train_run(run, _WORKDIR.value, options, guard)
+      if not options.dry_run:
+        small = run_flags.title().partition(" ")[0].endswith(":quickstart")
+        metrics.show(next_command(run, _WORKDIR.value, "quickstart" if small else "m"))
     except (errors.CalmError, KeyboardInterrupt):
       raise
     except Exception:

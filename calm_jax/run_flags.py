@@ -1,13 +1,16 @@
 """Flags -> settings: --config, and for acts without a workdir what else a model's sizes take."""
 
+import runpy
 from collections.abc import Mapping
 from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
-from calm_jax import config, errors
-from calm_jax.planning import published
+from calm_jax import config, errors, settings
+
+# Flags defined here are those of the act that calls: its --help is to show them.
+flags.disclaim_key_flags()
 
 
 def define(
@@ -20,8 +23,17 @@ def define(
 
 def define_sizes() -> None:
   """Defines --autoencoder_config and --vocab_size, which a workdir would tell."""
-  define("autoencoder_config", "Sizes of stage two's autoencoder; by default the published ones.")
-  flags.DEFINE_integer("vocab_size", published.VOCAB, "Tokens; by default Llama 3's.", 2)
+  define(
+    "autoencoder_config",
+    "Sizes of stage two's autoencoder; by default of the one that goes with --config's size.",
+  )
+  flags.DEFINE_integer(
+    "vocab_size",
+    None,
+    "Tokens of the vocabulary; by default that which goes with --config's size: Llama 3's 128,256 "
+    "for the published ones, 1,024 for the quickstart's.",
+    2,
+  )
 
 
 def run(name: str = "config") -> config.Run | None:
@@ -36,8 +48,8 @@ def run(name: str = "config") -> config.Run | None:
   try:
     values: Mapping[str, Any] = value.to_dict()
   except OSError as error:  # What went wrong when the flag was parsed shows here.
-    reason = " ".join(str(error).partition("Attempted")[2].split())
-    raise errors.CalmError(f"can't load --{name}: {reason}") from error
+    file = config_flags.get_config_filename(flags.FLAGS[name])
+    raise errors.CalmError(settings.unloadable(name, file, error)) from error
   return config.from_mapping(values)
 
 
@@ -49,20 +61,32 @@ def title() -> str:
   return " ".join([config_flags.get_config_filename(flag), *told])
 
 
-def codec() -> config.Autoencoder:
-  """Returns the sizes of --autoencoder_config, else the published ones.
+def companions() -> config.Companions:
+  """Returns the vocabulary and the autoencoder of --config: those given, else its size's own.
 
   Raises:
-    CalmError: where it is of another stage.
+    CalmError: where --autoencoder_config is of another stage, or of another K than the run.
   """
-  given = run("autoencoder_config")
-  if given is None:
-    return config.Autoencoder()
-  if not isinstance(given, config.AutoencoderRun):
-    raise errors.CalmError(f"--autoencoder_config is of stage {given.stage!r}: give stage one's")
-  return given.model
+  path, *size = config_flags.get_config_filename(flags.FLAGS["config"]).split(":", 1)
+  own = runpy.run_path(path).get("get_companions", lambda *size: config.Companions())(*size)
+  given, ours = run("autoencoder_config"), run()
+  codec = own.autoencoder
+  if given is not None:
+    if not isinstance(given, config.AutoencoderRun):
+      raise errors.CalmError(f"--autoencoder_config is of stage {given.stage!r}: give stage one's")
+    codec = given.model
+  if ours is not None:
+    whose = "the autoencoder of " + ("--autoencoder_config" if given else "this size")
+    config.require_same_patches(ours, codec, whose, "--autoencoder_config")
+  return config.Companions(flags.FLAGS.vocab_size or own.vocab_size, codec)
 
 
-def vocab_size() -> int:
-  """Returns --vocab_size."""
-  return flags.FLAGS.vocab_size
+def counted_with(ours: config.Run, found: config.Companions) -> str:
+  """Returns what of `companions` counts for these settings, for people."""
+  codec, line = found.autoencoder, f"vocabulary {found.vocab_size:,} (--vocab_size)"
+  if not isinstance(ours, config.CalmRun):
+    return line
+  return (
+    f"{line}; autoencoder of K = {codec.patch_size}, width {codec.width}, latent {codec.latent} "
+    "(--autoencoder_config)"
+  )

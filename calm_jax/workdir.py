@@ -116,7 +116,14 @@ def read_run(workdir: str) -> config.Run:
   Raises:
     CalmError: if there is none, or it can't be read.
   """
-  return config.from_mapping(_read_json(workdir, "config.json"))
+  values, own = _read_json(workdir, "config.json"), str(epath.Path(workdir) / AUTOENCODER)
+  run = config.from_mapping(values)
+  if isinstance(run, config.CalmRun) and "patch_size" not in values.get("model", {}):
+    codec = read_run(own) if exists(own) else None
+    if isinstance(codec, config.AutoencoderRun):  # Written before it was stage two's setting too.
+      sizes = dataclasses.replace(run.model, patch_size=codec.model.patch_size)
+      return dataclasses.replace(run, model=sizes)
+  return run
 
 
 def read_origin(workdir: str) -> Origin:

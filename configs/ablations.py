@@ -52,7 +52,7 @@ def _autoencoder(**loss) -> config.Run:
 
 def _patches_of(k: int) -> config.Run:
   """CALM-L over 2048 patches of K tokens, 2M tokens a step."""
-  run = _changed(_CALM["l"], "data", context=2048 * k)
+  run = _changed(_changed(_CALM["l"], "model", patch_size=k), "data", context=2048 * k)
   return _changed(run, "training", batch=_CALM["l"].training.batch * 4 // k)
 
 
@@ -90,3 +90,10 @@ ROWS: dict[str, config.Run] = {
 
 def get_config(name: str = "reference") -> ConfigDict:
   return config.to_config_dict(config.choose(ROWS, name))
+
+
+def get_companions(name: str = "reference") -> config.Companions:
+  own = ROWS.get(f"ae_{name}")  # Of the rows `k_`, which are written for their own.
+  if isinstance(own, config.AutoencoderRun):
+    return config.Companions(autoencoder=own.model)
+  return config.Companions()

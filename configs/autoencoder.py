@@ -35,7 +35,16 @@ QUICKSTART = config.AutoencoderRun(
 )
 
 SIZES = {"paper": PAPER, "quickstart": QUICKSTART}
+# What goes with a size, of the other stages too: `cost`, `compile_ahead` and `benchmark` ask.
+COMPANIONS = {
+  "paper": config.Companions(),
+  "quickstart": config.Companions(1024, QUICKSTART.model),  # The tokenizer of launch/quickstart.sh.
+}
 
 
 def get_config(size: str = "paper") -> ConfigDict:
   return config.to_config_dict(config.choose(SIZES, size))
+
+
+def get_companions(size: str = "paper") -> config.Companions:
+  return COMPANIONS[size]

@@ -9,6 +9,9 @@ number of heads for `l` and `xl`: 16 is our choice), and `quickstart` (see
 launch/quickstart.sh, which prints what it took and reached).
 """
 
+import pathlib
+import runpy
+
 from ml_collections import ConfigDict
 
 from calm_jax import config
@@ -36,7 +39,12 @@ QUICKSTART = config.CalmRun(
 )
 
 SIZES = {"m": M, "l": L, "xl": XL, "quickstart": QUICKSTART}
+_COMPANIONS = runpy.run_path(str(pathlib.Path(__file__).with_name("autoencoder.py")))["COMPANIONS"]
 
 
 def get_config(size: str = "m") -> ConfigDict:
   return config.to_config_dict(config.choose(SIZES, size))
+
+
+def get_companions(size: str = "m") -> config.Companions:
+  return _COMPANIONS.get(size, _COMPANIONS["paper"])

@@ -9,6 +9,9 @@ heads for `l`: 16 is our choice), and `quickstart`, of the same Transformer laye
 `configs/calm.py:quickstart`.
 """
 
+import pathlib
+import runpy
+
 from ml_collections import ConfigDict
 
 from calm_jax import config
@@ -33,7 +36,12 @@ QUICKSTART = config.TransformerRun(
 )
 
 SIZES = {"s": S, "m": M, "l": L, "quickstart": QUICKSTART}
+_COMPANIONS = runpy.run_path(str(pathlib.Path(__file__).with_name("autoencoder.py")))["COMPANIONS"]
 
 
 def get_config(size: str = "s") -> ConfigDict:
   return config.to_config_dict(config.choose(SIZES, size))
+
+
+def get_companions(size: str = "s") -> config.Companions:
+  return _COMPANIONS.get(size, _COMPANIONS["paper"])

@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 
+import acts
+import folders
 import jax
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from calm_jax import config, errors, main, prepare, workdir
 from calm_jax.data import pipeline
 from calm_jax.data import store as store_lib
 from calm_jax.data import tokenizer as tokenizer_lib
+from calm_jax.interchange import reading
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -109,6 +112,45 @@ def test_no_autoencoder_one_that_is_not_there_and_one_that_is_none(
     (str(trained_calm), "holds a CALM language model, not an autoencoder"),
   ):
     refused(dataclasses.replace(calm_run, autoencoder=path), tmp_path / "new", reason)
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_a_run_written_for_another_k_names_both_and_the_flags(calm_run, tmp_path, dry_run):
+  run = changed(calm_run, model={"patch_size": 2})
+  reason = (
+    f"patch_size is 2, but the autoencoder in {calm_run.autoencoder} has K = 4 .* "
+    "--config.model.patch_size=4 --config.data.context=64, which keeps the patches"
+  )
+  with pytest.raises(errors.CalmError, match=reason) as caught:
+    main.train_run(run, str(tmp_path / "new"), main.Options(dry_run=dry_run))
+  assert "\n" not in str(caught.value) and not (tmp_path / "new").exists()
+
+
+def test_a_workdir_older_than_stage_twos_k_has_its_autoencoders(trained_calm, tmp_path):
+  shutil.copytree(trained_calm, tmp_path / "old")
+  whole = workdir.read_run(str(trained_calm))
+  own, inner = tmp_path / "old/config.json", tmp_path / "old/autoencoder/config.json"
+  for path, model in ((own, {"patch_size": None}), (inner, {"patch_size": 2})):
+    values = json.loads(path.read_text())
+    sizes = values["model"] | model
+    values["model"] = {name: size for name, size in sizes.items() if size is not None}
+    path.write_text(json.dumps(values))
+  assert workdir.read_run(str(tmp_path / "old")) == changed(whole, model={"patch_size": 2})
+  shutil.rmtree(tmp_path / "old/autoencoder")
+  assert workdir.read_run(str(tmp_path / "old")) == whole
+
+
+@pytest.mark.parametrize(("case", "k"), [("k4", 4), ("k2_gqa", 2)])
+def test_an_imported_model_is_written_for_the_k_of_its_autoencoder(case: str, k: int):
+  run = reading.read(folders.GOLDEN / case / "energy").run
+  assert isinstance(run, config.CalmRun) and run.model.patch_size == k
+
+
+def test_weights_of_another_k_are_no_start(calm_run, trained_calm, tmp_path):
+  run = dataclasses.replace(
+    changed(calm_run, model={"patch_size": 2}), autoencoder="", start_from=str(trained_calm)
+  )
+  refused(run, tmp_path / "new", "give --config.model.patch_size=4")
 
 
 def test_a_store_that_does_not_match_the_autoencoder(
@@ -296,28 +338,32 @@ COMMANDS = {
   "unknown contender": ("benchmark", "--suite=train --contenders=torch", "--contenders has"),
   "no document": ("benchmark", "--document=none.md", "can't read --document=none.md"),
   "unknown suite": ("benchmark", "--suite=evil", "did you mean 'eval'"),
-  "no such flag": ("generate", "--workdri={calm}", "Did you mean: workdir"),
+  "no such flag": ("generate", "--workdri={calm}", "--workdri: no such flag; nearest: --workdir"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("act", "flags", "reason"), COMMANDS.values(), ids=COMMANDS.keys())
-def test_a_bad_command_ends_in_one_line(
-  act: str,
-  flags: str,
-  reason: str,
-  trained_autoencoder,
-  trained_calm,
-  nothing_heldout,
-  tmp_path: pathlib.Path,
-):
-  places = {"new": tmp_path / "new", "calm": trained_calm, "autoencoder": trained_autoencoder}
+@pytest.fixture(scope="module")
+def ended(
+  trained_autoencoder, trained_calm, nothing_heldout, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[acts.Ended, pathlib.Path]]:
+  """How each of COMMANDS ends, and the folder that it must not make."""
+  places = {"calm": trained_calm, "autoencoder": trained_autoencoder}
   places["nothing_heldout"] = nothing_heldout
-  command = [sys.executable, "-m", f"calm_jax.{act}", *flags.format(**places).split()]
-  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-  assert done.returncode == 2 and done.stdout == ""
-  last = done.stderr.splitlines()[-1]
-  assert last.startswith("error: ") and reason in last
-  assert "Traceback" not in done.stderr and not (tmp_path / "new").exists()
+  new = {name: tmp_path_factory.mktemp("bad") / "new" for name in COMMANDS}
+  lines: dict[str, list[list[str]]] = {}
+  for name, (act, flags, _) in COMMANDS.items():
+    lines.setdefault(act, []).append(flags.format(new=new[name], **places).split())
+  answers = {act: iter(found) for act, found in acts.run(lines, str(ROOT)).items()}
+  return {name: (next(answers[act]), new[name]) for name, (act, *_) in COMMANDS.items()}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_bad_command_ends_in_one_line(name: str, ended):
+  (code, told, complained), new = ended[name]
+  assert code == 2 and told == ""
+  last = complained.splitlines()[-1]
+  assert last.startswith("error: ") and COMMANDS[name][2] in last
+  assert "Traceback" not in complained and not new.exists()
 
 
 def test_a_prompt_that_is_not_utf8(trained_calm):

@@ -29,10 +29,64 @@ def writer(path: pathlib.Path, first_step: int = 0) -> metrics.Writer:
 
 def test_off_a_terminal_each_report_is_a_plain_line(path, capsys: pytest.CaptureFixture[str]):
   writer(path).write("train", 5, {"loss": 1.25, "hidden": 3.0}, ("loss",))
-  assert capsys.readouterr().err.startswith("train 5/10  loss 1.25  0m")
+  assert capsys.readouterr().err == "train 5/10  loss 1.25\n"
   assert records(path)[0] | {"time": 0} == {
     "kind": "train", "step": 5, "time": 0, "loss": 1.25, "hidden": 3.0,
   }  # fmt: skip
+
+
+class Clock:
+  """Seconds that pass only when a test says so."""
+
+  def __init__(self):
+    self.now = 1000.0
+
+  def __call__(self) -> float:
+    return self.now
+
+
+def test_the_time_left_is_that_of_steps_without_compiling_and_pauses(
+  path, capsys: pytest.CaptureFixture[str]
+):
+  clock = Clock()
+  out = metrics.Writer(epath.Path(path), 400, 100, clock)
+
+  def told(step: int) -> str:
+    out.write("train", step, {"loss": 1.0}, ("loss",))
+    return capsys.readouterr().err.strip().partition("loss 1  ")[2]
+
+  clock.now += 300  # Compiling and the first step.
+  out.advance(1)
+  assert told(101) == ""
+  for _ in range(99):
+    clock.now += 2
+    out.advance(1)
+  assert told(200) == "6m40s left"  # 200 steps of 2 s.
+  clock.now += 600
+  out.pause(600)  # An evaluation.
+  for _ in range(100):
+    clock.now += 2
+    out.advance(1)
+  assert told(300) == "3m20s left"
+
+
+@pytest.mark.parametrize(
+  ("seconds", "told"), [(59, "0m59s"), (3599, "59m59s"), (7500, "2h05m"), (266_400, "3d02h")]
+)
+def test_a_long_time_is_told_in_hours_and_days(seconds: int, told: str):
+  clock = Clock()
+  pace = metrics.Pace(clock)
+  pace.advance(1)
+  clock.now += 1
+  pace.advance(1)
+  assert pace.left(seconds) == told
+
+
+def test_what_the_loop_books_as_a_pause_is_no_time_of_steps(path, monkeypatch: pytest.MonkeyPatch):
+  report, booked = report_on(path), []
+  monkeypatch.setattr(metrics.Writer, "pause", lambda self, seconds: booked.append(seconds))
+  report.pause(3.0)
+  assert booked == [3.0]
 
 
 def test_a_resumed_run_forgets_what_came_after_its_checkpoint(path):

@@ -1,6 +1,7 @@
 """Claims about the published sizes and ablations: counts to the parameter, a command a row."""
 
 import dataclasses
+import pathlib
 import re
 
 import jax
@@ -13,6 +14,7 @@ from configs import autoencoder as autoencoder_config
 from configs import calm as calm_config
 from configs import transformer as transformer_config
 
+ROOT = pathlib.Path(__file__).parent.parent
 LLAMA3 = 128_256
 
 
@@ -101,7 +103,25 @@ def test_patch_sizes_have_latents_to_match_and_2048_patches():
   for k in (1, 2, 4, 8):
     sizes = ablations.ROWS[f"ae_k_{k}"].model
     assert (sizes.patch_size, sizes.latent) == (k, 32 * k)
-    assert ablations.ROWS[f"k_{k}"].data.context == 2048 * k
+    run = ablations.ROWS[f"k_{k}"]
+    assert (run.data.context, run.model.patch_size) == (2048 * k, k)
+    assert ablations.get_companions(f"k_{k}") == config.Companions(autoencoder=sizes)
+
+
+def test_each_size_names_the_vocabulary_and_the_autoencoder_that_go_with_it():
+  published = config.Companions(LLAMA3, autoencoder_config.PAPER.model)
+  script = (ROOT / "launch/quickstart.sh").read_text()
+  trained = re.search(r"--tokenizer=train:(\d+)", script)
+  assert trained
+  small = config.Companions(int(trained[1]), autoencoder_config.QUICKSTART.model)
+  for module in (autoencoder_config, calm_config, transformer_config):
+    for size in module.SIZES:
+      expected = small if size == "quickstart" else published
+      assert module.get_companions(size) == expected, (module.__name__, size)
+  for name in ablations.ROWS:
+    found = ablations.get_companions(name)
+    config.require_same_patches(ablations.ROWS[name], found.autoencoder, name, "")
+    assert found.vocab_size == LLAMA3
 
 
 def test_every_row_is_in_the_docstring_and_can_be_given_as_flags():

@@ -25,6 +25,11 @@ RUN = config.CalmRun(
 )
 
 
+def _run(patch_size: int) -> config.CalmRun:
+  sizes = dataclasses.replace(RUN.model, patch_size=patch_size)
+  return dataclasses.replace(RUN, model=sizes, data=config.Data(context=PATCHES * patch_size))
+
+
 def _codec(patch_size: int) -> tuple[autoencoder.Autoencoder, config.Autoencoder]:
   sizes = config.Autoencoder(
     patch_size=patch_size, width=256, ffn=512, latent=32 * patch_size, init="fan_in"
@@ -35,7 +40,7 @@ def _codec(patch_size: int) -> tuple[autoencoder.Autoencoder, config.Autoencoder
 def _compare(patch_size: int) -> dict[str, Any]:
   codec, _ = _codec(patch_size)
   frozen = jax.jit(codec.initial)(jax.random.key(0))
-  model = calm.Calm.build(RUN, codec, VOCAB)
+  model = calm.Calm.build(_run(patch_size), codec, VOCAB)
   params = jax.jit(model.init)(jax.random.key(1))
   shape = (BLOCKS, PATCHES, patch_size)
   token_BPK = jax.random.randint(jax.random.key(2), shape, 0, VOCAB, jnp.int32)
@@ -75,7 +80,7 @@ def _compare(patch_size: int) -> dict[str, Any]:
   single = np.asarray(jnp.stack(passes(some))).reshape(len(some), spanned - 1, BLOCKS, -1)
   difference = np.abs(np.moveaxis(every[:, :, list(some)], 2, 0) - single).max()
 
-  stage = calm_stage.build(RUN, codec, frozen, VOCAB)
+  stage = calm_stage.build(_run(patch_size), codec, frozen, VOCAB)
   batch = {"tokens": token_BPK.reshape(BLOCKS, -1), "index": jnp.arange(BLOCKS)}
   evaluate, key = jax.jit(stage.evaluate), jax.random.key(3)
   return {
@@ -95,10 +100,7 @@ def _against_torch(patch_size: int) -> dict[str, Any]:
   """Returns seconds of scoring BLOCKS with two samples a patch, by ours and as published."""
   from calm_jax.benchmarking import peers  # Here: without PyTorch this module is needed too.
 
-  run = dataclasses.replace(
-    RUN, loss=dataclasses.replace(RUN.loss, samples=2),
-    data=config.Data(context=PATCHES * patch_size),
-  )  # fmt: skip
+  run = dataclasses.replace(_run(patch_size), loss=dataclasses.replace(RUN.loss, samples=2))
   codec, sizes = _codec(patch_size)
   frozen = jax.jit(codec.initial)(jax.random.key(0))
   stage = calm_stage.build(run, codec, frozen, VOCAB)

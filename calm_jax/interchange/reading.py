@@ -275,6 +275,7 @@ def _read_calm(folder: pathlib.Path, source: Source, settings: Settings, given: 
     data=config.Data(context=settings.whole("max_position_embeddings", 2048) * sizes.patch_size),
     model=config.Backbone(
       **settings.transformer(),
+      patch_size=sizes.patch_size,
       input="discrete" if not reads_latents else "both" if reads_tokens else "continuous",
     ),
     head=_head(source, folder, settings, sizes.latent),

@@ -13,9 +13,8 @@ from calm_jax import config
 from calm_jax.models import flops
 from calm_jax.planning import writing
 
-VOCAB = 128_256
+VOCAB, CODEC = config.Companions().vocab_size, config.Companions().autoencoder
 TOKENS = 250_000 * 2_000_000
-CODEC = config.Autoencoder()
 WINDOW = 2048  # Of patches, and of the baseline's tokens.
 
 

@@ -5,7 +5,7 @@ import importlib.util
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -22,6 +22,39 @@ def show(line: str) -> None:
   sys.stderr.flush()
 
 
+class Pace:
+  """Seconds that a step of this attempt takes: its first one and pauses do not count."""
+
+  def __init__(self, clock: Callable[[], float]):
+    self._clock, self._paused, self._steps = clock, 0.0, 0
+    self.begun: float | None = None  # When the first step was over.
+    self._last = 0.0
+
+  def advance(self, steps: int) -> None:
+    """Counts finished steps."""
+    self._last = self._clock()
+    if self.begun is None:
+      self.begun = self._last
+    else:
+      self._steps += steps
+
+  def pause(self, seconds: float) -> None:
+    """Takes out seconds that were not training."""
+    if self.begun is not None:
+      self._paused += seconds
+
+  def left(self, steps: int) -> str:
+    """Returns the time of so many more steps, for people; "" before it is known."""
+    if self.begun is None or not self._steps:
+      return ""
+    spent = max(0.0, self._last - self.begun - self._paused)
+    minutes, seconds = divmod(int(spent / self._steps * steps), 60)
+    hours, days = minutes // 60, minutes // (24 * 60)
+    if days:
+      return f"{days}d{hours % 24:02d}h"
+    return f"{hours}h{minutes % 60:02d}m" if hours else f"{minutes}m{seconds:02d}s"
+
+
 class Writer:
   """Writes figures as they come, process-wide once, by process 0 alone.
 
@@ -29,10 +62,15 @@ class Writer:
   a plain line.
   """
 
-  def __init__(self, path: epath.Path, steps: int, first_step: int):
-    self._path = path
-    self._steps, self._first_step = steps, first_step
-    self._started = time.monotonic()
+  def __init__(
+    self,
+    path: epath.Path,
+    steps: int,
+    first_step: int,
+    clock: Callable[[], float] = time.monotonic,
+  ):
+    self._path, self._steps = path, steps
+    self._pace = Pace(clock)
     self._writes = distributed.is_first()
     self._kept = self._drop_after(first_step) if self._writes else set()
     quiet = not (self._writes and sys.stderr.isatty())
@@ -82,17 +120,21 @@ class Writer:
         if isinstance(value, (int, float)):
           self._board.add_scalar(f"{kind}/{name}", value, step)
     figures = "  ".join(f"{name} {values[name]:.6g}" for name in shown if name in values)
-    left = f"  {self._seconds_left(step)} left" if kind == "train" else ""
+    time_left = self._pace.left(self._steps - step)
+    left = f"  {time_left} left" if kind == "train" and time_left else ""
     show(f"{kind} {step}/{self._steps}  {figures}{left}")
 
-  def _seconds_left(self, step: int) -> str:
-    done = max(1, step - self._first_step)
-    seconds = (time.monotonic() - self._started) / done * (self._steps - step)
-    return f"{int(seconds // 60)}m{int(seconds % 60):02d}s"
-
   def advance(self, steps: int) -> None:
-    """Moves the progress bar."""
+    """Counts finished steps and moves the progress bar."""
+    if self._pace.begun is None:
+      self._bar.unpause()  # What came before, compiling too, is no step's time.
+    self._pace.advance(steps)
     self._bar.update(steps)
+
+  def pause(self, seconds: float) -> None:
+    """Takes seconds that were not training, and have just passed, out of the time of steps."""
+    self._pace.pause(seconds)
+    self._bar.unpause()
 
   def close(self) -> None:
     self._bar.close()

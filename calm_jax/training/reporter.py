@@ -45,6 +45,7 @@ class Reporter:
   def pause(self, seconds: float) -> None:
     """Books seconds that were not training: compiling, evaluating, saving."""
     self._paused += seconds
+    self._writer.pause(seconds)
 
   def push(
     self, done: int, figures: Mapping[str, jax.Array], indices: np.ndarray

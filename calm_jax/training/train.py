@@ -100,6 +100,7 @@ class Trainer:
       batches.close()
       writer.close()
       self._checkpoints.close()
+    metrics.show(f"saved step {self._saved} in {self._directory}")
 
   def _restore_or_init(self) -> step.TrainState:
     restored = self._checkpoints.restore(*step.parts(self._program.state))
