@@ -2,6 +2,7 @@
 
 import pathlib
 import resource
+import shutil
 
 import jax
 import numpy as np
@@ -110,10 +111,8 @@ def test_a_file_that_is_gone_counts_as_damage(tmp_path: pathlib.Path):
 def test_a_fingerprint_finds_what_the_format_does_not(tmp_path: pathlib.Path):
   """A checkpoint whose parameters are not those that were saved reads back without an error."""
   saved(tmp_path, 1, 2, keep_latest=2)
-  meta = next((tmp_path / "checkpoints/2/meta").iterdir())
-  print_ = checkpoint.fingerprint(params(2))
-  assert print_ in meta.read_text()
-  meta.write_text(meta.read_text().replace(print_, checkpoint.fingerprint(params(3))))
+  shutil.rmtree(tmp_path / "checkpoints/2/params")
+  shutil.copytree(tmp_path / "checkpoints/1/params", tmp_path / "checkpoints/2/params")
   found, said = restored(tmp_path)
   assert_step(found, 1)
   assert "damaged" in said[0]
@@ -168,10 +167,3 @@ def test_what_is_newer_than_a_step_is_set_aside(tmp_path: pathlib.Path):
   assert checkpoints.steps() == [1]
   checkpoints.close()
   assert {p.name for p in (tmp_path / "checkpoints_unreadable").iterdir()} == {"2", "3"}
-
-
-def test_a_fingerprint_depends_on_every_bit_and_on_the_leaf():
-  a, b = jnp.arange(4.0), jnp.ones((4,))
-  assert checkpoint.fingerprint((a, b)) == checkpoint.fingerprint((a + 0, b + 0))
-  assert checkpoint.fingerprint((a, b)) != checkpoint.fingerprint((b, a))
-  assert checkpoint.fingerprint((a, b)) != checkpoint.fingerprint((jnp.nextafter(a, 9.0), b))

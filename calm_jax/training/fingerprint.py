@@ -56,9 +56,13 @@ def _line(leaf: Any, sums: Any) -> str:
   return f"{tuple(leaf.shape)} {leaf.dtype} {int(sums[0]):08x}{int(sums[1]):08x}"
 
 
+def name(path: Any) -> str:
+  """Returns a leaf's name from its path, the same for a tree and for what Orbax makes of it."""
+  return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
 def _names(tree: Tree) -> list[str]:
-  paths = (path for path, _ in jax.tree.leaves_with_path(tree))
-  return [jax.tree_util.keystr(path, simple=True, separator="/") for path in paths]
+  return [name(path) for path, _ in jax.tree.leaves_with_path(tree)]
 
 
 def lines(tree: Tree) -> dict[str, str]:
@@ -71,8 +75,8 @@ def lines(tree: Tree) -> dict[str, str]:
 def host_lines(tree: Tree) -> dict[str, str]:
   """Returns `lines` of a tree of NumPy arrays, computed without a device."""
   return {
-    name: _line(leaf, _host_sums(leaf))
-    for name, leaf in zip(_names(tree), jax.tree.leaves(tree), strict=True)
+    called: _line(leaf, _host_sums(leaf))
+    for called, leaf in zip(_names(tree), jax.tree.leaves(tree), strict=True)
   }
 
 
@@ -89,7 +93,7 @@ def _host_sums(leaf: np.ndarray) -> tuple[int, int]:
 
 def digest(lines: Mapping[str, str]) -> str:
   """Returns 16 hex digits over the lines of all leaves."""
-  text = "\n".join(f"{name} {lines[name]}" for name in sorted(lines))
+  text = "\n".join(f"{called} {lines[called]}" for called in sorted(lines))
   return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
