@@ -35,6 +35,7 @@ from calm_jax.training import (
   metrics,
   optimizer,
   program,
+  resuming,
   stages,
   train,
   transformer_stage,
@@ -151,9 +152,7 @@ def _calm(run: config.CalmRun, given: Given) -> Built:
   )
   workdir.require_same_tokenizer(codec.origin, given.store, source)
   vocab_size = given.vocab_size(codec.origin.vocab_size)
-  origin = workdir.Origin.of(
-    given.store, codec.run.model.patch_size, vocab_size, checkpoint.fingerprint(codec.params)
-  )
+  origin = workdir.Origin.of(given.store, codec.run.model.patch_size, vocab_size, codec.fingerprint)
   module = codec.module(run.training.compute_dtype)
   return Built(
     calm_stage.build(run, module, codec.params, vocab_size),
@@ -250,8 +249,11 @@ def _held(directory: str) -> Iterator[lease.Lease]:
 def _store_of(run: config.Run, directory: str, allow_change: bool) -> store_lib.TokenStore:
   """Returns the data of a run that may begin, or go on, in a workdir."""
   files.require_reachable(directory)
+  checkpoint.require_writable_name(directory)
   if workdir.exists(directory):
+    workdir.require_whole(directory)
     workdir.require_trainable(directory)
+    resuming.require_checkpoints(directory)
     _require_same_config(run, directory, allow_change)
   config.require(
     bool(run.data.path),
@@ -359,12 +361,21 @@ def _train_on_mesh(
     run, built.stage, store, directory, per_token, record, built.initial, guard, held
   )
   built = dataclasses.replace(built, initial=None)  # Held by the trainer alone, until it begins.
-  if not workdir.exists(directory):
-    built.copy()
-  tokenizer = epath.Path(store.path) / store.manifest.tokenizer.file
-  distributed.on_first("workdir", lambda: workdir.create(directory, run, built.origin, tokenizer))
+  _begin(run, directory, built, epath.Path(store.path) / store.manifest.tokenizer.file)
   distributed.together("workdir seen", lambda: _require_shared(directory))
   trainer.train()
+
+
+def _begin(run: config.Run, directory: str, built: Built, tokenizer: epath.Path) -> None:
+  """Makes a new workdir, or gives one that has begun the settings that it goes on with."""
+  if workdir.exists(directory):
+    distributed.on_first("workdir", lambda: workdir.change_config(directory, run))
+    return
+  built.copy()
+  made = workdir.sealed(directory, run, built.origin, tokenizer)
+  distributed.on_first(
+    "workdir", lambda: workdir.create(directory, run, built.origin, tokenizer, made)
+  )
 
 
 def _require_shared(directory: str) -> None:

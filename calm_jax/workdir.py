@@ -1,15 +1,15 @@
 """What a workdir holds, and how to read it: config, origin, tokenizer, weights.
 
+seal.json         hashes that bind what follows, see `calm_jax.seal`
 config.json       the resolved settings
 origin.json       what they were trained on: hashes, vocabulary, first patch
 tokenizer.*       a copy, so that the workdir needs no token store to write text
 checkpoints/      see training.checkpoint
-autoencoder/      stage two only: the same four of its frozen autoencoder
+autoencoder/      stage two only: the same five of its frozen autoencoder
 metrics.jsonl evaluation.json temperature.json samples.jsonl   figures and texts
 """
 
 import dataclasses
-import json
 import typing
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +18,7 @@ import jax
 from etils import epath
 from jax import numpy as jnp
 
-from calm_jax import config, distributed, errors, files
+from calm_jax import config, distributed, errors, files, seal
 from calm_jax.data import store as store_lib
 from calm_jax.data import tokenizer as tokenizer_lib
 from calm_jax.models import autoencoder, calm, transformer
@@ -48,6 +48,7 @@ class Origin:
       at the start of a document and even the first patch has one before it. Imported
       weights have none: a prompt must then hold the first patch itself.
     autoencoder_fingerprint: of stage two's frozen parameters, else empty.
+    format_version: of the workdir.
   """
 
   tokenizer_file: str
@@ -58,6 +59,7 @@ class Origin:
   appends_eos: bool
   start_patch: tuple[int, ...]
   autoencoder_fingerprint: str = ""
+  format_version: int = seal.FORMAT_VERSION
 
   @classmethod
   def of(
@@ -89,8 +91,23 @@ class Origin:
     )
 
 
-def create(workdir: str, run: config.Run, origin: Origin, tokenizer: epath.Path) -> None:
-  """Writes config, origin and tokenizer of a new workdir; config.json comes last.
+def sealed(workdir: str, run: config.Run, origin: Origin, tokenizer: epath.Path) -> seal.Seal:
+  """Returns the seal of a new workdir, whose autoencoder, if it has one, lies there already.
+
+  Raises:
+    CalmError: if a file can't be read.
+  """
+  return seal.make(workdir, config.to_json(run), _origin_json(origin), tokenizer)
+
+
+def _origin_json(origin: Origin) -> str:
+  return files.to_json(dataclasses.asdict(origin))
+
+
+def create(
+  workdir: str, run: config.Run, origin: Origin, tokenizer: epath.Path, made: seal.Seal
+) -> None:
+  """Writes config, origin, tokenizer and seal of a new workdir; config.json comes last.
 
   Raises:
     CalmError: if the folder can't be written.
@@ -99,10 +116,28 @@ def create(workdir: str, run: config.Run, origin: Origin, tokenizer: epath.Path)
   try:
     path.mkdir(parents=True, exist_ok=True)
     tokenizer.copy(path / origin.tokenizer_file, overwrite=True)
+    files.sync(path / origin.tokenizer_file)
   except OSError as error:
     raise errors.CalmError(f"can't write workdir {workdir}: {error}") from error
-  files.write(path / "origin.json", files.to_json(dataclasses.asdict(origin)))
+  files.write(path / "origin.json", _origin_json(origin))
+  seal.write(workdir, made)
   files.write(path / "config.json", config.to_json(run))
+
+
+def change_config(workdir: str, run: config.Run) -> None:
+  """Writes the settings of a workdir that has begun, where they are others than before.
+
+  Raises:
+    CalmError: if they can't be written.
+  """
+  text = config.to_json(run)
+  before, new = seal.read(workdir), seal.of_bytes(text.encode())
+  if before.config == (new,):
+    return
+  # Whenever this is cut short, the seal knows the config.json that is there.
+  seal.write(workdir, dataclasses.replace(before, config=(*before.config, new)))
+  files.write(epath.Path(workdir) / "config.json", text)
+  seal.write(workdir, dataclasses.replace(before, config=(new,)))
 
 
 def exists(workdir: str) -> bool:
@@ -145,10 +180,14 @@ def _read_json(workdir: str, name: str) -> dict[str, Any]:
     raise errors.CalmError(
       f"no workdir at {workdir!r} ({name} is missing): give the --workdir of a training run"
     )
-  try:
-    return json.loads(path.read_text())
-  except ValueError as error:
-    raise errors.CalmError(f"{path} is no valid JSON: {error}") from error
+  return files.parse_json(seal.read_part(workdir, name), str(path))
+
+
+def require_whole(workdir: str) -> None:
+  """Raises CalmError unless config, origin, tokenizer and autoencoder are the run's own."""
+  read_run(workdir)
+  seal.require_tokenizer(workdir, read_origin(workdir).tokenizer_file)
+  seal.require_autoencoder(workdir)
 
 
 def tokenizer(workdir: str, origin: Origin) -> tokenizer_lib.Tokenizer:
@@ -161,7 +200,8 @@ def tokenizer(workdir: str, origin: Origin) -> tokenizer_lib.Tokenizer:
   loaded = tokenizer_lib.load(str(path), eos=origin.eos_id)
   if loaded.hash != origin.tokenizer_hash:
     raise errors.CalmError(
-      f"{path} has hash {loaded.hash}, but the model was trained with {origin.tokenizer_hash}"
+      f"{path} has hash {loaded.hash}, but the model was trained with {origin.tokenizer_hash}: put "
+      "back the one that was there"
     )
   return loaded
 
@@ -200,12 +240,13 @@ def require_same_data(workdir: str, origin: Origin) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class TrainedAutoencoder:
-  """Stage one, ready to use."""
+  """Stage one, ready to use. `fingerprint` is of its parameters."""
 
   run: config.AutoencoderRun
   origin: Origin
   params: Params
   step: int
+  fingerprint: str = ""
 
   def module(self, dtype: str) -> autoencoder.Autoencoder:
     """Returns the module, computing in `dtype`."""
@@ -248,7 +289,8 @@ def has_checkpoint(workdir: str) -> bool:
 
 def _restore(workdir: str, params: Params) -> checkpoint.Restored:
   checkpoints = checkpoint.Checkpoints(workdir, concurrent_gb=checkpoint.few_gb(params))
-  restored = checkpoints.restore(rules.abstract(params, mesh.current()))
+  bound = seal.read(workdir).bound
+  restored = checkpoints.restore(rules.abstract(params, mesh.current()), bound=bound)
   checkpoints.close()
   if restored is None:
     raise errors.CalmError(f"{workdir} has no checkpoint yet: train it first")
@@ -260,11 +302,18 @@ def _load_autoencoder(
 ) -> TrainedAutoencoder:
   model = autoencoder.Autoencoder(run.model, origin.vocab_size)
   restored = _restore(workdir, jax.eval_shape(model.initial, jax.random.key(0)))
-  return TrainedAutoencoder(run, origin, restored.params, restored.step)
+  fingerprint = restored.meta["params_fingerprint"]
+  return TrainedAutoencoder(run, origin, restored.params, restored.step, fingerprint)
 
 
 def _load_calm(workdir: str, run: config.CalmRun, origin: Origin) -> TrainedCalm:
-  codec = load_autoencoder(str(epath.Path(workdir) / AUTOENCODER))
+  own = str(epath.Path(workdir) / AUTOENCODER)
+  codec = load_autoencoder(own)
+  if codec.fingerprint != origin.autoencoder_fingerprint:
+    raise errors.CalmError(
+      f"{own} holds weights of fingerprint {codec.fingerprint}, but {workdir} was trained with "
+      f"those of {origin.autoencoder_fingerprint}: put back the autoencoder that was there"
+    )
   model = calm.Calm.build(run, codec.module(run.training.compute_dtype), origin.vocab_size)
   restored = _restore(workdir, jax.eval_shape(model.init, jax.random.key(0)))
   return TrainedCalm(run, origin, restored.params, restored.step, codec, model)
@@ -295,8 +344,10 @@ def load(workdir: str, stage: str = "") -> Trained:
   """Returns the newest readable weights of a workdir, ready to use.
 
   Raises:
-    CalmError: if there are none there, or they are not of the stage that is asked for.
+    CalmError: if there are none there, they are not of the stage that is asked for, or a
+      part of the workdir is not the run's own.
   """
+  require_whole(workdir)
   run, origin = read_run(workdir), read_origin(workdir)
   if stage and run.stage != stage:
     raise errors.CalmError(f"{workdir} holds {_NAMES[run.stage]}, not {_NAMES[stage]}")
@@ -321,13 +372,17 @@ def write_weights(
   Raises:
     CalmError: if it can't be written.
   """
+  checkpoint.require_writable_name(target)
   few = checkpoint.few_gb(params)
+  made = sealed(target, run, origin, tokenizer)
   checkpoints = checkpoint.Checkpoints(target, keep_latest=1, concurrent_gb=few)
-  saved = checkpoints.save(step, params, None, {}) and checkpoints.wait()
-  checkpoints.close()
+  saved = checkpoints.save(step, params, None, {"seal": made.bound}) and checkpoints.wait()
   if not saved:
+    checkpoints.close()
     raise errors.CalmError(f"can't write the weights to {target}")
-  distributed.on_first("weights", lambda: create(target, run, origin, tokenizer))
+  checkpoints.prove()
+  checkpoints.close()
+  distributed.on_first("weights", lambda: create(target, run, origin, tokenizer, made))
 
 
 def copy_autoencoder(trained: TrainedAutoencoder, source: str, target: str) -> None:

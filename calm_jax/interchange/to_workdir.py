@@ -7,7 +7,7 @@ from etils import epath
 from calm_jax import errors, workdir
 from calm_jax.data import tokenizer as tokenizer_lib
 from calm_jax.interchange import reading, tensors
-from calm_jax.training import checkpoint
+from calm_jax.training import checkpoint, fingerprint
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 LEAST_SHARE = 0.9  # Of a table's rows that its tokenizer uses; others are padding.
@@ -24,6 +24,7 @@ def write(source: str, output: str, autoencoder: str = "", tokenizer: str = "") 
     CalmError: see `reading.read`; also for a tokenizer that is missing or has more
       tokens than the model. No folder is left then.
   """
+  checkpoint.require_writable_name(output)
   folder = pathlib.Path(source)
   if not (folder / "config.json").exists():
     raise errors.CalmError(f"--source={source} is no folder with a config.json")
@@ -77,7 +78,7 @@ def _write(target: str, imported: reading.Imported, tokenizer: tokenizer_lib.Tok
     eos_id=tokenizer.eos_id,
     appends_eos=imported.eos_id is not None,  # Where it is written, a text ends.
     start_patch=(),
-    autoencoder_fingerprint=checkpoint.fingerprint(codec.params) if codec else "",
+    autoencoder_fingerprint=fingerprint.of(codec.params) if codec else "",
   )
   path = epath.Path(tokenizer.path)
   workdir.write_weights(target, imported.run, origin, imported.params, 0, path)

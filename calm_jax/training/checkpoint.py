@@ -1,11 +1,15 @@
 """Checkpoints through Orbax: the one module that knows how a state lies on disk.
 
-A checkpoint holds `params`, `rest` (optimizer and counters) and `meta` (data
-position, config, hashes, fingerprints). Parameters can be read alone.
+A checkpoint holds `params`, `rest` (optimizer and counters) and `meta` (step, data
+position, config, hashes, fingerprints, and a hash over all of these). Parameters can be
+read alone.
 """
 
 import dataclasses
+import errno
 import functools
+import json
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -17,7 +21,7 @@ from etils import epath
 from jax import numpy as jnp
 
 from calm_jax import distributed, errors, files
-from calm_jax.training import metrics
+from calm_jax.training import fingerprint, meta, metrics, reread
 
 DIRECTORY = "checkpoints"
 UNREADABLE = "checkpoints_unreadable"
@@ -25,27 +29,29 @@ UNREADABLE = "checkpoints_unreadable"
 Tree = Any
 Report = Callable[[str], None]
 
+# What Orbax looks for files by, so that in a path it means other names.
+GLOB = re.compile(r"[][*?\\]")
+# Where reading ends in one of these, a file may be whole: there is no damage to step back from.
+UNREACHABLE = {
+  errno.EACCES, errno.EAGAIN, errno.EBUSY, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM,
+  errno.EPERM, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNREFUSED, errno.ECONNRESET,
+  errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENOTCONN,
+}  # fmt: skip
+_UNREACHABLE_TOLD = re.compile(
+  "PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|"
+  + "|".join(rf"\b{errno.errorcode[number]}\b" for number in sorted(UNREACHABLE))
+)
+
 
 @jax.jit
-def _sums_of_bits(leaves: list[jax.Array]) -> list[jax.Array]:
-  """In one program: many with sums over devices, all on their way at once, can block each other."""
-
-  def one(leaf):
-    unsigned = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
-    return jnp.sum(jax.lax.bitcast_convert_type(leaf, unsigned), dtype=jnp.uint32)
-
-  return [one(leaf) for leaf in leaves]
+def _all_finite(leaves: list[jax.Array]) -> jax.Array:
+  found = [jnp.all(jnp.isfinite(x)) for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
+  return jnp.all(jnp.stack(found)) if found else jnp.bool_(True)
 
 
-def fingerprint(tree: Tree) -> str:
-  """Returns 8 hex digits over the bits of every leaf, the same for every sharding.
-
-  A wrap-around sum a leaf: it finds damage, not malice.
-  """
-  total = 0
-  for part in jax.device_get(_sums_of_bits(jax.tree.leaves(tree))):
-    total = (total * 1_000_003 + int(part)) % 2**32
-  return f"{total:08x}"
+def all_finite(tree: Tree) -> bool:
+  """Tells whether a tree holds neither NaN nor infinities, on any process's devices."""
+  return bool(_all_finite(jax.tree.leaves(tree)))
 
 
 @functools.cache
@@ -106,8 +112,11 @@ class Checkpoints:
     """
     _ignore_stragglers()
     self._workdir = epath.Path(workdir)
+    self._last: tuple[int, dict[str, dict[str, str]]] = (0, {})
     self._report = report
     reads = keep_latest is None
+    if not reads:
+      require_writable_name(workdir)
     options = ocp.CheckpointManagerOptions(
       max_to_keep=keep_latest,
       keep_period=keep_every or None,
@@ -137,20 +146,33 @@ class Checkpoints:
     """Returns the steps of whole checkpoints, oldest first."""
     return sorted(self._manager.all_steps())
 
-  def save(self, step: int, params: Tree, rest: Tree | None, meta: dict[str, Any]) -> bool:
+  def save(self, step: int, params: Tree, rest: Tree | None, record: dict[str, Any]) -> bool:
     """Starts saving and returns at once. Returns False, and says why, if saving fails.
 
     A failure of the save before this one is told here. Older checkpoints stay as
-    they were. `rest` is None for parameters that are never trained on.
+    they were; newer ones, of a run that went another way, are set aside.
+
+    Args:
+      rest: None for parameters that are never trained on.
+      record: goes into its meta.
     """
     trees = {"params": params} if rest is None else {"params": params, "rest": rest}
-    prints = {f"{name}_fingerprint": fingerprint(tree) for name, tree in trees.items()}
+    lines = {name: fingerprint.lines(tree) for name, tree in trees.items()}
+    prints = {f"{name}_fingerprint": fingerprint.digest(found) for name, found in lines.items()}
     args = ocp.args.Composite(
-      meta=ocp.args.JsonSave(meta | prints),
+      meta=ocp.args.JsonSave(meta.hashed({**record, "step": step, **prints})),
       **{name: ocp.args.StandardSave(tree) for name, tree in trees.items()},
     )
     self.wait()
-    return self._attempt(f"step {step}", lambda: self._manager.save(step, args=args))
+    self._last = (step, lines)
+    if self.steps()[-1:] > [step]:
+      self.set_aside_after(step)
+
+    def start() -> None:
+      if not self._manager.save(step, args=args):
+        raise ValueError(f"a checkpoint of step {max(self.steps(), default=step)} is in the way")
+
+    return self._attempt(f"step {step}", start)
 
   def wait(self) -> bool:
     """Waits for the save under way; returns False, and says why, if it failed."""
@@ -169,50 +191,101 @@ class Checkpoints:
       return False
     return True
 
-  def restore(self, params: Tree, rest: Tree = None) -> Restored | None:
+  def prove(self) -> None:
+    """Reads the last checkpoint, whose save has ended, and compares it with what was saved.
+
+    Each process reads a share of the arrays, on the host and a few at a time.
+
+    Raises:
+      CalmError: if it does not read back as it was saved; it is set aside then.
+    """
+    step, lines = self._last
+    try:
+      for name, expected in lines.items():
+        mine = sorted(expected)[distributed.index() :: distributed.count()]
+        found = reread.lines(self._place(step) / name, mine)
+        wrong = [leaf for leaf in mine if found.get(leaf) != expected[leaf]]
+        if wrong:
+          raise ValueError(f"{name} {wrong[0]} is not what was saved")
+      problem = ""
+    except Exception as error:
+      problem = _first_line(error)
+    problem = next(filter(None, distributed.exchange("proved", problem)), "")
+    if problem:
+      self.set_aside_after(step - 1)
+      raise errors.CalmError(
+        f"the checkpoint of step {step} was saved in {self._workdir} without an error and can't be "
+        f"read back ({problem}): give a --workdir on another file system"
+      )
+
+  def _place(self, step: int) -> epath.Path:
+    return self._workdir / DIRECTORY / str(step)
+
+  def restore(self, params: Tree, rest: Tree = None, bound: str = "") -> Restored | None:
     """Returns the newest checkpoint that reads back whole, None where there is none at all.
+
+    Where checkpoints came or went while one was read, the newest is looked for again.
 
     Args:
       params, rest: abstract trees; without `rest` only parameters are read.
+      bound: of the workdir's seal, which a checkpoint must hold; empty for any.
 
     Raises:
-      CalmError: if there are checkpoints and none of them can be read.
+      CalmError: if there are checkpoints and none of them can be read, or the newest is
+        of another run, or can't be read now and may be whole.
     """
-    steps = self.steps()
-    for step in reversed(steps):
+    steps, damaged = self._shared_steps(), []
+    while left := [step for step in steps if step not in damaged]:
       found, problem = None, ""
       try:
-        found = self._read(step, params, rest)
+        found = self._read(left[-1], params, rest, bound)
+      except errors.CalmError as error:
+        problem = f"{_REFUSED}{error}"
       except Exception as error:  # Damage shows as any error of Orbax or TensorStore.
         problem = _first_line(error)
+        if _is_unreachable(error):
+          problem = (
+            f"{_REFUSED}the checkpoint of step {left[-1]} in {self._workdir} can't be read now "
+            f"({problem}), which need not be damage: nothing was changed, run the same command "
+            "again when it can"
+          )
       problem = next(filter(None, distributed.exchange("restored", problem)), "")
       if not problem:
         return found
       found = None
+      self._manager.reload()
+      before, steps = steps, self._shared_steps()
+      if steps != before:
+        continue
+      if problem.startswith(_REFUSED):
+        raise errors.CalmError(problem.removeprefix(_REFUSED))
+      damaged.append(left[-1])
       self._report(
-        f"the checkpoint of step {step} in {self._workdir} can't be read ({problem})"
-        + ("; falling back to the one before" if step != steps[0] else "")
+        f"the checkpoint of step {left[-1]} in {self._workdir} can't be read ({problem})"
+        + ("; falling back to the one before" if left[1:] else "")
       )
-    if steps:
+    if damaged:
       raise errors.CalmError(
-        f"none of the checkpoints in {self._workdir / DIRECTORY} can be read (steps {steps}): "
-        "start again in a new workdir"
+        f"none of the checkpoints in {self._workdir / DIRECTORY} can be read (steps {steps}): put "
+        "back a copy of one, or train in a new --workdir"
       )
     return None
 
-  def _read(self, step: int, params: Tree, rest: Tree) -> Restored:
-    items: dict[str, Any] = {
-      "params": ocp.args.StandardRestore(params),
-      "meta": ocp.args.JsonRestore(),
-    }
+  def _shared_steps(self) -> list[int]:
+    """Returns `steps` as process 0 sees them, on all processes."""
+    return json.loads(distributed.from_first("steps", json.dumps(self.steps())))
+
+  def _read(self, step: int, params: Tree, rest: Tree, bound: str) -> Restored:
+    items: dict[str, Any] = {"params": ocp.args.StandardRestore(params)}
     if rest is not None:
       items["rest"] = ocp.args.StandardRestore(rest)
+    only_meta = ocp.args.Composite(meta=ocp.args.JsonRestore())
+    found = self._manager.restore(step, args=only_meta)["meta"]
+    meta.require(found, self._place(step), bound)
     read = self._manager.restore(step, args=ocp.args.Composite(**items))
-    for name in sorted(items.keys() - {"meta"}):  # The order is the same on all processes.
-      expected, found = read["meta"][f"{name}_fingerprint"], fingerprint(read[name])
-      if found != expected:
-        raise ValueError(f"{name} have fingerprint {found}, {expected} was saved: damaged")
-    return Restored(step, read["params"], None if rest is None else read["rest"], read["meta"])
+    for name in sorted(items):  # The order is the same on all processes.
+      meta.require_fingerprint(found, name, fingerprint.of(read[name]))
+    return Restored(step, read["params"], None if rest is None else read["rest"], found)
 
   def set_aside_after(self, step: int) -> None:
     """Moves checkpoints newer than `step` out of the way, so that the run can write them anew."""
@@ -235,6 +308,32 @@ class Checkpoints:
     self._manager.close()
 
 
-def _first_line(error: Exception) -> str:
+# Marks a problem for which no older checkpoint is taken.
+_REFUSED = "refused: "
+
+
+def _first_line(error: BaseException) -> str:
   lines = str(error).strip().splitlines()
   return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def _is_unreachable(error: BaseException | None) -> bool:
+  """Tells whether a file could not be read, rather than read and found wrong."""
+  while error is not None:
+    number = error.errno if isinstance(error, OSError) else None
+    if number in UNREACHABLE or isinstance(error, MemoryError):
+      return True
+    if _UNREACHABLE_TOLD.search(str(error)):  # By TensorStore, a bucket's client or a device.
+      return True
+    error = error.__cause__ or error.__context__
+  return False
+
+
+def require_writable_name(path: epath.PathLike) -> None:
+  """Raises CalmError where no checkpoint under `path` could be read back."""
+  whole = files.absolute(path)
+  if GLOB.search(whole):
+    raise errors.CalmError(
+      f"checkpoints can't be kept in {whole}: a path that holds one of [ ] * ? \\ is read as a "
+      "pattern; give another"
+    )

@@ -20,7 +20,8 @@ class Fed(NamedTuple):
 
   Attributes:
     arrays: of all B rows. index: of this process's rows.
-    position: of the data after it, see `pipeline.TrainingBatches.get_state`.
+    position: of the data after it, see `pipeline.TrainingBatches.get_state`; of a batch
+      that is given again and again, before it.
   """
 
   arrays: dict[str, jax.Array]
@@ -51,9 +52,9 @@ class Feed:
     while not self._closed.is_set():
       try:
         if fed is None or not self._reuse:
-          read = next(self._batches)
+          before, read = self._batches.get_state(), next(self._batches)
           arrays = mesh_lib.place_rows(self._mesh, dict(read), self._rows, self._batch)
-          fed = Fed(arrays, read["index"], self._batches.get_state())
+          fed = Fed(arrays, read["index"], before if self._reuse else self._batches.get_state())
       except BaseException as error:  # For the loop to raise.
         fed = error
       while not self._closed.is_set():

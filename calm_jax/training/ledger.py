@@ -1,15 +1,19 @@
-"""Where a run's wall-clock time went, attempt by attempt: its goodput."""
+"""Where a run's wall-clock time went, attempt by attempt: its goodput.
+
+A book that can't be read is left out, and by the next attempt put aside.
+"""
 
 import contextlib
-import json
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from etils import epath
 
 import calm_jax
-from calm_jax import files
+from calm_jax import errors, files
+from calm_jax.training import metrics
 
 FOLDER = "ledger"
 # Kinds of time beside the steps themselves.
@@ -32,6 +36,7 @@ class Ledger:
     self._path: epath.Path | None = None
     self._written = 0.0
     self._steps = (0, 0)
+    self._saved = 0
 
   def part(self, name: str) -> None:
     """Books the time since the last call as a part of the startup."""
@@ -61,10 +66,20 @@ class Ledger:
     """Gives the attempt its file in a workdir's ledger: a number after the last one's."""
     folder = directory / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    numbers = [int(path.stem) for path in folder.glob("*.json")]
+    numbers = [int(path.stem) for path in _paths(directory)]
+    for path in _paths(directory):
+      if _read(path) is None:
+        aside = folder / f"{path.name}{metrics.UNREADABLE}"
+        path.replace(aside)
+        metrics.show(f"{path} can't be read: moved to {aside}")
     self._path = folder / f"{max(numbers, default=0) + 1:04d}.json"
     self._steps = (first_step, first_step)
     self.write(first_step)
+
+  def saved(self, step: int) -> None:
+    """Books that there is a whole checkpoint of a step."""
+    self._saved = step
+    self.write(max(step, self._steps[1]))
 
   def write(self, step: int, now: bool = True) -> None:
     """Writes the book with the last step taken; without `now`, only every WRITE_SECONDS."""
@@ -79,9 +94,41 @@ class Ledger:
       "written": round(self._written, 3),
       "first_step": self._steps[0],
       "last_step": self._steps[1],
+      "saved": self._saved,
       "startup": {name: round(x, 3) for name, x in self._parts.items()},
       "seconds": {name: round(x, 3) for name, x in self._seconds.items()},
     }
+
+
+def _paths(directory: epath.Path) -> list[epath.Path]:
+  folder = directory / FOLDER
+  if not folder.exists():
+    return []
+  books = [path for path in folder.iterdir() if path.suffix == ".json" and path.stem.isdecimal()]
+  return sorted(books, key=lambda path: int(path.stem))
+
+
+def _read(path: epath.Path) -> dict[str, Any] | None:
+  """Returns the book of an attempt, None where it is damaged."""
+  try:
+    record = files.read_json(path)
+  except errors.CalmError:
+    return None
+  steps = (record.get("first_step"), record.get("last_step"), record.get("saved", 0))
+  times = [record.get("started"), record.get("written")]
+  seconds = record.get("seconds")
+  if not isinstance(seconds, Mapping):
+    return None
+  times += [seconds.get(kind) for kind in KINDS]
+  whole = all(type(x) is int for x in steps) and all(
+    isinstance(x, int | float) and math.isfinite(x) for x in times
+  )
+  return record if whole else None
+
+
+def attempts(directory: epath.Path) -> list[dict[str, Any]]:
+  """Returns the books of all attempts that can be read, in order."""
+  return [book for path in _paths(directory) if (book := _read(path)) is not None]
 
 
 def goodput(directory: epath.Path) -> dict[str, Any] | None:
@@ -91,12 +138,11 @@ def goodput(directory: epath.Path) -> dict[str, Any] | None:
   attempt took again; `down` the time between attempts. `goodput` is the productive
   share of all. None where there is no ledger.
   """
-  paths = sorted((directory / FOLDER).glob("*.json"))
-  attempts = [json.loads(path.read_text()) for path in paths]
-  if not attempts:
+  books = attempts(directory)
+  if not books:
     return None
   result = dict.fromkeys(("productive", "lost", "down", *KINDS), 0.0)
-  for attempt, after in zip(attempts, [*attempts[1:], None], strict=True):
+  for attempt, after in zip(books, [*books[1:], None], strict=True):
     whole = attempt["written"] - attempt["started"]
     steps = attempt["last_step"] - attempt["first_step"]
     stepping = max(0.0, whole - sum(attempt["seconds"].values()))
@@ -112,5 +158,5 @@ def goodput(directory: epath.Path) -> dict[str, Any] | None:
       result["down"] += max(0.0, after["started"] - attempt["written"])
   total = sum(result.values())
   seconds = {name: round(x, 3) for name, x in result.items()}
-  return {"attempts": len(attempts), "total": round(total, 3), **seconds,
+  return {"attempts": len(books), "total": round(total, 3), **seconds,
           "goodput": round(result["productive"] / total, 4)}  # fmt: skip

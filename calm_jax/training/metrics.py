@@ -1,4 +1,8 @@
-"""Figures of a run: a line a report, metrics.jsonl always, TensorBoard where it is installed."""
+"""Figures of a run: a line a report, metrics.jsonl always, TensorBoard where it is installed.
+
+A run that goes on forgets what came after its checkpoint, puts lines that can't be read
+aside, and writes TensorBoard's last minutes again, which a kill may have cost.
+"""
 
 import importlib
 import importlib.util
@@ -11,7 +15,14 @@ from typing import Any
 from etils import epath
 from tqdm import tqdm
 
-from calm_jax import distributed, files
+from calm_jax import distributed, errors, files
+
+# What is put aside is named so.
+UNREADABLE = ".unreadable"
+# Seconds of reports that TensorBoard gets again: more than its writer ever keeps to itself.
+REPLAY_SECONDS = 600
+
+Record = dict[str, Any]
 
 
 def show(line: str) -> None:
@@ -55,6 +66,32 @@ class Pace:
     return f"{hours}h{minutes % 60:02d}m" if hours else f"{minutes}m{seconds:02d}s"
 
 
+def parse_lines(content: bytes) -> tuple[list[Record], list[bytes]]:
+  """Returns the reports that metrics.jsonl holds, and the lines that are none."""
+  good, bad = [], []
+  for line in content.split(b"\n"):
+    if not line.strip():
+      continue
+    try:
+      record = files.parse_json(line, "a report")
+      time_ = record.get("time", 0.0)
+      whole = type(record.get("step")) is int and isinstance(record.get("kind"), str)
+      whole = whole and isinstance(time_, int | float)
+    except errors.CalmError:
+      record, whole = {}, False
+    if whole:
+      good.append(record)
+    else:
+      bad.append(line)
+  return good, bad
+
+
+def last_step(path: epath.Path) -> int:
+  """Returns the last step that metrics.jsonl tells of, 0 for none."""
+  records = parse_lines(files.read(path))[0] if path.exists() else []
+  return max((record["step"] for record in records), default=0)
+
+
 class Writer:
   """Writes figures as they come, process-wide once, by process 0 alone.
 
@@ -72,29 +109,52 @@ class Writer:
     self._path, self._steps = path, steps
     self._pace = Pace(clock)
     self._writes = distributed.is_first()
-    self._kept = self._drop_after(first_step) if self._writes else set()
+    kept = self._drop_after(first_step) if self._writes else []
+    self._kept = {(record["kind"], record["step"]) for record in kept}
     quiet = not (self._writes and sys.stderr.isatty())
     self._bar = tqdm(total=steps, initial=first_step, unit="step", disable=quiet, leave=True)
-    self._board = None
+    self._board: Any = None
     if self._writes and importlib.util.find_spec("tensorboardX"):
-      board = importlib.import_module("tensorboardX")
-      self._board = board.SummaryWriter(str(path.parent / "tensorboard"))
+      self._open_board(kept)
 
-  def _drop_after(self, step: int) -> set[tuple[str, int]]:
+  def _drop_after(self, step: int) -> list[Record]:
     """Forgets reports after `step`, which a resumed run writes again; returns what is kept."""
     if not self._path.exists():
-      return set()
-    lines, kept = [], set()
-    for line in self._path.read_text().splitlines():
-      try:
-        record = json.loads(line)
-      except ValueError:
-        continue  # The last line of a killed run may be cut.
-      if record["step"] <= step:
-        lines.append(line + "\n")
-        kept.add((record["kind"], record["step"]))
-    files.write(self._path, "".join(lines))
+      return []
+    content = files.read(self._path)
+    kept, bad = parse_lines(content)
+    kept = [record for record in kept if record["step"] <= step]
+    if bad:
+      aside = self._path.parent / f"{self._path.name}{UNREADABLE}"
+      before = files.read(aside) if aside.exists() else b""
+      files.write(aside, before + b"".join(line + b"\n" for line in bad))
+      show(f"{self._path} holds {len(bad)} line(s) that can't be read: moved to {aside}")
+    text = "".join(json.dumps(record) + "\n" for record in kept)
+    if text.encode() != content:
+      files.write(self._path, text)
     return kept
+
+  def _open_board(self, kept: Sequence[Record]) -> None:
+    """Opens TensorBoard's writer and makes its history whole."""
+    folder = self._path.parent / "tensorboard"
+    since = kept[-1].get("time", 0.0) - REPLAY_SECONDS if kept and folder.exists() else 0.0
+    late = (record["step"] for record in kept if record.get("time", 0.0) >= since)
+    first = min([self._first_step + 1, *late])
+    board = importlib.import_module("tensorboardX")
+    # From `first` on, what other attempts wrote does not count.
+    self._board = board.SummaryWriter(str(folder), purge_step=first)
+    for record in kept:
+      if record["step"] < first:
+        continue
+      values = {name: x for name, x in record.items() if name not in ("kind", "step", "time")}
+      self._add_scalars(record["kind"], record["step"], values, record.get("time"))
+
+  def _add_scalars(
+    self, kind: str, step: int, values: Mapping[str, Any], time_: float | None = None
+  ) -> None:
+    for name, value in values.items():
+      if isinstance(value, (int, float)):
+        self._board.add_scalar(f"{kind}/{name}", value, step, time_)
 
   def has(self, kind: str, step: int) -> bool:
     """Tells, on every process, whether the run wrote this report before it was resumed."""
@@ -116,9 +176,7 @@ class Writer:
     record = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
     files.append(self._path, json.dumps(files.finite(record)) + "\n")
     if self._board:
-      for name, value in values.items():
-        if isinstance(value, (int, float)):
-          self._board.add_scalar(f"{kind}/{name}", value, step)
+      self._add_scalars(kind, step, values)
     figures = "  ".join(f"{name} {values[name]:.6g}" for name in shown if name in values)
     time_left = self._pace.left(self._steps - step)
     left = f"  {time_left} left" if kind == "train" and time_left else ""

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from calm_jax import config, errors
-from calm_jax.training import metrics, step
+from calm_jax import config
+from calm_jax.training import metrics, resuming, step
 
 # What a person sees of a training report, in this order where it is there.
 SHOWN = (
@@ -23,6 +23,7 @@ class Reporter:
 
   Attributes:
     voids: steps of those read that were void: taken, but not counted.
+    skipped_in_a_row: of those read last, steps that were not finite.
   """
 
   def __init__(
@@ -33,7 +34,7 @@ class Reporter:
     self._flops_per_step = flops_per_token * self._tokens_per_step
     self._lap_step = first_step
     self._pending: tuple[int, Mapping[str, jax.Array], np.ndarray] | None = None
-    self.voids = 0
+    self.voids = self.skipped_in_a_row = 0
     self._lap_start = time.perf_counter()
     self._waited_for_data = 0.0
     self._paused = 0.0
@@ -56,7 +57,7 @@ class Reporter:
       The signals (see `step.SIGNALS`) that any process raised with the step before.
 
     Raises:
-      CalmError: see `flush`.
+      NonFinite: see `flush`.
     """
     pending, self._pending = self._pending, (done, figures, indices)
     return self._finish(*pending) if pending else frozenset()
@@ -65,7 +66,7 @@ class Reporter:
     """Waits for the last step taken and finishes it.
 
     Raises:
-      CalmError: after training.max_skipped non-finite steps in a row.
+      NonFinite: after training.max_skipped non-finite steps in a row.
     """
     if self._pending:
       pending, self._pending = self._pending, None
@@ -86,6 +87,7 @@ class Reporter:
   def _report(self, done: int, values: dict[str, float], indices: np.ndarray) -> None:
     self._writer.advance(1)
     settings = self._run.training
+    self.skipped_in_a_row = int(values["skipped_in_a_row"])
     if not values.pop("finite"):
       self._skipped(done, values, indices)
     if done % settings.log_every and done != settings.steps:
@@ -105,14 +107,15 @@ class Reporter:
     self._writer.write("train", done, values, SHOWN)
 
   def _skipped(self, done: int, values: Mapping[str, float], indices: np.ndarray) -> None:
-    in_a_row = int(values["skipped_in_a_row"])
+    in_a_row = self.skipped_in_a_row
     what = (
       f"step {done} was skipped: loss {values['loss']}, gradient norm {values['gradient_norm']}; "
       f"its batch holds examples {_ranges(indices)}"
     )
     metrics.show(what)
     if in_a_row >= self._run.training.max_skipped:
-      raise errors.CalmError(f"{in_a_row} non-finite steps in a row, training.max_skipped; {what}")
+      told = f"{in_a_row} non-finite steps in a row, training.max_skipped; {what}"
+      raise resuming.NonFinite(told, done - in_a_row)
 
 
 def _ranges(indices: np.ndarray) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from calm_jax import config, distributed, errors, lease, workdir
+from calm_jax import config, distributed, errors, lease, seal, workdir
 from calm_jax.data import pipeline
 from calm_jax.data import store as store_lib
 from calm_jax.parallel import mesh as mesh_lib
@@ -15,10 +15,12 @@ from calm_jax.training import (
   checkpoint,
   evaluation,
   feed,
+  meta,
   metrics,
   profiling,
   program,
   reporter,
+  resuming,
   stages,
   step,
 )
@@ -68,19 +70,22 @@ class Trainer:
     self._record = record
     self._checkpoints = checkpoint.Checkpoints(directory, settings.keep_latest, settings.keep_every)
     self._saved, self._saved_at = -1, time.monotonic()
+    self._begun, self._taken, self._proved = 0, meta.Taken(), False
 
   def train(self) -> None:
     """Trains to the last step, from the newest good checkpoint if there is one.
 
     Raises:
-      CalmError: after too many non-finite steps in a row, or if the last state
-        can't be saved.
+      CalmError: after too many non-finite steps in a row, if the last steps or what is to
+        be saved are not finite, or if the last state can't be saved.
       Interrupted: after Ctrl-C or SIGTERM on any process, once the state is saved.
     """
     guard = self._guard
     guard.stop.unsaved = False
-    state = self._restore_or_init()
-    start = int(state.step)
+    bound = distributed.together("seal", lambda: seal.read(str(self._directory)).bound)
+    self._record = {**self._record, "seal": bound}
+    state = self._restore_or_init(bound)
+    start = self._begun = int(state.step)
     self._position = self._batches.get_state()
     guard.ledger.part("restore or init")
     writer = metrics.Writer(self._directory / workdir.METRICS, self._run.training.steps, start)
@@ -91,6 +96,10 @@ class Trainer:
     try:
       distributed.on_first("ledger", lambda: guard.ledger.open(self._directory, start))
       self._loop(state, start, writer, batches)
+    except resuming.NonFinite as error:
+      rate = self._run.optimizer.learning_rate
+      advice = resuming.step_back(self._checkpoints, error, rate)
+      raise errors.CalmError(f"{error}; {advice}") from error
     except errors.CalmError as error:
       self._checkpoints.wait()
       good = self._checkpoints.steps()
@@ -102,11 +111,12 @@ class Trainer:
       self._checkpoints.close()
     metrics.show(f"saved step {self._saved} in {self._directory}")
 
-  def _restore_or_init(self) -> step.TrainState:
-    restored = self._checkpoints.restore(*step.parts(self._program.state))
+  def _restore_or_init(self, bound: str) -> step.TrainState:
+    restored = self._checkpoints.restore(*step.parts(self._program.state), bound)
     if restored is None:
       params, self._initial = self._initial, None  # Held no longer than need be.
       return self._program.initial(params)
+    self._taken = meta.Taken.of(restored.meta["data"], restored.step)
     self._checkpoints.set_aside_after(restored.step)
     self._batches.set_state(restored.meta["data"])
     self._saved = restored.step
@@ -160,13 +170,16 @@ class Trainer:
         report.flush()  # What is scored or saved is known to be good.
         done -= report.voids
         position = positions[done]
-        if save:
+        skipping = report.skipped_in_a_row
+        if save and not skipping:
           with ledger.timed("shutdown" if last else "save", report.pause):
             self._save(done, state, position, wait=last)
+        elif save:
+          self._leave_unsaved(done, skipping, at_end=last and not stopping)
         if evaluate:
           with ledger.timed("evaluation", report.pause):
             agreed = self._write_evaluation(done, state, writer)
-          if "stop" in agreed:
+          if "stop" in agreed and not skipping:
             with ledger.timed("shutdown", report.pause):
               self._save(done, state, position, wait=True)
         positions = {done: position}
@@ -174,6 +187,11 @@ class Trainer:
     profile.close()
     if "stop" in agreed:
       raise self._interrupted(done)
+
+  @property
+  def _examples_a_step(self) -> int:
+    """By how much a step moves the position of the data."""
+    return 0 if self._run.data.reuse_batch else self._run.training.batch
 
   def _raised(self, no_batch: bool) -> frozenset[str]:
     """Returns what this process tells the others with the next step."""
@@ -190,6 +208,10 @@ class Trainer:
     stopped = self._guard.stop
     name = stopped.signal.name if stopped.signal else "stopped as another process was"
     message = f"{name}: saved step {done}; the same command goes on from it"
+    if self._saved != done:  # Its last steps were skipped.
+      self._checkpoints.wait()
+      from_step = max(self._checkpoints.steps(), default=0)
+      message = f"{name}: the same command goes on from step {from_step}"
     metrics.show(message)
     return errors.Interrupted(message, stopped.code)
 
@@ -214,6 +236,17 @@ class Trainer:
     writer.write("evaluation", done, figures | {"flops": tokens * self._flops_per_token}, SHOWN)
     return frozenset()
 
+  def _leave_unsaved(self, done: int, skipping: int, at_end: bool) -> None:
+    """Says that a state after skipped steps is not saved: nothing may come of it any more.
+
+    Raises:
+      NonFinite: at the end of the run.
+    """
+    told = f"step {done} is not saved, as the {skipping} before it were skipped"
+    if at_end:
+      raise resuming.NonFinite(told, done - skipping)
+    metrics.show(told)
+
   def _save(
     self, done: int, state: step.TrainState, position: Mapping[str, Any], wait: bool
   ) -> None:
@@ -222,11 +255,23 @@ class Trainer:
     if done != self._saved:
       distributed.on_first("lease held", self._held.require_held)
       params, rest = step.parts(state)
-      saved = self._checkpoints.save(done, params, rest, {**self._record, "data": dict(position)})
+      if not checkpoint.all_finite((params, rest)):
+        raise resuming.NonFinite(f"the state after step {done} holds values not finite", done)
+      taken = self._taken.after(done - self._begun, self._examples_a_step)
+      data = {**position, "taken": taken.to_json()}
+      saved = self._checkpoints.save(done, params, rest, {**self._record, "data": data})
       self._saved, self._saved_at = done, time.monotonic()
+      if not self._proved and (saved := saved and self._checkpoints.wait()):
+        self._prove(done)
     if wait and not (self._checkpoints.wait() and saved):
       raise errors.CalmError(
         f"step {done} could not be saved in {self._directory}: make room there and run the same "
         "command again"
       )
     self._guard.stop.unsaved = not wait
+
+  def _prove(self, done: int) -> None:
+    """Reads the first checkpoint of this attempt back before it counts as saved."""
+    self._checkpoints.prove()
+    self._proved = True
+    distributed.on_first("proved", lambda: self._guard.ledger.saved(done))

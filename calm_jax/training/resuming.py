@@ -1,0 +1,57 @@
+"""What a run goes on from: refused where it is gone, taken back where nothing good came after."""
+
+from etils import epath
+
+from calm_jax import errors, workdir
+from calm_jax.training import checkpoint, ledger, metrics
+
+
+class NonFinite(errors.CalmError):
+  """A run that can't go on; raised on all processes. `good` is its last finite step."""
+
+  def __init__(self, message: str, good: int):
+    super().__init__(message)
+    self.good = good
+
+
+def require_checkpoints(directory: str) -> None:
+  """Raises CalmError where a workdir's checkpoints are gone, and not just still to come."""
+  folder = epath.Path(directory) / checkpoint.DIRECTORY
+  if folder.exists() and any(place.name.isdigit() for place in folder.iterdir()):
+    return
+  attempts = ledger.attempts(epath.Path(directory))
+  saved = max((max(one["first_step"], one.get("saved", 0)) for one in attempts), default=0)
+  if not saved and not folder.exists():  # The trainer makes it before anything is reported.
+    saved = metrics.last_step(epath.Path(directory) / workdir.METRICS)
+  if saved:
+    raise errors.CalmError(
+      f"{directory} was trained to step {saved} or further, but its checkpoints are gone: put "
+      f"{folder} back, or give a new --workdir to begin again"
+    )
+
+
+def step_back(checkpoints: checkpoint.Checkpoints, error: NonFinite, rate: float) -> str:
+  """Returns what to do after `error`; sets a checkpoint aside that nothing finite came after.
+
+  All processes must call it. An only checkpoint stays.
+
+  Args:
+    rate: the learning rate that it was trained with.
+  """
+  checkpoints.wait()
+  steps = checkpoints.steps()
+  advice = f"with a --config.optimizer.learning_rate below {rate:g} and --allow_config_change"
+  if not steps:
+    return f"there is no checkpoint: run the same command again {advice}"
+  if steps[-1] < error.good:
+    return f"the last good checkpoint is step {steps[-1]}: go on from it {advice}"
+  if len(steps) == 1:
+    return (
+      f"the only checkpoint, step {steps[0]}, may be spoilt, as nothing finite came after it: try "
+      f"to go on from it {advice}, or give a new --workdir"
+    )
+  checkpoints.set_aside_after(steps[-2])
+  return (
+    f"the checkpoint of step {steps[-1]}, which nothing finite came after, is set aside; the last "
+    f"good one is step {steps[-2]}: go on from it {advice}"
+  )
