@@ -6,8 +6,26 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from calm_jax import config, errors
+from calm_jax import config, errors, files
 from calm_jax.planning import published
+
+
+class _ConfigFile(flags.ArgumentParser):
+  """A config file's parser that tells in one line of a path that holds none.
+
+  It opens no pipe and no device, whose end might never come.
+  """
+
+  def __init__(self, loader: flags.ArgumentParser):
+    self._loader = loader
+
+  def parse(self, argument: str) -> Any:
+    file = argument.partition(":")[0]
+    files.read(file)
+    try:
+      return self._loader.parse(argument)
+    except SyntaxError as error:
+      raise errors.CalmError(f"{file} is no Python: {error}") from error
 
 
 def define(
@@ -16,12 +34,14 @@ def define(
 ) -> None:
   """Defines a flag that takes a config file, and its settings as --NAME.setting=value."""
   config_flags.DEFINE_config_file(name, None, meaning, lock_config=True)
+  flag = flags.FLAGS[name]
+  flag.parser = _ConfigFile(flag.parser)
 
 
 def define_sizes() -> None:
   """Defines --autoencoder_config and --vocab_size, which a workdir would tell."""
   define("autoencoder_config", "Sizes of stage two's autoencoder; by default the published ones.")
-  flags.DEFINE_integer("vocab_size", published.VOCAB, "Tokens; by default Llama 3's.", 2)
+  flags.DEFINE_integer("vocab_size", published.VOCAB, "Tokens; by default Llama 3's.", 2, 2**31 - 1)
 
 
 def run(name: str = "config") -> config.Run | None:

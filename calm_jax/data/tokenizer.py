@@ -150,6 +150,7 @@ def load(path: str, eos: str | int = "") -> Tokenizer:
       f"{path!r} is no tokenizer: give a SentencePiece .model, a Hugging Face tokenizer.json "
       "or train:VOCAB"
     )
+  files.require_regular(path)
   try:
     tokenizer = kind(path, epath.Path(path).read_bytes())
   except FileNotFoundError as error:
@@ -158,6 +159,11 @@ def load(path: str, eos: str | int = "") -> Tokenizer:
     reason = " ".join(str(error).split())
     raise errors.CalmError(f"can't read tokenizer {path}: {reason}") from error
   tokenizer.eos_id = eos if isinstance(eos, int) else _eos_id(tokenizer, eos)
+  if not 0 <= tokenizer.eos_id < tokenizer.vocab_size:
+    raise errors.CalmError(
+      f"the EOS of {path} must lie in [0, {tokenizer.vocab_size}), its tokens, got "
+      f"{tokenizer.eos_id}"
+    )
   if tokenizer.eos_id in tokenizer.encode(tokenizer.piece(tokenizer.eos_id)):
     raise errors.CalmError(
       f"{path} encodes the text {tokenizer.piece(tokenizer.eos_id)!r} as EOS, so documents "
