@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import hashlib
 import math
+import reprlib
 import typing
 from typing import Any, Literal
 
@@ -23,11 +24,51 @@ def require(condition: bool, message: str) -> None:
     raise errors.CalmError(message)
 
 
+# Programs hold whole numbers in 32 bits, and numbers in float32, whose least normal one and
+# largest one these are.
+LARGEST_INT = 2**31 - 1
+FLOATS = (2.0**-126, (2 - 2.0**-23) * 2.0**127)
+
+# What is told of a value that is refused: its beginning, however deep it is nested.
+_told = reprlib.Repr()
+_told.maxstring = _told.maxother = _told.maxlong = 200
+
+
 def require_positive(settings: Any, *names: str) -> None:
-  """Raises CalmError unless each named field of `settings` is above zero."""
+  """Raises CalmError unless each named field of `settings` is above zero and can be held."""
   for name in names:
     value = getattr(settings, name)
     require(value > 0, f"{name} must be above 0, got {value}")
+    if isinstance(value, float):
+      low, high = FLOATS
+      require(
+        low <= value <= high, f"{name} must lie in [{low:.3g}, {high:.3g}], float32's, got {value}"
+      )
+    else:
+      require(value <= LARGEST_INT, f"{name} must be below 2^31, got {value}")
+
+
+def require_not_negative(settings: Any, *names: str) -> None:
+  """Raises CalmError unless each named field of `settings` is 0, or as `require_positive` asks."""
+  for name in names:
+    value = getattr(settings, name)
+    require(value >= 0, f"{name} must not be negative, got {value}")
+    if value:
+      require_positive(settings, name)
+
+
+def is_text(value: str) -> bool:
+  """Tells whether a string can be written as UTF-8: it holds no half of a surrogate pair."""
+  try:
+    value.encode()
+  except UnicodeEncodeError:
+    return False
+  return True
+
+
+def shown(value: Any) -> str:
+  """Returns a value in one line, cut where it is long."""
+  return _told.repr(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,9 +146,7 @@ class AutoencodingLoss:
     for name in ("drop_token", "drop_latent"):
       value = getattr(self, name)
       require(0 <= value < 1, f"{name} must lie in [0, 1), got {value}")
-    for name in ("kl_weight", "kl_floor"):
-      value = getattr(self, name)
-      require(value >= 0, f"{name} must not be negative, got {value}")
+    require_not_negative(self, "kl_weight", "kl_floor")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,7 +262,7 @@ class CalmLoss:
     require(
       self.samples >= 2, f"samples (N) must be at least 2 for the repulsion, got {self.samples}"
     )
-    require_positive(self, "posterior_draws")
+    require_positive(self, "samples", "posterior_draws", "alpha")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,9 +295,7 @@ class Optimizer:
 
   def __post_init__(self):
     require_positive(self, "learning_rate", "eps", "clip_norm")
-    for name in ("warmup_steps", "decay_steps", "weight_decay"):
-      value = getattr(self, name)
-      require(value >= 0, f"{name} must not be negative, got {value}")
+    require_not_negative(self, "warmup_steps", "decay_steps", "weight_decay")
     require(0 <= self.final_share <= 1, f"final_share must lie in [0, 1], got {self.final_share}")
     for name in ("b1", "b2"):
       require(0 <= getattr(self, name) < 1, f"{name} must lie in [0, 1), got {getattr(self, name)}")
@@ -303,9 +340,7 @@ class Training:
       self, "steps", "batch", "accumulation", "log_every", "eval_blocks",
       "checkpoint_every", "keep_latest", "max_skipped",
     )  # fmt: skip
-    for name in ("eval_every", "keep_every", "checkpoint_minutes"):
-      value = getattr(self, name)
-      require(value >= 0, f"{name} must not be negative, got {value}")
+    require_not_negative(self, "eval_every", "keep_every", "checkpoint_minutes")
     require(0 <= self.seed < 2**32, f"seed must lie in [0, 2**32), got {self.seed}")
     require(
       self.batch % self.accumulation == 0,
@@ -372,8 +407,7 @@ class Limits:
   shutdown_minutes: float = 30.0
 
   def __post_init__(self):
-    for name, value in dataclasses.asdict(self).items():
-      require(value >= 0, f"{name} must not be negative, got {value}")
+    require_not_negative(self, *dataclasses.asdict(self))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -391,8 +425,8 @@ class Profile:
   port: int = 0
 
   def __post_init__(self):
-    for name, value in dataclasses.asdict(self).items():
-      require(value >= 0, f"{name} must not be negative, got {value}")
+    require_not_negative(self, *dataclasses.asdict(self))
+    require(self.port < 2**16, f"port must be below 65536, got {self.port}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -517,6 +551,11 @@ def nearest(name: str, known: typing.Iterable[str]) -> str:
   return f"did you mean {match[0]!r}? {listed}" if match else listed
 
 
+def _nearest_to(value: Any, known: typing.Iterable[str]) -> str:
+  """Returns `nearest` for a value of any type."""
+  return nearest(value if isinstance(value, str) else "", known)
+
+
 def choose(sizes: typing.Mapping[str, Run], size: str) -> Run:
   """Returns the run of a config file's size, the part after its colon.
 
@@ -536,8 +575,8 @@ def from_mapping(values: typing.Mapping[str, Any]) -> Run:
       the wrong type or one out of range.
   """
   stage = values.get("stage", "")
-  if stage not in RUNS:
-    raise errors.CalmError(f"config.stage is {stage!r}: {nearest(str(stage), RUNS)}")
+  if not isinstance(stage, str) or stage not in RUNS:
+    raise errors.CalmError(f"config.stage is {shown(stage)}: {_nearest_to(stage, RUNS)}")
   return _build(RUNS[stage], values, "config")
 
 
@@ -549,7 +588,7 @@ def _build(cls: type, values: typing.Mapping[str, Any], where: str) -> Any:
     if name not in fields:
       raise errors.CalmError(f"unknown setting {where}.{name}: {nearest(name, fields)}")
     if dataclasses.is_dataclass(hints[name]):
-      known = f"{where}.{name} must hold settings, got {value!r}"
+      known = f"{where}.{name} must hold settings, got {shown(value)}"
       require(isinstance(value, typing.Mapping), known)
       arguments[name] = _build(typing.cast(type, hints[name]), value, f"{where}.{name}")
     else:
@@ -563,15 +602,19 @@ def _build(cls: type, values: typing.Mapping[str, Any], where: str) -> Any:
 def _checked(hint: Any, value: Any, where: str) -> Any:
   if typing.get_origin(hint) is Literal:
     choices = typing.get_args(hint)
-    require(value in choices, f"{where} is {value!r}: {nearest(str(value), choices)}")
+    require(value in choices, f"{where} is {shown(value)}: {_nearest_to(value, choices)}")
     return value
   if hint is float and isinstance(value, int) and not isinstance(value, bool):
-    value = float(value)
+    value = float(value) if abs(value) < FLOATS[1] else math.inf
   require(
     isinstance(value, hint) and not (hint is int and isinstance(value, bool)),
-    f"{where} must be of type {hint.__name__}, got {value!r}",
+    f"{where} must be of type {hint.__name__}, got {shown(value)}",
   )
   require(not (hint is float and not math.isfinite(value)), f"{where} must be finite, got {value}")
+  require(
+    not isinstance(value, str) or (is_text(value) and "\0" not in value),
+    f"{where} holds characters that no file's name has, got {value!a}",
+  )
   return value
 
 

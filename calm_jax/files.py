@@ -42,8 +42,9 @@ def write(path: epath.PathLike, content: str | bytes) -> None:
   """Writes a file, or leaves the one that was there; on the disk when it returns.
 
   Raises:
-    CalmError: if it can't be written.
+    CalmError: if it can't be written, or a device or a pipe is there, whose place it would take.
   """
+  require_regular(path)
   target = epath.Path(path)
   temporary = target.parent / f"{target.name}.tmp"
   try:
@@ -135,8 +136,9 @@ def append(path: epath.PathLike, content: str) -> None:
   """Appends to a file, which may not be there yet.
 
   Raises:
-    CalmError: if it can't be written.
+    CalmError: if it can't be written, or is a device or a pipe, which could wait for ever.
   """
+  require_regular(path)
   try:
     with epath.Path(path).open("a") as file:
       file.write(content)

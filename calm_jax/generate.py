@@ -3,10 +3,12 @@
 The prompt and its continuation go to standard output as they come, everything
 else to standard error. Texts are also kept in the workdir's samples.jsonl. With
 `--prompts=FILE` every line of a JSONL file is a prompt, and `--output` takes a line a
-text; with `--interactive` every line that is typed is one.
+text; with `--interactive` every line that is typed is one. A terminal is shown control
+characters of a text as \\x1b and the like; files, pipes and `--raw` have them as they are.
 """
 
 import contextlib
+import io
 import json
 import sys
 from collections.abc import Mapping
@@ -17,7 +19,16 @@ from absl import flags
 from etils import epath
 
 from calm_jax import cli, config, errors, files, lease, workdir
-from calm_jax.generation import choosers, decode, precision, prompts, requests, rules, session
+from calm_jax.generation import (
+  choosers,
+  decode,
+  precision,
+  prompts,
+  requests,
+  rules,
+  session,
+  text,
+)
 from calm_jax.parallel import mesh as mesh_lib
 
 _WORKDIR = flags.DEFINE_string("workdir", "", "Folder of a language model's training run.")
@@ -66,15 +77,26 @@ _MESH = flags.DEFINE_string(
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 256, "New tokens after which a text ends.")
 _STOP = flags.DEFINE_multi_string("stop", [], "A text ends before this; may be given repeatedly.")
 _SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same text.", 0, 2**32 - 1)
-_NUM_TEXTS = flags.DEFINE_integer("num_texts", 1, "Texts to write of --prompt.", 1)
-_BATCH = flags.DEFINE_integer("batch", 16, "Texts written at once.", 1)
+_NUM_TEXTS = flags.DEFINE_integer(
+  "num_texts", 1, "Texts to write of --prompt.", 1, requests.MOST["number"]
+)
+_BATCH = flags.DEFINE_integer("batch", 16, "Texts written at once.", 1, 2**16)
 _EVERY = flags.DEFINE_integer(
-  "every", 0, "Patches between two looks at a text; by default 1 for one text, else 16.", 0
+  "every", 0, "Patches between two looks at a text; by default 1 for one text, else 16.", 0, 2**16
+)
+_RAW = flags.DEFINE_bool(
+  "raw", False, "Show a terminal control characters of a text as they are: they act on it."
 )
 
 
 def _note(line: str) -> None:
   print(line, file=sys.stderr, flush=True)
+
+
+def _show(written: str, end: str = "\n") -> None:
+  """Prints what was written."""
+  escape = sys.stdout.isatty() and not _RAW.value
+  print(text.visible(written) if escape else written, end=end, flush=True)
 
 
 def _read_prompt() -> str:
@@ -92,9 +114,11 @@ def _mesh() -> config.Mesh:
   given = {}
   for part in _MESH.value.split(","):
     name, _, size = part.partition("=")
-    known = name in ("data", "fsdp", "sequence", "tensor") and size.lstrip("-").isdigit()
+    number = size.removeprefix("-")
+    known = name in ("data", "fsdp", "sequence", "tensor") and name not in given
     config.require(
-      known, f"--mesh has {part!r}: give sizes of data, fsdp, sequence, tensor, as data=2,fsdp=4"
+      known and number.isdecimal() and len(number) < 10,
+      f"--mesh has {part!r}: give sizes of data, fsdp, sequence, tensor, as data=2,fsdp=4",
     )
     given[name] = int(size)
   return config.Mesh(**{"fsdp": 1, **given})
@@ -111,8 +135,9 @@ class _Act:
       )
     self._trained, self._common = precision.WEIGHTS[_WEIGHTS.value](trained), common
     self._tokenizer = workdir.tokenizer(_WORKDIR.value, trained.origin)
-    decoder = decode.Decoder(self._trained, requests.Sampler(_RULE.value, _AT_LIMIT.value), _note)
-    self.session = session.Session(decoder, self._tokenizer)
+    sampler = requests.Sampler(_RULE.value, _AT_LIMIT.value)
+    self._decoder = decode.Decoder(self._trained, sampler, _note)
+    self.session = session.Session(self._decoder, self._tokenizer)
     # What all texts of a run share, and what one that goes on must share with it.
     self._told = {
       "rule": _RULE.value, "at_limit": _AT_LIMIT.value, "weights": _WEIGHTS.value,
@@ -128,7 +153,7 @@ class _Act:
     every = _EVERY.value or (1 if len(wishes) == 1 else 16)
     texts = self.session.write([self._request(wish) for wish in wishes], every, show)
     return [
-      json.dumps({**wish, **self._told, **found.record()}) + "\n"
+      prompts.line({**wish, **self._told}, found.record())
       for wish, found in zip(wishes, texts, strict=True)
     ]
 
@@ -144,7 +169,7 @@ class _Act:
       self._keep(lines)
       for wish, line in zip(wishes, lines, strict=True):
         _note(f"--- text {wish['number'] + 1} of {_NUM_TEXTS.value}")
-        print(prompt + json.loads(line)["text"], flush=True)
+        _show(prompt + json.loads(line)["text"])
 
   def _stream(self, wish: dict[str, Any]) -> None:
     begun = False
@@ -152,7 +177,7 @@ class _Act:
     def show(row: int, piece: str) -> None:
       nonlocal begun
       # The prompt waits for the first piece, so that a note on it comes before both.
-      print(piece if begun else wish["prompt"] + piece, end="", flush=True)
+      _show(piece if begun else wish["prompt"] + piece, end="")
       begun = True
 
     try:
@@ -172,8 +197,13 @@ class _Act:
     """
     wishes = prompts.read(_PROMPTS.value, self._common)
     for wish in wishes:  # All of them before the first is written.
-      self._request(wish)
+      try:
+        self._decoder.law.power(self._request(wish))
+      except errors.CalmError as error:
+        where = f"{_PROMPTS.value}, line {wish['number'] + 1}"
+        raise errors.CalmError(f"{where}: {error}") from error
     done = prompts.written(_OUTPUT.value, [{**wish, **self._told} for wish in wishes])
+    files.append(_OUTPUT.value, "")  # Tells now whether it can be written.
     if done:
       _note(f"{_OUTPUT.value} holds {done} of {len(wishes)} texts: going on")
     for begin in range(done, len(wishes), _BATCH.value):
@@ -189,10 +219,14 @@ class _Act:
     while True:
       if sys.stdin.isatty():
         print("... " if waiting else "> ", end="", file=sys.stderr, flush=True)
-      line = sys.stdin.readline()
-      if not line:
+      read = sys.stdin.buffer.readline()
+      if not read:
         return
-      line = waiting + line.rstrip("\n")
+      try:
+        line = waiting + read.decode().rstrip("\r\n")
+      except UnicodeError as error:
+        _note(f"error: the prompt is not UTF-8: {error}")
+        continue
       waiting = line[:-1] + "\n" if line.endswith("\\") else ""
       if waiting:
         continue
@@ -206,6 +240,8 @@ class _Act:
 
 
 def main() -> None:
+  if isinstance(sys.stdout, io.TextIOWrapper):  # What its encoding lacks is written out.
+    sys.stdout.reconfigure(errors="backslashreplace")
   if not _WORKDIR.value:
     raise errors.CalmError("give --workdir=DIR, the folder of a language model's training run")
   config.require(

@@ -7,10 +7,28 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from calm_jax import config, errors, settings
+from calm_jax import config, errors, files, settings
 
 # Flags defined here are those of the act that calls: its --help is to show them.
 flags.disclaim_key_flags()
+
+
+class _ConfigFile(flags.ArgumentParser):
+  """A config file's parser that tells in one line of a path that holds none.
+
+  It opens no pipe and no device, whose end might never come.
+  """
+
+  def __init__(self, loader: flags.ArgumentParser):
+    self._loader = loader
+
+  def parse(self, argument: str) -> Any:
+    file = argument.partition(":")[0]
+    files.read(file)
+    try:
+      return self._loader.parse(argument)
+    except SyntaxError as error:
+      raise errors.CalmError(f"{file} is no Python: {error}") from error
 
 
 def define(
@@ -19,6 +37,8 @@ def define(
 ) -> None:
   """Defines a flag that takes a config file, and its settings as --NAME.setting=value."""
   config_flags.DEFINE_config_file(name, None, meaning, lock_config=True)
+  flag = flags.FLAGS[name]
+  flag.parser = _ConfigFile(flag.parser)
 
 
 def define_sizes() -> None:
@@ -33,6 +53,7 @@ def define_sizes() -> None:
     "Tokens of the vocabulary; by default that which goes with --config's size: Llama 3's 128,256 "
     "for the published ones, 1,024 for the quickstart's.",
     2,
+    2**31 - 1,
   )
 
 

@@ -169,13 +169,35 @@ def read_origin(workdir: str) -> Origin:
   """
   values = _read_json(workdir, "origin.json")
   try:
-    return Origin(**{**values, "start_patch": tuple(values["start_patch"])})
+    origin = Origin(**{**values, "start_patch": tuple(values["start_patch"])})
   except (KeyError, TypeError) as error:
     raise errors.CalmError(f"{workdir}/origin.json is not of this version: {error}") from error
+  _require_sound(origin, f"{workdir}/origin.json")
+  return origin
+
+
+def _require_sound(origin: Origin, where: str) -> None:
+  """Raises CalmError where a value is of a wrong type, or an id is outside the vocabulary."""
+  for field in dataclasses.fields(Origin):
+    value, kind = getattr(origin, field.name), typing.get_origin(field.type) or field.type
+    config.require(
+      type(value) is kind and (kind is not str or "/" not in value),
+      f"{where}: {field.name} is {config.shown(value)}",
+    )
+  config.require(
+    1 <= origin.vocab_size <= config.LARGEST_INT,
+    f"{where}: vocab_size must lie in [1, 2^31), got {config.shown(origin.vocab_size)}",
+  )
+  for token in (origin.eos_id, *origin.start_patch):
+    config.require(
+      type(token) is int and 0 <= token < origin.vocab_size,
+      f"{where}: a token must lie in [0, {origin.vocab_size}), got {config.shown(token)}",
+    )
 
 
 def _read_json(workdir: str, name: str) -> dict[str, Any]:
   path = epath.Path(workdir) / name
+  files.require_reachable(str(path))
   if not workdir or not path.exists():
     raise errors.CalmError(
       f"no workdir at {workdir!r} ({name} is missing): give the --workdir of a training run"

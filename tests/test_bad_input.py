@@ -336,7 +336,7 @@ COMMANDS = {
     "benchmark", "--suite=eval --output=no_folder/x.json", "there is no folder no_folder",
   ),
   "unknown contender": ("benchmark", "--suite=train --contenders=torch", "--contenders has"),
-  "no document": ("benchmark", "--document=none.md", "can't read --document=none.md"),
+  "no document": ("benchmark", "--document=none.md", "can't read none.md"),
   "unknown suite": ("benchmark", "--suite=evil", "did you mean 'eval'"),
   "no such flag": ("generate", "--workdri={calm}", "--workdri: no such flag; nearest: --workdir"),
 }  # fmt: skip

@@ -74,9 +74,9 @@ def test_several_texts_of_a_prompt_are_those_of_their_numbers(trained_calm: path
     ("{", "line 1 is no JSON"),
     ('{"text": "a"}', 'line 1 is no object with a "prompt"'),
     ('{"prompt": "a"}\n{"prompt": "a", "temprature": 1}', "line 2 .* did you mean 'temperature'"),
-    ('{"prompt": "a", "seed": "x"}', "line 1 has seed 'x'"),
+    ('{"prompt": "a", "seed": "x"}', "line 1: seed must be a whole number, got 'x'"),
     ("", "holds no prompt"),
-    ('{"prompt": "a\u2028b"}\n{', "line 2 is no JSON"),
+    ('{"prompt": "a\u2028b"}\n{', "line 2 is no valid JSON"),
   ],
 )
 def test_bad_lines_are_named(content: str, reason: str, tmp_path: pathlib.Path):

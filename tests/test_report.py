@@ -316,7 +316,7 @@ def test_the_commit_tells_of_changes(tmp_path: pathlib.Path, monkeypatch: pytest
     (workdir.METRICS, None, "has no figures yet.*after 10 steps"),
     (workdir.METRICS, '{"kind": "evaluation", "step": 1}\n', "has no figures yet"),
     (workdir.EVALUATION, "{", "is no valid JSON"),
-    (workdir.EVALUATION, "[]", "holds no figures"),
+    (workdir.EVALUATION, "[]", "must hold a JSON object, got list"),
     ("config.json", None, "no workdir at"),
   ],
 )

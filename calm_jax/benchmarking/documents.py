@@ -5,7 +5,6 @@ it is that file's.
 """
 
 import dataclasses
-import json
 import pathlib
 import re
 from typing import Any
@@ -47,9 +46,13 @@ def read(path: pathlib.Path) -> Record:
     CalmError: if there is none.
   """
   try:
-    return Record(**json.loads(path.read_text(encoding="utf-8")))
-  except (OSError, ValueError, TypeError) as error:
+    record = Record(**files.read_json(path))
+    if not isinstance(record.lines, list):
+      raise TypeError("lines is no list")
+    record.text()
+  except (LookupError, TypeError, ValueError, AttributeError) as error:
     raise errors.CalmError(f"{path} holds no run of a benchmark: {error}") from error
+  return record
 
 
 def updated(text: str, folder: pathlib.Path) -> str:
@@ -67,9 +70,9 @@ def update(path: str) -> None:
   Raises:
     CalmError: if it, or a file that it names, can't be read.
   """
-  file = pathlib.Path(path)
+  content = files.read(path)
   try:
-    text = file.read_text(encoding="utf-8")
-  except OSError as error:
-    raise errors.CalmError(f"can't read --document={path}: {error}") from error
-  files.write(path, updated(text, file.parent))
+    text = content.decode()
+  except UnicodeDecodeError as error:
+    raise errors.CalmError(f"--document={path} is not UTF-8: {error}") from error
+  files.write(path, updated(text, pathlib.Path(path).parent))

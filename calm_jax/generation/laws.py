@@ -97,7 +97,7 @@ class TransformerLaw:
 
   def power(self, request: requests.Request) -> float:
     """Returns 1/T of a request."""
-    return 1 / request.temperature
+    return temperature.token_power(request.temperature)
 
   def least(self, power: float, limit: int) -> int:
     """Returns how many draws a token takes."""
@@ -118,7 +118,8 @@ class TransformerLaw:
     logits_BV = layers.apply(self._model, params, hidden_BD, method="logits")
     zeros_B = jnp.zeros_like(wanted.length_B)
     key_B = candidates.keys_of(wanted.key_B, candidates.DRAW, zeros_B)
-    token_B = jax.vmap(jax.random.categorical)(key_B, logits_BV * wanted.power_B[:, None])
+    logits_BV = temperature.tempered(logits_BV, wanted.power_B)
+    token_B = jax.vmap(jax.random.categorical)(key_B, logits_BV)
     patch = candidates.Candidate(token_B[:, None].astype(jnp.int32), None)
     ones_B = zeros_B + 1
     return candidates.Choice(patch, ones_B > 0, ones_B, ones_B, ones_B, zeros_B)

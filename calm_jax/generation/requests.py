@@ -1,12 +1,13 @@
 """What a text is asked for, and how it is drawn: one dataclass each, checked."""
 
 import dataclasses
-import math
 
-from calm_jax import config, errors
+from calm_jax import config
 from calm_jax.generation import choosers, rules
 
 ERROR = "error"
+# Largest values. Draws are compared each with each; tokens are counted in 32 bits.
+MOST = {"num_candidates": 2**16, "max_tokens": 2**30, "number": 2**31 - 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +16,8 @@ class Request:
 
   Attributes:
     prompt: its tokens.
-    temperature: 1 is the model's own law. CALM: (0, 1]; the baseline: any above 0.
+    temperature: 1 is the model's own law. CALM: (0, 1]; the baseline: any above 0, where
+      towards 0 the likeliest token is taken.
     num_candidates: N, CALM's draws a patch at most below temperature 1.
     max_tokens: new tokens after which it ends without EOS.
     seed, number: the same two give the same text, whatever else is in the batch.
@@ -31,14 +33,24 @@ class Request:
   stop: tuple[str, ...] = ()
 
   def __post_init__(self):
-    if not (math.isfinite(self.temperature) and self.temperature > 0):
-      raise errors.CalmError(f"temperature must be above 0, got {self.temperature}")
+    config.require(
+      0 < self.temperature <= config.FLOATS[1],
+      f"temperature must be above 0 and finite, got {config.shown(self.temperature)}",
+    )
     for name in ("max_tokens", "num_candidates"):
+      value = getattr(self, name)
       config.require(
-        getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}"
+        1 <= value <= MOST[name],
+        f"{name} must lie in [1, {MOST[name]}], got {config.shown(value)}",
       )
-    config.require(0 <= self.seed < 2**32, f"seed must lie in [0, 2^32), got {self.seed}")
-    config.require(all(self.stop), "a stop string is empty: leave it out")
+    for name, most in (("seed", 2**32 - 1), ("number", MOST["number"])):
+      value = getattr(self, name)
+      config.require(
+        0 <= value <= most, f"{name} must lie in [0, {most}], got {config.shown(value)}"
+      )
+    for stop in self.stop:
+      config.require(stop != "", "a stop string is empty: leave it out")
+      config.require(config.is_text(stop), f"a stop string is no text: {stop!a}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ import math
 import jax
 from jax import numpy as jnp
 
-from calm_jax import errors
+from calm_jax import config, errors
 
 # 1/T this near to a whole number is taken for it: 0.333 means a third.
 NEAR = 1e-2
@@ -22,7 +22,30 @@ def power(temperature: float) -> float:
       f"CALM's temperature must lie in (0, 1], got {temperature}: give another --temperature"
     )
   exact = 1 / temperature
-  return float(round(exact)) if abs(exact - round(exact)) <= NEAR else exact
+  near = math.isfinite(exact) and abs(exact - round(exact)) <= NEAR
+  return float(round(exact)) if near else exact
+
+
+def token_power(temperature: float) -> float:
+  """Returns 1/T for `tempered`: of single tokens any T can be reached, 0 nearly.
+
+  Raises:
+    CalmError: if T is not above 0, or not finite.
+  """
+  largest = config.FLOATS[1]
+  if not 0 < temperature <= largest:
+    raise errors.CalmError(f"temperature must be above 0 and finite, got {temperature}")
+  return min(1 / temperature, largest)
+
+
+def tempered(logits_BV: jax.Array, power_B: jax.Array) -> jax.Array:
+  """Returns the logits of P(x)^s, s = 1/T, up to a constant a row: at most 0, [B, V].
+
+  The largest is 0 whatever s is, so that none overflows upwards. As T falls the others
+  become -inf: the likeliest token is taken, or one of those that tie.
+  """
+  largest_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
+  return (logits_BV - largest_B1) * power_B[:, None]
 
 
 def log_weights(count_BN: jax.Array, power_B: jax.Array) -> jax.Array:

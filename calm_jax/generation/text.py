@@ -1,6 +1,16 @@
-"""Tokens -> text, as they come."""
+"""Tokens -> text, as they come; text -> what a terminal or a page may show of it."""
 
+import re
 from collections.abc import Callable, Sequence
+
+# What acts on whoever shows it: control characters but newline and tab, those that turn the
+# direction of writing, and halves of surrogate pairs, which have no UTF-8.
+_ACTIVE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+  """Returns a text with characters that act rather than show written out: ESC as \\x1b."""
+  return _ACTIVE.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 class Stream:

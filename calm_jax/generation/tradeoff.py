@@ -157,7 +157,11 @@ def of_transformer(
   temperatures: Sequence[float],
   patches: int,
 ) -> list[dict[str, Any]]:
-  """Returns a row for each temperature: of single tokens, n = 1, whose law is known exactly."""
+  """Returns a row for each temperature: of single tokens, n = 1, whose law is known exactly.
+
+  Raises:
+    CalmError: for a temperature that is not above 0, or not finite.
+  """
 
   @jax.jit
   def laws(token_1S, power_T):
@@ -166,12 +170,12 @@ def of_transformer(
     def one(position):
       hidden_D, target = position
       logits_V = layers.apply(trained.model, trained.params, hidden_D, method="logits")
-      p_TV = jax.nn.softmax(logits_V[None] * power_T[:, None], axis=-1)
+      p_TV = jax.nn.softmax(temperature.tempered(logits_V[None], power_T), axis=-1)
       return p_TV[:, target], jnp.sum(p_TV**2, axis=-1)
 
     return jax.lax.map(one, (hidden_1SD[0], token_1S[0, 1:]))
 
-  power_T = jnp.array([1 / value for value in temperatures])
+  power_T = jnp.array([temperature.token_power(value) for value in temperatures], jnp.float32)
   context = trained.run.data.context
   found = [laws(x, power_T) for x in _blocks(store, context, patches, context - 1)]
   right_ST, equal_ST = (np.concatenate([np.asarray(x[i]) for x in found]) for i in range(2))
@@ -198,6 +202,9 @@ def measure(
     return of_transformer(trained, store, temperatures, patches)
   if not isinstance(trained, workdir.TrainedCalm):
     raise errors.CalmError("an autoencoder writes no text: temperatures are for language models")
+  most, largest = max(num_candidates), requests.MOST["num_candidates"]
+  if most > largest:
+    raise errors.CalmError(f"num_candidates must lie in [1, {largest}], got {most}")
   for value in temperatures:
     power = temperature.power(value)
     fewest = min(num_candidates)

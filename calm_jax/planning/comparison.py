@@ -1,11 +1,10 @@
 """Plans written as JSON -> a Markdown table of runs and topologies."""
 
 import glob
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from calm_jax import config, errors
+from calm_jax import config, errors, files
 from calm_jax.planning import result, topologies
 
 Written = Mapping[str, Any]
@@ -24,25 +23,27 @@ def read(patterns: str) -> list[Written]:
   """
   paths = [path for pattern in patterns.split(",") for path in sorted(glob.glob(pattern.strip()))]
   config.require(bool(paths), f"--table={patterns} matches no file: give files of --output")
-  found = []
-  for path in paths:
-    try:
-      with open(path) as file:
-        plan = json.load(file)
-    except (OSError, ValueError) as error:
-      raise errors.CalmError(f"can't read {path}: {error}") from error
-    is_plan = isinstance(plan, dict) and {"facts", "topology", "roofline"} <= set(plan)
-    config.require(is_plan, f"{path} holds no plan: give files of --output")
-    found.append(plan)
+  found = [_read(path) for path in paths]
   names = list(dict.fromkeys(plan["facts"]["name"] for plan in found))
-  chips = list(topologies.CHIPS)
+  return sorted(found, key=lambda plan: (names.index(plan["facts"]["name"]), *_place(plan)))
 
-  def order(plan: Written) -> tuple[int, ...]:
-    topology = plan["topology"]
-    place = (topology["chips"], chips.index(topology["chip"]["name"]))
-    return (names.index(plan["facts"]["name"]), *place)
 
-  return sorted(found, key=order)
+def _read(path: str) -> Written:
+  """Returns the plan in a file; CalmError where any of it that a row tells is missing."""
+  plan = files.read_json(path)
+  try:
+    _place(plan)
+    table([plan])
+  except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+    reason = f"{type(error).__name__}: {error}"
+    raise errors.CalmError(f"{path} holds no plan ({reason}): give files of --output") from error
+  return plan
+
+
+def _place(plan: Written) -> tuple[int, int]:
+  """Returns what plans of a run are ordered by: the number of chips, and their kind."""
+  topology = plan["topology"]
+  return int(topology["chips"]), list(topologies.CHIPS).index(topology["chip"]["name"])
 
 
 def table(plans: Sequence[Written]) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from etils import epath
 
 from calm_jax import config, errors, files
+from calm_jax.generation import text
 from calm_jax.reporting import (
   autoencoder_pictures,
   brier_pictures,
@@ -123,7 +124,7 @@ def write(accounts: Sequence[records.Account], output: str) -> str:
 
 
 def _escape(value: object) -> str:
-  return html.escape(str(value))
+  return html.escape(text.visible(str(value)))
 
 
 def _heading(account: records.Account) -> str:
@@ -197,7 +198,9 @@ def _texts(account: records.Account) -> str:
   blocks = []
   for sample in account.samples:
     given = [
-      f"{name} {sample[name]:.4g}" if isinstance(sample[name], float) else f"{name} {sample[name]}"
+      f"{name} {sample[name]:.4g}"
+      if isinstance(sample[name], float)
+      else f"{name} {config.shown(sample[name])}"
       for name in ("temperature", "num_candidates", "seed", "number", "step")
       if name in sample
     ]

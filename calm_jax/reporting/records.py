@@ -1,14 +1,13 @@
 """Files of a workdir -> its account: settings, figures over steps, evaluation, texts."""
 
 import dataclasses
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from calm_jax import config, errors, workdir
+from calm_jax import config, errors, files, workdir
 
 Record = Mapping[str, Any]
 
@@ -54,10 +53,9 @@ class Account:
 
 
 def column(records: Sequence[Record], name: str) -> np.ndarray:
-  """Returns one figure of all records as float64, NaN where it is missing or infinite."""
+  """Returns one figure of all records as float64, NaN where it is missing or beyond float32."""
   values = [record.get(name) for record in records]
-  result = np.array([x if isinstance(x, (int, float)) else np.nan for x in values], np.float64)
-  return np.where(np.isfinite(result), result, np.nan)
+  return np.array([x if _is_number(x) else np.nan for x in values], np.float64)
 
 
 def tokens_per_second(account: Account) -> float:
@@ -75,13 +73,10 @@ def read(directory: str) -> Account:
   """
   run = workdir.read_run(directory)
   path = epath.Path(directory)
-  try:
-    metrics, broken = _read_lines(path / workdir.METRICS, {"kind": str, "step": int})
-    samples, broken_samples = _read_lines(path / workdir.SAMPLES, {"prompt": str, "text": str})
-    evaluation = read_evaluation(directory)
-    tradeoff = read_evaluation(directory, workdir.TRADEOFF)
-  except OSError as error:
-    raise errors.CalmError(f"can't read workdir {directory}: {error}") from error
+  metrics, broken = _read_lines(path / workdir.METRICS, _is_report)
+  samples, broken_samples = _read_lines(path / workdir.SAMPLES, _is_sample)
+  evaluation = read_evaluation(directory)
+  tradeoff = _read_figures(path / workdir.TRADEOFF, _wrong_tradeoff)
   train = [record for record in metrics if record["kind"] == "train"]
   origin = path / "origin.json"
   if not train and origin.exists() and not workdir.read_origin(directory).store_hash:
@@ -106,7 +101,7 @@ def read(directory: str) -> Account:
   return dataclasses.replace(account, notes=[*_state(account), *_broken(broken_lines)])
 
 
-def _read_lines(path: epath.Path, required: Mapping[str, type]) -> tuple[list[Record], int]:
+def _read_lines(path: epath.Path, is_good: Callable[[Record], bool]) -> tuple[list[Record], int]:
   """Returns the records of a JSON lines file and how many lines are broken.
 
   The last line does not count as broken: it may be in the course of writing, or
@@ -114,37 +109,96 @@ def _read_lines(path: epath.Path, required: Mapping[str, type]) -> tuple[list[Re
   """
   if not path.exists():
     return [], 0
-  lines = [line for line in path.read_bytes().splitlines() if line.strip()]
-  records = [_parse(line, required) for line in lines]
+  lines = [line for line in files.read(path).splitlines() if line.strip()]
+  records = [_parse(line, is_good) for line in lines]
   if records and records[-1] is None:
     records.pop()
   good = [record for record in records if record is not None]
   return good, len(records) - len(good)
 
 
-def _parse(line: bytes, required: Mapping[str, type]) -> Record | None:
+def _parse(line: bytes, is_good: Callable[[Record], bool]) -> Record | None:
   try:
-    record = json.loads(line)
-  except ValueError:
+    record = files.parse_json(line, "")
+  except errors.CalmError:
     return None
-  complete = isinstance(record, dict) and all(
-    isinstance(record.get(name), kind) for name, kind in required.items()
-  )
-  return record if complete else None
+  return record if is_good(record) else None
 
 
-def read_evaluation(directory: str, name: str = workdir.EVALUATION) -> Record | None:
+def _is_report(record: Record) -> bool:
+  kind, step = record.get("kind"), record.get("step")
+  return isinstance(kind, str) and type(step) is int and step >= 0 and not _wrong_figure(record)
+
+
+def _is_sample(record: Record) -> bool:
+  return all(isinstance(record.get(name), str) for name in ("prompt", "text"))
+
+
+def read_evaluation(directory: str) -> Record | None:
+  """Returns the figures in evaluation.json, None where there is none.
+
+  Raises:
+    CalmError: if they can't be read, or one can't be a figure.
+  """
+  return _read_figures(epath.Path(directory) / workdir.EVALUATION, _wrong_figure)
+
+
+def _read_figures(path: epath.Path, wrong: Callable[[Record], str]) -> Record | None:
   """Returns the figures in a file that evaluate writes, None where there is none."""
-  path = epath.Path(directory) / name
   if not path.exists():
     return None
-  try:
-    values = json.loads(path.read_bytes())
-  except ValueError as error:
-    raise errors.CalmError(f"{path} is no valid JSON: {error}; evaluate again") from error
-  if not isinstance(values, dict):
-    raise errors.CalmError(f"{path} holds no figures, got {values!r}: evaluate again")
+  values = files.read_json(path)
+  name = wrong(values)
+  if name:
+    raise errors.CalmError(
+      f"{path}: {name} can't be {config.shown(values.get(name))}: evaluate again"
+    )
   return values
+
+
+# Of a report or an evaluation, what is neither a number nor missing.
+_TEXTS = ("kind", "stage", "data", "store_hash")
+_LISTS = ("posterior_std_by_dimension", "kl_by_dimension")
+
+
+def _is_number(value: Any) -> bool:
+  """Tells whether a value is a number that can be drawn: of float32, in which all are computed."""
+  return type(value) in (int, float) and abs(value) <= config.FLOATS[1]
+
+
+def _is_numbers(value: Any) -> bool:
+  return isinstance(value, list) and bool(value) and all(map(_is_number, value))
+
+
+def _wrong_figure(record: Record) -> str:
+  """Returns the name of a value that is no figure, "" where all are; NaN and inf may be."""
+
+  def is_figure(name: str, value: Any) -> bool:
+    if name in _TEXTS:
+      return isinstance(value, str)
+    if name in _LISTS:
+      return _is_numbers(value) and len(value) == len(record.get(_LISTS[0]) or ())
+    return value is None or type(value) is float or _is_number(value)
+
+  return next((name for name, value in record.items() if not is_figure(name, value)), "")
+
+
+def _wrong_tradeoff(record: Record) -> str:
+  """Returns the name of a list whose rows are not those of `generation.tradeoff`, "" if none is."""
+
+  def is_row(row: Any) -> bool:
+    return (
+      isinstance(row, dict)
+      and all(isinstance(row.get(name), str) for name in ("rule", "at_limit"))
+      and all(_is_number(row.get(name)) for name in ("temperature", "num_candidates", "draws"))
+      and all(_is_numbers(row.get(name)) for name in ("accuracy", "accuracy_error", "collision"))
+    )
+
+  for name in ("rows", "baseline"):
+    rows = record.get(name, [])
+    if not isinstance(rows, list) or not all(map(is_row, rows)):
+      return name
+  return ""
 
 
 def _patch_size(directory: str, run: config.Run) -> int | None:

@@ -1,11 +1,12 @@
 """Accounts of both stages -> one mapping of their final figures."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
-from calm_jax import errors, files, workdir
+from calm_jax import config, errors, files, workdir
 from calm_jax.objectives import brier
 from calm_jax.reporting import provenance, records
 
@@ -29,8 +30,12 @@ def summarize(
   Scores of stage two are in percent, the accuracies of the autoencoder are shares.
 
   Raises:
-    CalmError: if one was not evaluated.
+    CalmError: if one was not evaluated, or `seconds_total` is not finite.
   """
+  config.require(
+    seconds_total is None or math.isfinite(seconds_total),
+    f"--seconds_total must be finite, got {seconds_total}",
+  )
   for account in accounts.values():
     if account.evaluation is None:
       raise errors.CalmError(

@@ -5,6 +5,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from calm_jax import config
 from calm_jax.objectives import brier
 from calm_jax.reporting import records
@@ -104,15 +106,16 @@ def settings(run: config.Run) -> list[tuple[str, str]]:
 def totals(account: records.Account) -> list[tuple[str, str]]:
   """Returns names and values of what the run took so far."""
   run, step = account.run, account.step
-  seconds = float(sum(record.get("seconds", 0.0) for record in account.train))
+  seconds = float(np.nansum(records.column(account.train, "seconds")))
   rows = [
     ("Stage", run.stage),
     ("Steps", f"{step:,} of {run.training.steps:,}"),
     ("Tokens seen", _short(step * run.data.context * run.training.batch)),
     ("Time training", _duration(seconds)),
   ]
-  if "flops" in account.train[-1]:
-    rows.append(("Training FLOPs", f"{account.train[-1]['flops']:.3g}"))
+  flops = records.column(account.train[-1:], "flops")[0]
+  if math.isfinite(flops):
+    rows.append(("Training FLOPs", f"{flops:.3g}"))
   speed = records.tokens_per_second(account)
   if math.isfinite(speed):
     rows.append(("Median speed", f"{speed:,.0f} tokens/s"))
