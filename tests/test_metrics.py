@@ -108,7 +108,7 @@ def test_a_figure_that_is_not_finite_is_null(path):
 def test_a_record_that_cannot_be_written_is_told_in_one_line(path):
   out = writer(path)
   path.mkdir()
-  with pytest.raises(errors.CalmError, match=r"can't write .*metrics\.jsonl"):
+  with pytest.raises(errors.CalmError, match=r"metrics\.jsonl is a folder, not a file"):
     out.write("train", 1, {"loss": 1.0})
 
 
