@@ -12,6 +12,7 @@ on disks, network file systems and buckets. Whoever reads needs no lease and loo
 Clocks of two machines are never compared: the heartbeat is a number that goes up.
 """
 
+import atexit
 import contextlib
 import dataclasses
 import os
@@ -28,6 +29,11 @@ from calm_jax.holder import Holder
 
 # Seconds between two beats, and without one after which a holder counts as gone.
 HEARTBEAT, EXPIRE = 10.0, 60.0
+# Seconds that an answer of the storage is waited for.
+ANSWER = 15.0
+# The share of EXPIRE after which a holder no longer takes its lease for granted; a beat that gets
+# no answers comes to an end before.
+DOUBT = 0.75
 
 
 def of_folder(path: epath.PathLike) -> str:
@@ -65,7 +71,7 @@ class Lease:
       folder, _, self._key = path.rpartition("/")
       spec = f"{folder}/"
     try:
-      self._store = tensorstore.KvStore.open(spec, context=context).result(EXPIRE / 4)
+      self._store = tensorstore.KvStore.open(spec, context=context).result(ANSWER)
     except (OSError, ValueError) as error:  # TimeoutError is an OSError.
       raise self._unreachable(error) from error
     self._holder = Holder.here()
@@ -102,6 +108,7 @@ class Lease:
       if runs is None and not self._stands_still(found.value, holder):
         return HEARTBEAT / 5
     self._made = self._made or self._missing_folders()
+    self._tried = self._renewed = _now()
     try:
       self._generation = self._write(self._holder.to_json(), found.stamp.generation)
     except errors.CalmError:
@@ -111,7 +118,7 @@ class Lease:
       self._failed = True  # A folder may have gone with another one's lease: once more.
     if not self._generation:
       return HEARTBEAT / 100  # Another process was faster: see which.
-    self._tried = self._renewed = _now()
+    atexit.register(self.release)
     self._thread.start()
     return 0
 
@@ -120,7 +127,7 @@ class Lease:
 
     That happens only to a process that stood still, or was cut off, for longer than EXPIRE.
     """
-    if _now() - self._tried > EXPIRE / 2:  # The thread stood still as well.
+    if _now() - self._tried > DOUBT * EXPIRE:  # The thread stood still as well.
       self._renew()
     if self._taker:
       raise errors.CalmError(
@@ -132,8 +139,9 @@ class Lease:
     """Gives the lease back, and removes folders that were made for nothing else."""
     if not self._generation:
       return
+    atexit.unregister(self.release)
     self._over.set()
-    self._thread.join(EXPIRE / 4)
+    self._thread.join(ANSWER)
     if not self._thread.is_alive() and not self._taker:
       with contextlib.suppress(errors.CalmError):
         self._replace(None)
@@ -141,7 +149,7 @@ class Lease:
 
   def _read(self) -> Any:
     try:
-      return self._store.read(self._key).result(EXPIRE / 4)
+      return self._store.read(self._key).result(ANSWER)
     except (OSError, ValueError) as error:
       raise self._unreachable(error) from error
 
@@ -149,7 +157,7 @@ class Lease:
     """Returns the new generation, b"" where what is there is not of the one that is given."""
     try:
       written = self._store.write(self._key, content, if_equal=generation)
-      return written.result(EXPIRE / 4).generation
+      return written.result(ANSWER).generation
     except (OSError, ValueError) as error:
       raise self._unreachable(error) from error
 
@@ -179,10 +187,10 @@ class Lease:
     with self._lock:
       if self._taker or self._over.is_set():
         return
-      self._tried = _now()
       self._holder = dataclasses.replace(self._holder, beat=self._holder.beat + 1)
       with contextlib.suppress(errors.CalmError):  # The next beat tries again.
         self._replace(self._holder.to_json())
+      self._tried = _now()  # Only now, so that nobody relies on one that has just begun.
 
   def _replace(self, content: bytes | None) -> None:
     """Writes the lease anew, or removes it, unless another process has taken it.
@@ -192,13 +200,14 @@ class Lease:
     have taken it, it may have given it back by now.
     """
     for _ in range(2):
+      begun = _now()  # This process may be stopped before it hears that it was written.
       written = self._write(content, self._generation)
       if written:
-        self._generation, self._renewed = written, _now()
+        self._generation, self._renewed = written, begun
         return
       found = self._read()
       holder = Holder.parse(found.value)
-      known = holder or _now() - self._renewed < EXPIRE / 2
+      known = holder or _now() - self._renewed < DOUBT * EXPIRE
       if not known or (holder and holder.token != self._holder.token):
         self._taker = str(holder or "a process that has ended")
         return

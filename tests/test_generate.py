@@ -49,6 +49,7 @@ def test_a_file_of_prompts_is_written_and_gone_on_with(
   assert "going on" in generate(*flags).stderr
   again = [json.loads(line) for line in (tmp_path / "texts.jsonl").read_text().splitlines()]
   assert [x["text"] for x in again] == [x["text"] for x in records]
+  assert not list(tmp_path.glob("*.lease"))
   other = generate(*flags, "--seed=9", "--temperature=0.5", code=2).stderr
   assert "line 1 is no text of these prompts and settings" in other.splitlines()[-1]
   assert "line 1 is no text" in generate(*flags, "--rule=exact", code=2).stderr

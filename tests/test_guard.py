@@ -1,6 +1,7 @@
 """Claims about what stands around a run: the stop, the clocks, the book of time, the feed."""
 
 import json
+import os
 import pathlib
 import signal
 import subprocess
@@ -151,3 +152,13 @@ def test_a_feed_that_hangs_is_given_up_and_one_that_fails_raises(batches, monkey
   with pytest.raises(errors.CalmError, match="the disk is gone"):
     ahead.take(lambda: True)
   ahead.close()
+
+
+def test_sigterm_while_jax_is_imported_asks_for_another_start(tmp_path: pathlib.Path):
+  """A stand-in for JAX takes its time."""
+  (tmp_path / "jax.py").write_text("import time\nprint('ready', flush=True)\ntime.sleep(100)\n")
+  environment = {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+  process = start(sys.executable, "-m", "calm_jax.main", **environment)
+  assert process.stdout and process.stdout.readline() == "ready\n"
+  process.send_signal(signal.SIGTERM)
+  assert finish(process) == (errors.EXIT_RESTART, "", "")

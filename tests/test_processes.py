@@ -17,7 +17,7 @@ import pytest
 from processes import start
 from test_local_processes import local_processes as launcher
 
-from calm_jax import errors, workdir
+from calm_jax import errors, lease, workdir
 
 DEVICES = 4
 STEPS = 6
@@ -124,6 +124,15 @@ def test_a_run_goes_on_with_another_number_of_processes(whole, tmp_path: pathlib
   ran(1, *flags(directory, steps=4, mesh__data=2, mesh__fsdp=2), "--allow_config_change")
   ran(2, *flags(directory), "--allow_config_change")
   assert_same(directory, whole)
+
+
+def test_a_workdir_in_use_is_refused_by_all_processes(tmp_path: pathlib.Path):
+  directory = tmp_path / "run"
+  with lease.Lease(lease.of_folder(directory), f"--workdir={directory}"):
+    said = ran(2, *flags(directory), expected=errors.EXIT_BAD_INPUT)
+  refusals = [line for line in said.splitlines() if "is being written by process" in line]
+  assert len(refusals) == 2 and "Traceback" not in said
+  assert not directory.exists()
 
 
 def started(processes: int, directory: pathlib.Path, *words: str, **changes):

@@ -66,7 +66,7 @@ def done(command: Command, root: pathlib.Path) -> None:
 
 def prepare(root: pathlib.Path) -> Kind:
   lines = [
-    json.dumps({"text": f"{i} cats said {'meow, ' * (i % 9)}then ate."}) for i in range(3000)
+    json.dumps({"text": f"{i} cats said {'meow, ' * (i % 9)}then ate."}) for i in range(60_000)
   ]
   (root / "cats.jsonl").write_text("\n".join(lines))
 
@@ -161,7 +161,7 @@ def run(kind: str, pairs: int, seed: int, root: pathlib.Path) -> dict:
     problem = "" if ended in (["done", "refused"], ["done", "done"]) else " + ".join(ended)
     if not problem and (follow := more(output)):
       problem = outcome(start(follow, root)).removeprefix("done")
-    problem = problem or compared(left, output, expected)
+    problem = "; ".join(filter(None, (problem, compared(left, output, expected))))
     if problem:
       harmed.append(problem)
   return {"kind": kind, "pairs": pairs, "outcomes": dict(outcomes), "harmed": harmed}

@@ -1,0 +1,389 @@
+"""Claims about leases: one writer at a time, however the one before ended, and who is told what."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import writers
+from processes import finish, start
+from test_resume import at_step
+
+from calm_jax import errors, files, holder, lease, main, prepare, workdir
+
+# Takes the lease of a folder on a host of that name; asks for it at each line of standard input.
+HOLDER = """
+import socket, sys
+from calm_jax import errors, lease
+socket.gethostname = lambda host=socket.gethostname(): sys.argv[2] or host
+lease.HEARTBEAT, lease.EXPIRE = 0.05, 0.5
+held = lease.Lease(lease.of_folder(sys.argv[1]), f"--output={sys.argv[1]}")
+held.__enter__()
+print("held", flush=True)
+for line in sys.stdin:
+  try:
+    held.require_held()
+  except errors.CalmError as error:
+    print(error, flush=True)
+"""
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.setattr(lease, "HEARTBEAT", 0.05)
+  monkeypatch.setattr(lease, "EXPIRE", 0.5)
+
+
+def of(folder: pathlib.Path) -> lease.Lease:
+  return lease.Lease(lease.of_folder(str(folder)), f"--output={folder}")
+
+
+@contextlib.contextmanager
+def holding(folder: pathlib.Path, host: str = "") -> Iterator[subprocess.Popen]:
+  """Another process that holds the lease of a folder."""
+  process = subprocess.Popen(
+    [sys.executable, "-c", HOLDER, str(folder), host],
+    stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+  )  # fmt: skip
+  with process:
+    try:
+      assert process.stdout and process.stdout.readline() == "held\n"
+      yield process
+    finally:
+      process.kill()
+
+
+def write(folder: pathlib.Path, **changes) -> None:
+  """Puts a lease into a folder that is this process's but for `changes`."""
+  found = dataclasses.replace(holder.Holder.here(), **changes)
+  files.write(folder / ".lease", found.to_json())
+
+
+def read(folder: pathlib.Path) -> dict:
+  return json.loads((folder / ".lease").read_text())
+
+
+@pytest.mark.parametrize("name", ["plain", "lr[1e-3]", "back\\slash", "a b/c%20d"])
+def test_a_lease_is_renewed_while_it_is_held_and_leaves_nothing(tmp_path: pathlib.Path, name: str):
+  folder = tmp_path / name
+  with of(folder) as held:
+    first = read(folder)
+    assert [path.name for path in folder.iterdir()] == [".lease"]
+    deadline = time.monotonic() + 30
+    while read(folder)["beat"] == first["beat"]:
+      assert time.monotonic() < deadline
+      time.sleep(0.01)
+    held.require_held()
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_was_there_or_came_to_hold_something_stays(tmp_path: pathlib.Path):
+  with of(tmp_path):
+    pass
+  with of(tmp_path / "new"):
+    (tmp_path / "new/tokens").touch()
+  assert [path.name for path in (tmp_path / "new").iterdir()] == ["tokens"]
+
+
+def test_links_to_a_file_share_its_lease(tmp_path: pathlib.Path):
+  (tmp_path / "link").symlink_to("texts")
+  assert lease.of_file(f"{tmp_path}/link") == lease.of_file(f"{tmp_path}/texts")
+  assert lease.of_file("gs://b/texts") == "gs://b/texts.lease"
+
+
+def test_a_process_that_runs_is_not_disturbed(tmp_path: pathlib.Path):
+  write(tmp_path, since=time.time() - 185)
+  with pytest.raises(errors.CalmError) as refused:
+    of(tmp_path).attempt()
+  whose = f"process {os.getpid()} on {holder.Holder.here().host} (since 3 min)"
+  assert str(refused.value) == (
+    f"--output={tmp_path} is being written by {whose}: wait for its end or stop it, or give "
+    "another --output"
+  )
+
+
+@pytest.mark.parametrize("noticed", [False, True], ids=["a zombie", "nothing left"])
+def test_a_killed_process_is_followed_at_once(tmp_path: pathlib.Path, noticed: bool):
+  with holding(tmp_path) as process:
+    with pytest.raises(errors.CalmError, match=f"by process {process.pid} on "):
+      of(tmp_path).attempt()
+    process.send_signal(signal.SIGKILL)
+    if noticed:
+      process.wait()
+    else:
+      os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    found = of(tmp_path)
+    assert found.attempt() == 0
+    found.release()
+
+
+def test_another_process_of_the_same_number_is_not_the_holder(tmp_path: pathlib.Path):
+  write(tmp_path, started=1)
+  with of(tmp_path):
+    assert read(tmp_path)["started"] > 1
+
+
+def test_a_hidden_process_is_not_taken_for_gone(monkeypatch: pytest.MonkeyPatch):
+  found = holder.Holder.here()
+  monkeypatch.setattr(holder, "_stat", lambda pid: None)
+  assert dataclasses.replace(found).runs() is None
+  assert dataclasses.replace(found, pid=2**31 - 1).runs() is False
+
+
+@pytest.mark.parametrize(
+  "place", [{"host": "far"}, {"boot": "before"}, {"namespace": "pid:[1]"}], ids=str
+)
+def test_one_of_another_machine_is_followed_when_its_heart_stands_still(
+  place: dict, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+):
+  write(tmp_path, pid=1, **place)
+  began = time.monotonic()
+  with of(tmp_path) as held:
+    assert time.monotonic() - began > 0.5
+    held.require_held()
+  (line,) = capsys.readouterr().err.splitlines()
+  assert re.fullmatch(
+    r"--output=.* is held by process 1 on .* \(since 0 s\): waiting up to 0 s for a sign of life",
+    line,
+  )
+
+
+def test_one_of_another_machine_refuses_when_its_heart_beats(tmp_path: pathlib.Path):
+  """Its clock is an hour behind."""
+  write(tmp_path, host="far", since=time.time() - 3600)
+  waiting = of(tmp_path)
+  assert waiting.attempt() > 0
+  write(tmp_path, host="far", since=time.time() - 3600, beat=1)
+  with pytest.raises(errors.CalmError, match=r"by process \d+ on far \(since 60 min\)"):
+    waiting.attempt()
+
+
+@pytest.mark.parametrize(
+  "content", [b"", b"\xff", b"{}", b"[" * 9999, b'{"pid": "1"}', b'{"since": NaN}']
+)
+def test_a_damaged_lease_counts_as_of_another_machine(content: bytes, tmp_path: pathlib.Path):
+  (tmp_path / ".lease").write_bytes(content)
+  waiting = of(tmp_path)
+  assert waiting.attempt() > 0
+  (tmp_path / ".lease").write_bytes(content + b" ")
+  with pytest.raises(errors.CalmError, match=r"by a process that .*lease does not tell"):
+    waiting.attempt()
+  with of(tmp_path):
+    assert read(tmp_path)["pid"] == os.getpid()
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    {"since": float("inf")}, {"since": "now"}, {"pid": -1}, {"pid": 2**40}, {"host": "a\nb"},
+    {"more": 1},
+  ],
+  ids=str,
+)  # fmt: skip
+def test_what_no_process_writes_is_no_holder(change: dict):
+  values = dataclasses.asdict(holder.Holder.here())
+  assert holder.Holder.parse(json.dumps(values).encode())
+  assert holder.Holder.parse(json.dumps(values | change).encode()) is None
+
+
+RACE = """
+import pathlib, sys, time
+from calm_jax import errors, lease
+root, me, other, rounds = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
+
+def meet(name):
+  (root / f"{name}.{me}").touch()
+  while not (root / f"{name}.{other}").exists():
+    time.sleep(0.0001)
+
+for number in range(rounds):
+  held = lease.Lease(lease.of_folder(root / f"folder{number}"), "--output=x")
+  meet(f"ready{number}")
+  try:
+    while wait := held.attempt():
+      time.sleep(wait)
+    won = 1
+  except errors.CalmError as error:
+    assert "is being written by" in str(error), error
+    won = 0
+  print(won, flush=True)
+  meet(f"tried{number}")
+  held.release()
+"""
+
+
+def test_of_two_processes_at_once_exactly_one_gets_it(tmp_path: pathlib.Path):
+  """In folders that are not there yet, and in others where the holder before was killed."""
+  rounds = 40
+  for number in range(0, rounds, 2):
+    (tmp_path / f"folder{number}").mkdir()
+    write(tmp_path / f"folder{number}", started=1)
+  processes = [
+    start(sys.executable, "-c", RACE, tmp_path, me, other, rounds) for me, other in ("ab", "ba")
+  ]
+  ended = [finish(process) for process in processes]
+  assert [(code, said) for code, _, said in ended] == [(0, "")] * 2
+  won = [list(map(int, output.split())) for _, output, _ in ended]
+  assert [sum(x) for x in zip(*won, strict=True)] == [1] * rounds
+  assert not list(tmp_path.glob("folder*/.lease"))
+
+
+def stop_between_beats(process: subprocess.Popen, folder: pathlib.Path) -> None:
+  """While it writes its lease it holds a lock of the file system, so that nobody can take it."""
+  while True:
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(0.1)
+    if not (folder / ".lease.__lock").exists():
+      return
+    process.send_signal(signal.SIGCONT)
+
+
+@pytest.mark.parametrize("ended", [False, True], ids=["holds it", "gave it back"])
+def test_a_process_that_stood_still_is_told_that_another_took_over(
+  ended: bool, tmp_path: pathlib.Path
+):
+  with holding(tmp_path, "far") as process:
+    stop_between_beats(process, tmp_path)
+    with of(tmp_path) as held:
+      if ended:
+        held.release()
+      process.send_signal(signal.SIGCONT)
+      said, _ = process.communicate("\n", timeout=60)
+      held.require_held()
+  assert f"--output={tmp_path} was taken over by " in said
+  assert ("a process that has ended" if ended else f"process {os.getpid()} on ") in said
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_lease_that_another_took_is_left_to_it(tmp_path: pathlib.Path):
+  with of(tmp_path) as held:
+    write(tmp_path, host="far")
+    held._renew()
+    with pytest.raises(errors.CalmError, match=r"was taken over by process .* on far"):
+      held.require_held()
+  assert read(tmp_path)["host"] == "far"
+
+
+@pytest.mark.parametrize("harm", [os.remove, lambda path: pathlib.Path(path).write_text("{")])
+def test_a_lease_removed_or_damaged_by_hand_is_still_held(
+  harm: Callable[[str], None], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+  monkeypatch.setattr(lease, "EXPIRE", 60.0)
+  with of(tmp_path) as held:
+    harm(f"{tmp_path}/.lease")
+    held._renew()
+    held.require_held()
+    assert read(tmp_path)["pid"] == os.getpid()
+  assert not (tmp_path / ".lease").exists()
+
+
+def test_a_heart_beats_on_after_errors_of_the_disk(
+  tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+  with of(tmp_path) as held:
+    failed = threading.Event()
+
+    class Full:
+      def write(self, *_, **__):
+        failed.set()
+        raise ValueError("no space left on device")
+
+    with monkeypatch.context() as patch:
+      patch.setattr(held, "_store", Full())
+      assert failed.wait(30)
+    before = read(tmp_path)["beat"]
+    deadline = time.monotonic() + 30
+    while read(tmp_path)["beat"] == before:
+      assert time.monotonic() < deadline
+      time.sleep(0.01)
+    held.require_held()
+
+
+def test_a_lease_keeps_no_process_alive_and_is_given_back_at_its_end(tmp_path: pathlib.Path):
+  process = start(sys.executable, "-c", HOLDER, tmp_path, "")
+  process.stdin = None
+  assert finish(process) == (0, "held\n", "")
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("place", ["/dev/null/store", "/proc/store", "nothing://b/store"])
+def test_a_place_that_takes_no_lease_is_told_in_one_line(place: str):
+  with (
+    pytest.raises(errors.CalmError, match=f"^can't write {place}/.lease: ") as told,
+    of(pathlib.Path(place) if "://" not in place else place),
+  ):
+    pass
+  assert "\n" not in str(told.value)
+
+
+# Acts.
+
+
+def test_two_prepares_at_once_leave_the_store_of_one(tmp_path: pathlib.Path):
+  report = writers.run("prepare", pairs=1, seed=0, root=tmp_path)
+  assert not report["harmed"], report
+
+
+def test_a_store_that_is_being_prepared_is_refused_and_a_finished_one_found(
+  tokens: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+):
+  source = pathlib.Path(tokens).parent / "cats.jsonl"
+  settings = prepare.Settings((str(source),), tokens, "train:300", heldout=0.2, workers=1)
+  with of(pathlib.Path(tokens)):
+    prepare.prepare(settings)
+  assert "is there already" in capsys.readouterr().err
+  new = dataclasses.replace(settings, output=str(tmp_path))
+  with of(tmp_path), pytest.raises(errors.CalmError, match="is being written by process"):
+    prepare.prepare(new)
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_workdir_in_use_is_refused_and_looked_at(
+  autoencoder_run, trained_autoencoder: pathlib.Path
+):
+  before = {path: path.stat().st_mtime_ns for path in trained_autoencoder.rglob("*")}
+  with of(trained_autoencoder):
+    with pytest.raises(errors.CalmError, match=r"^--workdir=.* is being written by process"):
+      main.train_run(autoencoder_run, str(trained_autoencoder))
+    assert workdir.load(str(trained_autoencoder)).step == autoencoder_run.training.steps
+    main.train_run(autoencoder_run, str(trained_autoencoder), main.Options(dry_run=True))
+  assert {path: path.stat().st_mtime_ns for path in trained_autoencoder.rglob("*")} == before
+
+
+def test_a_run_whose_workdir_was_taken_over_writes_nothing_more(
+  autoencoder_run, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+  folder = tmp_path / "run"
+
+  def take_over() -> None:
+    write(folder, host="far")
+    time.sleep(1)
+
+  at_step(monkeypatch, 3, take_over)
+  with pytest.raises(errors.CalmError, match=r"taken over by process .* on far"):
+    main.train_run(autoencoder_run, str(folder))
+  records = map(json.loads, (folder / workdir.METRICS).read_text().splitlines())
+  assert max(record["step"] for record in records) <= 3
+  assert [path.name for path in (folder / "checkpoints").iterdir()] == ["2"]
+  assert read(folder)["host"] == "far"
+
+
+def test_texts_that_another_process_writes_are_refused_before_the_model_is_read(
+  tmp_path: pathlib.Path,
+):
+  output = tmp_path / "texts.jsonl"
+  command = [sys.executable, "-m", "calm_jax.generate", "--workdir=nowhere", "--prompts=x"]
+  with lease.Lease(lease.of_file(output), f"--output={output}"):
+    code, _, said = finish(start(*command, f"--output={output}"))
+  assert code == 2 and said.count("\n") == 1
+  assert said.startswith(f"error: --output={output} is being written by process {os.getpid()} on ")
+  assert not list(tmp_path.iterdir())
