@@ -24,9 +24,11 @@ def require(condition: bool, message: str) -> None:
     raise errors.CalmError(message)
 
 
-# Programs hold whole numbers in 32 bits, and numbers in float32, whose least normal one and
-# largest one these are.
+# Programs count in 32 bits.
 LARGEST_INT = 2**31 - 1
+# Above any model known; an array's elements stay far below 2^63, and a program can be traced.
+LARGEST_WIDTH, MOST_LAYERS, LARGEST_PATCH = 2**20, 2**10, 2**12
+# The least normal number of float32 and the largest.
 FLOATS = (2.0**-126, (2 - 2.0**-23) * 2.0**127)
 
 # What is told of a value that is refused: its beginning, however deep it is nested.
@@ -34,18 +36,16 @@ _told = reprlib.Repr()
 _told.maxstring = _told.maxother = _told.maxlong = 200
 
 
-def require_positive(settings: Any, *names: str) -> None:
-  """Raises CalmError unless each named field of `settings` is above zero and can be held."""
+def require_positive(settings: Any, *names: str, most: int = LARGEST_INT) -> None:
+  """Raises CalmError unless each named field of `settings` is above zero and can be held.
+
+  Args:
+    most: the largest whole number.
+  """
   for name in names:
     value = getattr(settings, name)
     require(value > 0, f"{name} must be above 0, got {value}")
-    if isinstance(value, float):
-      low, high = FLOATS
-      require(
-        low <= value <= high, f"{name} must lie in [{low:.3g}, {high:.3g}], float32's, got {value}"
-      )
-    else:
-      require(value <= LARGEST_INT, f"{name} must be below 2^31, got {value}")
+    _require_held(name, value, 1, most)
 
 
 def require_not_negative(settings: Any, *names: str) -> None:
@@ -54,7 +54,17 @@ def require_not_negative(settings: Any, *names: str) -> None:
     value = getattr(settings, name)
     require(value >= 0, f"{name} must not be negative, got {value}")
     if value:
-      require_positive(settings, name)
+      _require_held(name, value, 0, LARGEST_INT)
+
+
+def _require_held(name: str, value: float, least: int, most: int) -> None:
+  if isinstance(value, int):
+    require(value <= most, f"{name} must lie in [{least}, {most}], got {value}")
+    return
+  low, high = FLOATS
+  require(
+    low <= value <= high, f"{name} must lie in [{low:.3g}, {high:.3g}], float32's, got {value}"
+  )
 
 
 def is_text(value: str) -> bool:
@@ -114,9 +124,9 @@ class Autoencoder:
   init: Literal["fan_in", "reference"] = "reference"
 
   def __post_init__(self):
-    require_positive(
-      self, "patch_size", "width", "ffn", "encoder_layers", "decoder_layers", "latent"
-    )
+    require_positive(self, "patch_size", most=LARGEST_PATCH)
+    require_positive(self, "width", "ffn", "latent", most=LARGEST_WIDTH)
+    require_positive(self, "encoder_layers", "decoder_layers", most=MOST_LAYERS)
     for name in ("encoder_layers", "decoder_layers"):
       value = getattr(self, name)
       require(
@@ -174,7 +184,9 @@ class Transformer:
   init: Literal["fan_in", "reference"] = "reference"
 
   def __post_init__(self):
-    require_positive(self, "layers", "width", "ffn", "heads", "kv_heads", "rope_theta")
+    require_positive(self, "layers", most=MOST_LAYERS)
+    require_positive(self, "width", "ffn", "heads", "kv_heads", most=LARGEST_WIDTH)
+    require_positive(self, "rope_theta")
     require(
       self.width % (2 * self.heads) == 0,
       f"width must be a multiple of 2 * heads = {2 * self.heads}, got {self.width}",
@@ -230,7 +242,8 @@ class Head:
   steps: int = 0
 
   def __post_init__(self):
-    require_positive(self, "blocks", "noise")
+    require_positive(self, "blocks", most=MOST_LAYERS)
+    require_positive(self, "noise", most=LARGEST_WIDTH)
     fewest = 2 if self.kind == "diffusion" else 1
     require(
       self.steps == 0 or fewest <= self.steps <= 1000,
@@ -577,7 +590,14 @@ def from_mapping(values: typing.Mapping[str, Any]) -> Run:
   stage = values.get("stage", "")
   if not isinstance(stage, str) or stage not in RUNS:
     raise errors.CalmError(f"config.stage is {shown(stage)}: {_nearest_to(stage, RUNS)}")
-  return _build(RUNS[stage], values, "config")
+  run = _build(RUNS[stage], values, "config")
+  tokens = run.training.batch * run.data.context
+  require(
+    tokens <= LARGEST_INT,
+    f"config.training.batch * config.data.context must lie in [1, {LARGEST_INT}], the tokens of a "
+    f"step, got {tokens}",
+  )
+  return run
 
 
 def _build(cls: type, values: typing.Mapping[str, Any], where: str) -> Any:

@@ -95,8 +95,7 @@ def _note(line: str) -> None:
 
 def _show(written: str, end: str = "\n") -> None:
   """Prints what was written."""
-  escape = sys.stdout.isatty() and not _RAW.value
-  print(text.visible(written) if escape else written, end=end, flush=True)
+  print(text.told_to(sys.stdout, written, _RAW.value), end=end, flush=True)
 
 
 def _read_prompt() -> str:

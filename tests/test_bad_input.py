@@ -261,6 +261,22 @@ def test_a_broken_file_of_a_workdir_is_named(trained_calm, tmp_path):
 
 COMMANDS = {
   "no flags": ("main", "", "give --config=configs/STAGE.py"),
+  "a config that never ends": (
+    "main", "--config=/dev/zero --workdir={new}", "/dev/zero is a pipe, a device or a socket"
+  ),
+  "a config that is no Python": (
+    "main", "--config=README.md --workdir={new}", "README.md is no Python"
+  ),
+  "more texts than are counted": (
+    "generate", "--workdir={calm} --num_texts=2147483648", "in the range [1, 2147483647]"
+  ),
+  "more draws than are compared": (
+    "evaluate", "--workdir={calm} --temperatures=0.5 --num_candidates=2147483648", "[1, 65536]"
+  ),
+  "seconds that are no number": (
+    "report", "--workdir={calm},{autoencoder} --seconds_total=nan", "must be finite, got nan"
+  ),
+  "a mesh of odd digits": ("generate", "--workdir={calm} --mesh=fsdp=\u00b2", "--mesh has"),
   "no config file": ("main", "--config=configs/nothing.py --workdir={new}", "nothing.py"),
   "unknown size": ("main", "--config=configs/calm.py:xs --workdir={new}", "unknown size 'xs'"),
   "unknown setting": (

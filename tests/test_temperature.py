@@ -62,6 +62,35 @@ def test_powers(value: float, power: float):
   assert temperature.power(value) == power
 
 
+def test_a_temperature_too_small_for_its_power_asks_for_more_draws_than_any():
+  assert temperature.power(1e-320) == float("inf")
+
+
+@pytest.mark.parametrize("value", [0.25, 1.0, 7.0])
+def test_single_tokens_have_the_law_to_the_power_of_one_over_t(value: float):
+  logits_1V = np.array([[3.0, 1.0, 2.5]])
+  power = temperature.token_power(value)
+  found_1V = np.exp(temperature.tempered(jnp.array(logits_1V), jnp.array([power])))
+  expected_1V = np.exp(logits_1V) ** (1 / value)
+  np.testing.assert_allclose(
+    found_1V / found_1V.sum(), expected_1V / expected_1V.sum(), rtol=1e-5, atol=1e-9
+  )
+
+
+@pytest.mark.parametrize("value", [1e-30, 1e-37, 1e-39, 5e-324])
+def test_near_temperature_0_the_likeliest_tokens_alone_are_left(value: float):
+  power_B = jnp.array([temperature.token_power(value)] * 2, jnp.float32)
+  logits_BV = jnp.array([[90.0, 100.0, -3.0], [-2.0, -1.0, -1.0]])
+  law_BV = np.exp(temperature.tempered(logits_BV, power_B))
+  np.testing.assert_array_equal(law_BV, [[0, 1, 0], [0, 1, 1]])
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("inf"), float("nan"), 1e39])
+def test_a_temperature_that_is_none_is_refused_of_single_tokens(value: float):
+  with pytest.raises(errors.CalmError, match="must be above 0 and finite"):
+    temperature.token_power(value)
+
+
 @pytest.mark.parametrize("value", [0.0, -1.0, 1.5, float("nan")])
 def test_other_temperatures_are_refused_with_the_value(value: float):
   with pytest.raises(errors.CalmError, match=f"got {value}"):

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
+from typing import TextIO
 
 # What acts on whoever shows it: control characters but newline and tab, those that turn the
 # direction of writing, and halves of surrogate pairs, which have no UTF-8.
@@ -11,6 +12,11 @@ _ACTIVE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800
 def visible(text: str) -> str:
   """Returns a text with characters that act rather than show written out: ESC as \\x1b."""
   return _ACTIVE.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def told_to(stream: TextIO, text: str, raw: bool = False) -> str:
+  """Returns what a stream is given of a text: a terminal, unless `raw`, what is visible of it."""
+  return visible(text) if stream.isatty() and not raw else text
 
 
 class Stream:

@@ -1,0 +1,249 @@
+"""What no door takes is told in one line: JSON that is not ours, pipes, numbers out of range."""
+
+import dataclasses
+import errno
+import functools
+import json
+import math
+import os
+import pathlib
+import stat
+from collections.abc import Callable
+
+import pytest
+from etils import epath
+
+from calm_jax import config, errors, files, workdir
+from calm_jax.benchmarking import documents
+from calm_jax.data import tokenizer as tokenizer_lib
+from calm_jax.generation import prompts
+from calm_jax.planning import comparison
+
+
+def told_in_one_line(act: Callable[[], object], reason: str) -> None:
+  with pytest.raises(errors.CalmError, match=reason) as caught:
+    act()
+  assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
+
+
+NESTED = "[" * 100_000
+# JSON that is there and can be read, but is no settings.
+NO_SETTINGS = {
+  "nested too deep": (NESTED, "config.json is no valid JSON: nested too deep"),
+  "nested in a setting": ('{"stage": "calm", "data": ' + NESTED, "nested too deep"),
+  "a list": ("[]", "config.json must hold a JSON object, got list"),
+  "no UTF-8": (b"\xff{}", "config.json is no valid JSON"),
+  "a list for a stage": ('{"stage": []}', r"config.stage is \[\]"),
+  "a list for settings": ('{"stage": "calm", "model": [[[[[[[[]]]]]]]]}', r"hold settings, got \["),
+  "a huge number": (f'{{"stage": "calm", "data": {{"context": 1{"0" * 5000}}}}}', "no valid JSON"),
+  "a huge float": (
+    '{"stage": "calm", "model": {"rope_theta": 1%s}}' % ("0" * 400), "rope_theta must be finite"
+  ),
+  "NaN": ('{"stage": "calm", "optimizer": {"eps": NaN}}', "eps must be finite, got nan"),
+  "NUL in a path": (r'{"stage": "calm", "data": {"path": "a\u0000b"}}', r"data.path holds char"),
+  "half a pair": (r'{"stage": "calm", "autoencoder": "\ud800"}', r"config.autoencoder holds char"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("content", "reason"), NO_SETTINGS.values(), ids=NO_SETTINGS.keys())
+def test_json_that_is_no_settings_is_told_in_one_line(
+  content: str | bytes, reason: str, tmp_path: pathlib.Path
+):
+  (tmp_path / "config.json").write_bytes(
+    content if isinstance(content, bytes) else content.encode()
+  )
+  told_in_one_line(lambda: workdir.read_run(str(tmp_path)), reason)
+
+
+ORIGIN = workdir.Origin("tokenizer.json", "ab", "cd", 30, 1, True, (1, 2, 3, 4))
+NO_ORIGINS = [
+  ({"eos_id": 30}, r"a token must lie in \[0, 30\), got 30"),
+  ({"eos_id": -1}, "got -1"),
+  ({"eos_id": True}, "eos_id is True"),
+  ({"start_patch": [1, 2, 3, 10**12]}, "got 1000000000000"),
+  ({"start_patch": [1, 2, "x"]}, "got 'x'"),
+  ({"start_patch": 5}, "origin.json is not of this version"),
+  ({"vocab_size": 2**31}, r"vocab_size must lie in \[1, 2\^31\), got 2147483648"),
+  ({"vocab_size": "many"}, "vocab_size is 'many'"),
+  ({"appends_eos": 1}, "appends_eos is 1"),
+  ({"tokenizer_file": "../x.json"}, "tokenizer_file is '../x.json'"),
+  ({"tokenizer_file": []}, r"tokenizer_file is \[\]"),
+]
+
+
+@pytest.mark.parametrize(("changes", "reason"), NO_ORIGINS)
+def test_an_origin_that_can_not_be_is_told_in_one_line(changes, reason, tmp_path: pathlib.Path):
+  (tmp_path / "origin.json").write_text(json.dumps(dataclasses.asdict(ORIGIN) | changes))
+  told_in_one_line(lambda: workdir.read_origin(str(tmp_path)), reason)
+
+
+@pytest.mark.parametrize("eos_id", [30, -1, 10**12])
+def test_an_eos_outside_the_tokenizer_is_refused(eos_id: int, words, tokens: str):
+  piece_file = str(pathlib.Path(tokens) / "tokenizer.model")
+  for path, size in ((words(30), 30), (piece_file, 300)):
+    eos = eos_id if eos_id != 30 else size
+    load = functools.partial(tokenizer_lib.load, path, eos=eos)
+    told_in_one_line(load, rf"must lie in \[0, {size}\), its tokens, got {eos}")
+
+
+# What a program can't hold, in the settings of any stage.
+NOT_HELD = {
+  "steps": ("calm", "training.steps", 2**31, r"steps must lie in \[1, 2147483647\]"),
+  "batch": ("calm", "training.batch", 2**31, r"batch must lie in \[1, 2147483647\]"),
+  "evaluations": ("calm", "training.eval_every", 2**70, r"must lie in \[0, 2147483647\]"),
+  "tokens a step": ("calm", "training.batch", 2**30, r"batch \* config.data.context must lie in"),
+  "context": ("calm", "data.context", 10**20, r"context must lie in \[1, 2147483647\]"),
+  "samples": ("calm", "loss.samples", 2**31, r"samples must lie in \[1, 2147483647\]"),
+  "width": ("calm", "model.width", 2**31, r"width must lie in \[1, 1048576\]"),
+  "a width that XLA aborts at": ("autoencoder", "model.width", 2**31 - 1, "must lie in"),
+  "layers that take for ever": ("autoencoder", "model.encoder_layers", 2**20, r"\[1, 1024\]"),
+  "patch": ("autoencoder", "model.patch_size", 2**31, r"patch_size must lie in \[1, 4096\]"),
+  "latent": ("autoencoder", "model.latent", 2**31, "latent must lie in"),
+  "noise": ("calm", "head.noise", 2**31, "noise must lie in"),
+  "heads": ("transformer", "model.heads", 2**31, "heads must lie in"),
+  "warmup": ("transformer", "optimizer.warmup_steps", 2**31, "warmup_steps must lie in"),
+  "traced steps": ("transformer", "profile.steps", 2**31, "steps must lie in"),
+  "port": ("transformer", "profile.port", 2**16, "port must be below 65536"),
+  "learning rate": ("calm", "optimizer.learning_rate", 1e300, r"lie in \[1.18e-38, 3.4e\+38\]"),
+  "eps that float32 has as 0": ("calm", "optimizer.eps", 1e-300, r"eps must lie in \[1.18e-38"),
+  "minutes": ("calm", "limits.step_minutes", 1e300, "step_minutes must lie in"),
+  "theta": ("transformer", "model.rope_theta", 1e300, "rope_theta must lie in"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  ("stage", "path", "value", "reason"), NOT_HELD.values(), ids=NOT_HELD.keys()
+)
+def test_a_setting_that_no_program_holds_is_refused_with_its_range(
+  stage: str, path: str, value: float, reason: str
+):
+  part, name = path.split(".")
+  told_in_one_line(
+    lambda: config.from_mapping({"stage": stage, part: {name: value}}), f"config.*{reason}"
+  )
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_no_float_of_any_setting_may_be_infinite_or_nan(value: float):
+  """Given by a file or a flag, and to the dataclass itself, as imports do."""
+  for stage, kind in config.RUNS.items():
+    for part in dataclasses.fields(kind):
+      own = getattr(kind(), part.name)
+      for field in dataclasses.fields(own) if dataclasses.is_dataclass(own) else ():
+        if field.type is not float:
+          continue
+        given = {"stage": stage, part.name: {field.name: value}}
+        told_in_one_line(functools.partial(config.from_mapping, given), f"{field.name} must be")
+        told_in_one_line(functools.partial(type(own), **{field.name: value}), field.name)
+
+
+READERS = {
+  "prompts": lambda path: prompts.read(path, {}),
+  "texts": lambda path: prompts.written(path, []),
+  "document": documents.update,
+  "plans": comparison.read,
+  "settings": lambda path: workdir.read_run(os.path.dirname(path)),
+  "origin": lambda path: workdir.read_origin(os.path.dirname(path)),
+  "tokenizer": tokenizer_lib.load,
+  "what is added to": lambda path: files.append(path, "x"),
+  "what is written": lambda path: files.write(path, "x"),
+}
+NAMES = {"settings": "config.json", "origin": "origin.json", "tokenizer": "tokenizer.json"}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_no_pipe_and_no_device_is_waited_for(reader: str, tmp_path: pathlib.Path):
+  place = tmp_path / NAMES.get(reader, "x")
+  os.mkfifo(place)
+  told_in_one_line(
+    lambda: READERS[reader](str(place)), "is a pipe, a device or a socket, not a file"
+  )
+  assert stat.S_ISFIFO(place.stat().st_mode)
+  place.unlink()
+  place.symlink_to("/dev/zero")
+  told_in_one_line(lambda: READERS[reader](str(place)), "not a file")
+  assert place.is_symlink()
+
+
+@pytest.mark.parametrize("reader", [name for name in READERS if not name.startswith("what")])
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES])
+def test_a_file_that_can_not_be_read_is_told_in_one_line(
+  reader: str, code: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+  place = tmp_path / NAMES.get(reader, "x")
+  place.write_text("{}")
+
+  def fail(path: epath.Path) -> bytes:
+    raise OSError(code, os.strerror(code), os.fspath(path))
+
+  monkeypatch.setattr(type(epath.Path("/")), "read_bytes", fail)
+  told_in_one_line(
+    lambda: READERS[reader](str(place)), f"can't read .*{place.name}.*{os.strerror(code)}"
+  )
+
+
+def test_a_folder_that_may_not_be_looked_into_is_told_in_one_line(
+  tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+  def fail(path: epath.Path) -> bool:
+    raise PermissionError(errno.EACCES, "Permission denied", os.fspath(path))
+
+  monkeypatch.setattr(type(epath.Path("/")), "exists", fail)
+  for act in (
+    lambda: workdir.read_run(str(tmp_path)),
+    lambda: prompts.written(f"{tmp_path}/texts", []),
+  ):
+    told_in_one_line(act, "can't reach .*Permission denied")
+
+
+PLAN = {"facts": {"name": "x"}, "topology": {"chips": 4, "chip": {"name": "v5e"}}, "roofline": {}}
+NO_PLANS = [
+  (NESTED, "nested too deep"),
+  ("[]", "must hold a JSON object, got list"),
+  ("{}", "holds no plan .KeyError: 'topology'"),
+  ('{"facts": [], "topology": [], "roofline": []}', "holds no plan .TypeError"),
+  (json.dumps(PLAN), "holds no plan .KeyError: 'all_overlaps'"),
+  (
+    json.dumps(PLAN | {"topology": {"chips": 4, "chip": {"name": "v0"}}}),
+    "holds no plan .ValueErr",
+  ),
+]
+
+
+@pytest.mark.parametrize(("content", "reason"), NO_PLANS)
+def test_json_that_is_no_plan_is_told_in_one_line(content, reason, tmp_path: pathlib.Path):
+  (tmp_path / "plan.json").write_text(content)
+  told_in_one_line(lambda: comparison.read(f"{tmp_path}/*.json"), f"plan.json.*{reason}")
+
+
+RECORD = {
+  "command": "", "suite": "", "commit": None, "versions": {"jax": "1"}, "environment": {},
+  "processor": "", "lines": ["a"], "figures": {},
+}  # fmt: skip
+NO_RECORDS = [
+  NESTED,
+  "[]",
+  "{}",
+  *(
+    json.dumps(RECORD | changes)
+    for changes in (
+      {"versions": {}}, {"versions": []}, {"environment": []}, {"lines": "ab"}, {"lines": [1]},
+      {"extra": 1},
+    )
+  ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", NO_RECORDS)
+def test_json_that_is_no_run_of_a_benchmark_is_told_in_one_line(content, tmp_path: pathlib.Path):
+  (tmp_path / "x.json").write_text(content)
+  (tmp_path / "page.md").write_text("<!-- x.json -->\n")
+  told_in_one_line(
+    lambda: documents.update(f"{tmp_path}/page.md"), "x.json holds no run of a benchmark"
+  )
+  assert (tmp_path / "page.md").read_text() == "<!-- x.json -->\n"
+
+
+def test_a_document_that_is_not_utf8_is_told_in_one_line(tmp_path: pathlib.Path):
+  (tmp_path / "page.md").write_bytes(b"caf\xe9")
+  told_in_one_line(lambda: documents.update(f"{tmp_path}/page.md"), "page.md is not UTF-8")
