@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 from absl import flags
-from etils import epath
 
 from calm_jax import cli, config, errors, files, workdir
 from calm_jax.generation import choosers, decode, precision, prompts, requests, rules, session
@@ -161,7 +160,7 @@ class _Act:
         print(flush=True)
 
   def _keep(self, lines: list[str]) -> None:
-    files.append(epath.Path(_WORKDIR.value) / workdir.SAMPLES, "".join(lines))
+    workdir.keep_samples(_WORKDIR.value, lines)
 
   def file(self) -> None:
     """Writes the texts of a file of prompts, from where an earlier run stopped."""

@@ -10,6 +10,7 @@ metrics.jsonl evaluation.json temperature.json samples.jsonl   figures and texts
 """
 
 import dataclasses
+import os
 import typing
 from collections.abc import Callable
 from typing import Any
@@ -138,6 +139,24 @@ def change_config(workdir: str, run: config.Run) -> None:
   seal.write(workdir, dataclasses.replace(before, config=(*before.config, new)))
   files.write(epath.Path(workdir) / "config.json", text)
   seal.write(workdir, dataclasses.replace(before, config=(new,)))
+
+
+def keep_samples(workdir: str, lines: list[str]) -> None:
+  """Appends written texts to the workdir's own, on lines of their own.
+
+  What a kill cut the last line to stays there, and ends first.
+
+  Raises:
+    CalmError: if they can't be written.
+  """
+  path, torn = epath.Path(workdir) / SAMPLES, False
+  if path.exists():
+    files.require_regular(path)
+    with path.open("rb") as file:
+      if file.seek(0, os.SEEK_END):
+        file.seek(-1, os.SEEK_END)
+        torn = file.read(1) != b"\n"
+  files.append(path, "\n" * torn + "".join(lines))
 
 
 def exists(workdir: str) -> bool:

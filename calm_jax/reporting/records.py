@@ -1,14 +1,13 @@
 """Files of a workdir -> its account: settings, figures over steps, evaluation, texts."""
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from calm_jax import config, errors, workdir
+from calm_jax import config, errors, files, workdir
 
 Record = Mapping[str, Any]
 
@@ -78,8 +77,8 @@ def read(directory: str) -> Account:
   try:
     metrics, broken = _read_lines(path / workdir.METRICS, {"kind": str, "step": int})
     samples, broken_samples = _read_lines(path / workdir.SAMPLES, {"prompt": str, "text": str})
-    evaluation = read_evaluation(directory)
-    tradeoff = read_evaluation(directory, workdir.TRADEOFF)
+    evaluation, no_evaluation = _readable_evaluation(directory, workdir.EVALUATION)
+    tradeoff, no_tradeoff = _readable_evaluation(directory, workdir.TRADEOFF)
   except OSError as error:
     raise errors.CalmError(f"can't read workdir {directory}: {error}") from error
   train = [record for record in metrics if record["kind"] == "train"]
@@ -103,7 +102,9 @@ def read(directory: str) -> Account:
     notes=(),
   )
   broken_lines = {workdir.METRICS: broken, workdir.SAMPLES: broken_samples}
-  return dataclasses.replace(account, notes=[*_state(account), *_broken(broken_lines)])
+  return dataclasses.replace(
+    account, notes=[*_state(account), *_broken(broken_lines), *no_evaluation, *no_tradeoff]
+  )
 
 
 def _read_lines(path: epath.Path, required: Mapping[str, type]) -> tuple[list[Record], int]:
@@ -124,27 +125,34 @@ def _read_lines(path: epath.Path, required: Mapping[str, type]) -> tuple[list[Re
 
 def _parse(line: bytes, required: Mapping[str, type]) -> Record | None:
   try:
-    record = json.loads(line)
-  except ValueError:
+    record = files.parse_json(line, "a line")
+  except errors.CalmError:
     return None
-  complete = isinstance(record, dict) and all(
-    isinstance(record.get(name), kind) for name, kind in required.items()
-  )
+  complete = all(isinstance(record.get(name), kind) for name, kind in required.items())
   return record if complete else None
 
 
 def read_evaluation(directory: str, name: str = workdir.EVALUATION) -> Record | None:
-  """Returns the figures in a file that evaluate writes, None where there is none."""
+  """Returns the figures in a file that evaluate writes, None where there is none.
+
+  Raises:
+    CalmError: if it can't be read.
+  """
   path = epath.Path(directory) / name
   if not path.exists():
     return None
   try:
-    values = json.loads(path.read_bytes())
-  except ValueError as error:
-    raise errors.CalmError(f"{path} is no valid JSON: {error}; evaluate again") from error
-  if not isinstance(values, dict):
-    raise errors.CalmError(f"{path} holds no figures, got {values!r}: evaluate again")
-  return values
+    return files.read_json(path)
+  except errors.CalmError as error:
+    raise errors.CalmError(f"{error}; evaluate again") from error
+
+
+def _readable_evaluation(directory: str, name: str) -> tuple[Record | None, list[str]]:
+  """Returns `read_evaluation`, and a note in place of figures that can't be read."""
+  try:
+    return read_evaluation(directory, name), []
+  except errors.CalmError as error:
+    return None, [f"Figures that are left out: {error}."]
 
 
 def _patch_size(directory: str, run: config.Run) -> int | None:
