@@ -202,6 +202,16 @@ def require_whole(workdir: str) -> None:
   seal.require_autoencoder(workdir)
 
 
+def require_autoencoder_weights(workdir: str, origin: Origin, found: str) -> None:
+  """Raises CalmError unless the autoencoder's weights have the fingerprint in origin.json."""
+  if found != origin.autoencoder_fingerprint:
+    raise errors.CalmError(
+      f"{epath.Path(workdir) / AUTOENCODER} holds weights of fingerprint {found}, but {workdir} "
+      f"was trained with those of {origin.autoencoder_fingerprint}: put back the autoencoder that "
+      "was there"
+    )
+
+
 def tokenizer(workdir: str, origin: Origin) -> tokenizer_lib.Tokenizer:
   """Returns the workdir's own copy of its tokenizer.
 
@@ -321,11 +331,7 @@ def _load_autoencoder(
 def _load_calm(workdir: str, run: config.CalmRun, origin: Origin) -> TrainedCalm:
   own = str(epath.Path(workdir) / AUTOENCODER)
   codec = load_autoencoder(own)
-  if codec.fingerprint != origin.autoencoder_fingerprint:
-    raise errors.CalmError(
-      f"{own} holds weights of fingerprint {codec.fingerprint}, but {workdir} was trained with "
-      f"those of {origin.autoencoder_fingerprint}: put back the autoencoder that was there"
-    )
+  require_autoencoder_weights(workdir, origin, codec.fingerprint)
   model = calm.Calm.build(run, codec.module(run.training.compute_dtype), origin.vocab_size)
   restored = _restore(workdir, jax.eval_shape(model.init, jax.random.key(0)))
   return TrainedCalm(run, origin, restored.params, restored.step, codec, model)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 from test_checkpoint import edit_meta
 
-from calm_jax import config, errors, files, main, seal, workdir
+from calm_jax import config, errors, files, main, seal, workdir, workdir_checks
 from calm_jax.interchange import to_workdir
 from calm_jax.training import ledger, meta
 
@@ -189,3 +189,50 @@ def test_a_path_that_can_t_hold_checkpoints_is_refused_before_anything_is_writte
     output = str(tmp_path / name)
     refused(lambda output=output: to_workdir.write(str(tmp_path), output), reason)
   assert list(tmp_path.iterdir()) == []
+
+
+def verdicts(directory: pathlib.Path) -> dict[str, str]:
+  """Every check of a workdir, and what it found or was refused with."""
+  found = {}
+  for name, check in workdir_checks.checks(str(directory)):
+    try:
+      found[name] = check()
+    except errors.CalmError as error:
+      found[name] = f"error: {error}"
+  return found
+
+
+def test_every_part_of_a_whole_workdir_is_checked_and_found_whole(trained_calm):
+  found = verdicts(trained_calm)
+  own = {"seal.json", "config.json", "origin.json", "tokenizer.model"}
+  figures = {"metrics.jsonl", "ledger", "checkpoints/4", "checkpoints/6", "checkpoints/2"}
+  inner = {f"autoencoder/{name}" for name in own} | {"autoencoder/checkpoints/6", "autoencoder"}
+  assert set(found) >= own | figures | inner
+  assert not [name for name, verdict in found.items() if verdict.startswith("error")]
+  assert found["checkpoints/6"] == "whole: params, rest, meta"
+
+
+def test_a_check_finds_what_was_flipped_in_any_file_of_a_checkpoint(copy):
+  """A flip that is harmless reads back as the same; all others are found."""
+  place, told, harmless = copy / "checkpoints/6", 0, []
+  (copy / "checkpoints/4").rename(copy / "four")
+  for path in sorted(path for path in place.rglob("*") if path.is_file() and path.stat().st_size):
+    content = path.read_bytes()
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 1
+    path.write_bytes(flipped)
+    if verdicts(copy)["checkpoints/6"].startswith("error"):
+      told += 1
+    else:
+      harmless.append(path.relative_to(place))
+    path.write_bytes(content)
+  assert told >= 3 and not [path for path in harmless if path.parts[1:2] == ("d",)], harmless
+
+
+def test_checks_end_where_the_workdir_does(copy):
+  shutil.copytree(copy / "autoencoder/checkpoints/6", copy / "checkpoints/8")
+  assert "checkpoints/8 is a checkpoint of another run" in verdicts(copy)["checkpoints/8"]
+  (copy / "tokenizer.model").write_bytes(b"")
+  assert "put back the one that was there" in verdicts(copy)["tokenizer.model"]
+  (copy / "config.json").unlink()
+  refused(lambda: verdicts(copy), "no workdir at")

@@ -12,7 +12,7 @@ import json
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -306,6 +306,39 @@ class Checkpoints:
   def close(self) -> None:
     """Ends the background threads; call `wait` first."""
     self._manager.close()
+
+
+def steps_in(workdir: str) -> list[int]:
+  """Returns the steps that a workdir has folders of, oldest first."""
+  folder = epath.Path(workdir) / DIRECTORY
+  if not folder.exists():
+    return []
+  return sorted(int(place.name) for place in folder.iterdir() if place.name.isdecimal())
+
+
+def verify(workdir: str, step: int, bound: str) -> Mapping[str, Any]:
+  """Returns the meta of a checkpoint, all of which is read on the host and found whole.
+
+  Args:
+    bound: of the workdir's seal; empty for any.
+
+  Raises:
+    CalmError: if it is not, or can't be read.
+  """
+  place = epath.Path(workdir) / DIRECTORY / str(step)
+  try:
+    found = ocp.JsonCheckpointHandler().restore(place / "meta")
+    meta.require(found, place, bound)
+    for name in ("params", "rest"):
+      if f"{name}_fingerprint" in found:
+        meta.require_fingerprint(found, name, fingerprint.digest(reread.lines(place / name)))
+  except errors.CalmError:
+    raise
+  except Exception as error:  # Damage shows as any error of Orbax or TensorStore.
+    raise errors.CalmError(f"{place} can't be read: {_first_line(error)}") from error
+  if "data" in found:
+    meta.Taken.of(found["data"], step)
+  return found
 
 
 # Marks a problem for which no older checkpoint is taken.
