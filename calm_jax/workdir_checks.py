@@ -1,12 +1,14 @@
 """A workdir -> all that can be checked of it, one thing at a time."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
+import orbax.checkpoint as ocp
 from etils import epath
 
 from calm_jax import errors, files, seal, workdir
-from calm_jax.training import checkpoint, ledger
+from calm_jax.training import checkpoint, failures, fingerprint, ledger, meta, reread
 
 # Returns in a few words what was found; raises CalmError at a lie.
 Check = Callable[[], str]
@@ -72,14 +74,39 @@ def _autoencoder(directory: str) -> str:
   steps = checkpoint.steps_in(inner)
   if not steps:
     raise errors.CalmError(f"{inner} has no checkpoint: put back the autoencoder that was there")
-  found = checkpoint.verify(inner, steps[-1], seal.read(inner).bound)["params_fingerprint"]
+  found = _verified(inner, steps[-1], seal.read(inner).bound)["params_fingerprint"]
   workdir.require_autoencoder_weights(directory, workdir.read_origin(directory), found)
   return f"the run's own, weights {found}"
 
 
+def _verified(workdir: str, step: int, bound: str) -> Mapping[str, Any]:
+  """Returns the meta of a checkpoint, all of which is read on the host and found whole.
+
+  Args:
+    bound: of the workdir's seal; empty for any.
+
+  Raises:
+    CalmError: if it is not, or can't be read.
+  """
+  place = epath.Path(workdir) / checkpoint.DIRECTORY / str(step)
+  try:
+    found = ocp.JsonCheckpointHandler().restore(place / "meta")
+    meta.require(found, place, bound)
+    for name in ("params", "rest"):
+      if f"{name}_fingerprint" in found:
+        meta.require_fingerprint(found, name, fingerprint.digest(reread.lines(place / name)))
+  except errors.CalmError:
+    raise
+  except Exception as error:  # Damage shows as any error of Orbax or TensorStore.
+    raise errors.CalmError(f"{place} can't be read: {failures.first_line(error)}") from error
+  if "data" in found:
+    meta.Taken.of(found["data"], step)
+  return found
+
+
 def _checkpoint(directory: str, step: int) -> str:
-  meta = checkpoint.verify(directory, step, seal.read(directory).bound)
-  names = [name for name in ("params", "rest") if f"{name}_fingerprint" in meta]
+  found = _verified(directory, step, seal.read(directory).bound)
+  names = [name for name in ("params", "rest") if f"{name}_fingerprint" in found]
   return f"whole: {', '.join(names)}, meta"
 
 
