@@ -9,8 +9,11 @@ from absl import app, flags, logging
 from calm_jax import command_line, errors
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[..., None], word: str = "") -> None:
   """Parses flags, runs `main` and exits.
+
+  Args:
+    word: names the one argument that `main` takes, which is given as it is; empty for none.
 
   The code is 0, also after --help, 2 for bad input, 75 where the same command is to be
   started again, 130 after Ctrl-C, 141 unread.
@@ -18,11 +21,14 @@ def run(main: Callable[[], None]) -> None:
 
   def guarded(argv: Sequence[str]) -> int:
     def act() -> None:
-      if len(argv) > 1:
+      words = argv[1:]
+      if word and not words:
+        raise errors.CalmError(f"{word} is missing: see --help")
+      if len(words) > bool(word):
         raise errors.CalmError(
-          f"unexpected argument {argv[1]!r}: settings are given as --name=value; see --help"
+          f"unexpected argument {words[-1]!r}: settings are given as --name=value; see --help"
         )
-      main()
+      main(*words)
 
     return _ended(act)
 

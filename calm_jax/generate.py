@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 from absl import flags
-from etils import epath
 
 from calm_jax import cli, config, errors, files, lease, workdir
 from calm_jax.generation import (
@@ -186,7 +185,7 @@ class _Act:
         print(flush=True)
 
   def _keep(self, lines: list[str]) -> None:
-    files.append(epath.Path(_WORKDIR.value) / workdir.SAMPLES, "".join(lines))
+    workdir.keep_samples(_WORKDIR.value, lines)
 
   def file(self, held: lease.Lease) -> None:
     """Writes the texts of a file of prompts, from where an earlier run stopped.

@@ -10,6 +10,7 @@ metrics.jsonl evaluation.json temperature.json samples.jsonl   figures and texts
 """
 
 import dataclasses
+import os
 import typing
 from collections.abc import Callable
 from typing import Any
@@ -140,6 +141,24 @@ def change_config(workdir: str, run: config.Run) -> None:
   seal.write(workdir, dataclasses.replace(before, config=(new,)))
 
 
+def keep_samples(workdir: str, lines: list[str]) -> None:
+  """Appends written texts to the workdir's own, on lines of their own.
+
+  What a kill cut the last line to stays there, and ends first.
+
+  Raises:
+    CalmError: if they can't be written.
+  """
+  path, torn = epath.Path(workdir) / SAMPLES, False
+  if path.exists():
+    files.require_regular(path)
+    with path.open("rb") as file:
+      if file.seek(0, os.SEEK_END):
+        file.seek(-1, os.SEEK_END)
+        torn = file.read(1) != b"\n"
+  files.append(path, "\n" * torn + "".join(lines))
+
+
 def exists(workdir: str) -> bool:
   """Tells whether a run was started in this folder."""
   return (epath.Path(workdir) / "config.json").exists()
@@ -210,6 +229,16 @@ def require_whole(workdir: str) -> None:
   read_run(workdir)
   seal.require_tokenizer(workdir, read_origin(workdir).tokenizer_file)
   seal.require_autoencoder(workdir)
+
+
+def require_autoencoder_weights(workdir: str, origin: Origin, found: str) -> None:
+  """Raises CalmError unless the autoencoder's weights have the fingerprint in origin.json."""
+  if found != origin.autoencoder_fingerprint:
+    raise errors.CalmError(
+      f"{epath.Path(workdir) / AUTOENCODER} holds weights of fingerprint {found}, but {workdir} "
+      f"was trained with those of {origin.autoencoder_fingerprint}: put back the autoencoder that "
+      "was there"
+    )
 
 
 def tokenizer(workdir: str, origin: Origin) -> tokenizer_lib.Tokenizer:
@@ -331,11 +360,7 @@ def _load_autoencoder(
 def _load_calm(workdir: str, run: config.CalmRun, origin: Origin) -> TrainedCalm:
   own = str(epath.Path(workdir) / AUTOENCODER)
   codec = load_autoencoder(own)
-  if codec.fingerprint != origin.autoencoder_fingerprint:
-    raise errors.CalmError(
-      f"{own} holds weights of fingerprint {codec.fingerprint}, but {workdir} was trained with "
-      f"those of {origin.autoencoder_fingerprint}: put back the autoencoder that was there"
-    )
+  require_autoencoder_weights(workdir, origin, codec.fingerprint)
   model = calm.Calm.build(run, codec.module(run.training.compute_dtype), origin.vocab_size)
   restored = _restore(workdir, jax.eval_shape(model.init, jax.random.key(0)))
   return TrainedCalm(run, origin, restored.params, restored.step, codec, model)

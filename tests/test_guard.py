@@ -109,6 +109,24 @@ def test_the_ledger_books_every_second(tmp_path: pathlib.Path):
     assert record["seconds"]["evaluation"] >= 0.05 * number
 
 
+@pytest.mark.parametrize("damaged", ["", "{", "[]", "{}", '{"first_step": "1"}'])
+def test_a_damaged_book_is_put_aside_and_its_number_not_used_again(
+  damaged: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+):
+  folder = tmp_path / ledger.FOLDER
+  attempt(folder, 1, (0, 10), (1000, 1125), startup=25)
+  (folder / "0002.json").write_text(damaged)
+  (folder / "notes.json").write_text("not ours")
+  found = ledger.goodput(epath.Path(tmp_path))
+  assert found is not None and found["attempts"] == 1 and found["productive"] == 100
+  ledger.Ledger().open(epath.Path(tmp_path), first_step=10)
+  said = capsys.readouterr().err
+  assert said == f"{folder}/0002.json can't be read: moved to {folder}/0002.json.unreadable\n"
+  names = {"0001.json", "0002.json.unreadable", "0003.json", "notes.json"}
+  assert {path.name for path in folder.iterdir()} == names
+  assert len(ledger.attempts(epath.Path(tmp_path))) == 2
+
+
 @pytest.fixture
 def batches(tokens: str) -> pipeline.TrainingBatches:
   return pipeline.TrainingBatches(store_lib.TokenStore.open(tokens), 32, 8, seed=0)

@@ -2,6 +2,9 @@
 
 import json
 import pathlib
+import sys
+import types
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -97,6 +100,87 @@ def test_a_resumed_run_forgets_what_came_after_its_checkpoint(path):
     file.write('{"kind": "train", "st')  # Cut by a kill.
   writer(path, first_step=3).write("train", 4, {"loss": 40.0})
   assert [(r["step"], r["loss"]) for r in records(path)] == [(1, 1), (2, 2), (3, 3), (4, 40)]
+
+
+def test_lines_that_are_no_reports_are_put_aside_and_told_once(path, capsys):
+  first = writer(path)
+  first.write("train", 1, {"loss": 1.0})
+  bad = [
+    b"{",
+    b"[1]",
+    b'{"kind": "train"}',
+    b'{"kind": "train", "step": "2"}',
+    b"\xff\xfe",
+    b"[" * 9999,
+  ]
+  with path.open("ab") as file:
+    file.write(b"\n".join(bad) + b"\n")
+  first.write("train", 2, {"loss": 2.0})
+  capsys.readouterr()
+  assert not writer(path, first_step=2).has("train", 3)
+  said = capsys.readouterr().err
+  assert said == f"{path} holds 6 line(s) that can't be read: moved to {path}.unreadable\n"
+  assert [r["step"] for r in records(path)] == [1, 2]
+  assert path.with_name("metrics.jsonl.unreadable").read_bytes().splitlines() == bad
+  assert writer(path, first_step=2).has("train", 2)
+  assert capsys.readouterr().err == ""
+  assert metrics.last_step(epath.Path(path)) == 2
+
+
+class Board:
+  """What TensorBoard reads of the event files of all attempts, in place of tensorboardX's writer.
+
+  As that, it keeps events to itself for a while: what `lose` counts is gone at a kill.
+  """
+
+  shown: ClassVar[dict[str, dict[int, float]]] = {}
+
+  def __init__(self, folder: str, purge_step: int):
+    pathlib.Path(folder).mkdir(exist_ok=True)
+    for points in self.shown.values():
+      for step in [step for step in points if step >= purge_step]:
+        del points[step]
+
+  def add_scalar(self, name, value, step, walltime=None):
+    self.shown.setdefault(name, {})[step] = value
+
+  @classmethod
+  def lose(cls, first: int) -> None:
+    for points in cls.shown.values():
+      for step in [step for step in points if step >= first]:
+        del points[step]
+
+
+def test_tensorboard_has_all_points_after_a_kill(path, monkeypatch):
+  """30 to 40 had been reported, not yet flushed; 50 was, and comes after the checkpoint."""
+  module = types.SimpleNamespace(SummaryWriter=Board, __spec__=object())
+  monkeypatch.setitem(sys.modules, "tensorboardX", module)
+  monkeypatch.setattr(Board, "shown", {})
+  first = metrics.Writer(epath.Path(path), 100, 0)
+  for step in range(10, 60, 10):
+    first.write("train", step, {"loss": float(step), "note": "text"})
+  Board.lose(30)
+  second = metrics.Writer(epath.Path(path), 100, 40)
+  assert Board.shown == {"train/loss": {10: 10.0, 20: 20.0, 30: 30.0, 40: 40.0}}
+  second.write("train", 50, {"loss": 51.0})
+  third = metrics.Writer(epath.Path(path), 100, 50)
+  assert Board.shown["train/loss"] == {10: 10.0, 20: 20.0, 30: 30.0, 40: 40.0, 50: 51.0}
+  third.write("evaluation", 50, {"brier_lm": 1.0})
+  assert Board.shown["evaluation/brier_lm"] == {50: 1.0}
+
+
+def test_tensorboard_gets_no_more_than_the_last_minutes_again(path, monkeypatch):
+  module = types.SimpleNamespace(SummaryWriter=Board, __spec__=object())
+  monkeypatch.setitem(sys.modules, "tensorboardX", module)
+  monkeypatch.setattr(Board, "shown", {})
+  (path.parent / "tensorboard").mkdir()
+  lines = [{"kind": "train", "step": step, "time": 100.0 * step, "loss": 1.0} for step in range(20)]
+  path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+  metrics.Writer(epath.Path(path), 100, 18)
+  assert list(Board.shown["train/loss"]) == [12, 13, 14, 15, 16, 17, 18]
+  (path.parent / "tensorboard").rmdir()
+  metrics.Writer(epath.Path(path), 100, 18)
+  assert len(Board.shown["train/loss"]) == 19
 
 
 def test_a_figure_that_is_not_finite_is_null(path):

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from calm_jax import config, errors, workdir
+from calm_jax import config, errors, seal, workdir
 from calm_jax.reporting import page, provenance, records, summary
 
 AUTOENCODER = config.AutoencoderRun(training=config.Training(steps=40))
@@ -92,7 +92,9 @@ def make_workdir(
 ) -> pathlib.Path:
   """Writes a workdir; not `whole`, it has neither evaluations nor texts."""
   path.mkdir()
-  (path / "config.json").write_text(config.to_json(run))
+  text = config.to_json(run)
+  (path / "config.json").write_text(text)
+  seal.write(str(path), seal.Seal("run", "", "", "", (seal.of_bytes(text.encode()),)))
   reports = train_records(run, speeds)
   if whole:
     reports += [
@@ -310,13 +312,37 @@ def test_the_commit_tells_of_changes(tmp_path: pathlib.Path, monkeypatch: pytest
   assert provenance.commit() == f"{clean}-dirty"
 
 
+@pytest.mark.parametrize("name", [workdir.EVALUATION, workdir.TRADEOFF])
+@pytest.mark.parametrize("text", ["", "{", "[]", "[" * 9999])
+def test_figures_that_can_t_be_read_are_told_and_left_out(calm: pathlib.Path, name: str, text: str):
+  (calm / name).write_text(text)
+  account = records.read(str(calm))
+  (note,) = [note for note in account.notes if note.startswith("Figures that are left out")]
+  assert str(calm / name) in note and note.endswith("evaluate again.")
+  assert "<html" in render(calm)
+
+
+def test_a_torn_text_costs_neither_the_report_nor_the_next_text(calm: pathlib.Path):
+  path = calm / workdir.SAMPLES
+  path.write_bytes(path.read_bytes() + b'{"prompt": "to' + b"[" * 9999)
+  workdir.keep_samples(str(calm), [json.dumps({**SAMPLES[0], "text": "new"}) + "\n"])
+  account = records.read(str(calm))
+  assert [sample["text"] for sample in account.samples] == [
+    *(sample["text"] for sample in SAMPLES), "new",
+  ]  # fmt: skip
+  assert "Unreadable lines of samples.jsonl that are left out: 1." in account.notes
+  path.unlink()
+  workdir.keep_samples(str(calm), ["{}\n"])
+  workdir.keep_samples(str(calm), ["{}\n"])
+  assert path.read_text() == "{}\n{}\n"
+
+
 @pytest.mark.parametrize(
   ("name", "text", "reason"),
   [
     (workdir.METRICS, None, "has no figures yet.*after 10 steps"),
     (workdir.METRICS, '{"kind": "evaluation", "step": 1}\n', "has no figures yet"),
-    (workdir.EVALUATION, "{", "is no valid JSON"),
-    (workdir.EVALUATION, "[]", "must hold a JSON object, got list"),
+    ("config.json", "{}", "config.json was changed since"),
     ("config.json", None, "no workdir at"),
   ],
 )

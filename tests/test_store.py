@@ -249,9 +249,8 @@ def test_a_pipe_in_place_of_a_file_is_not_waited_for(store: store_lib.TokenStore
     store_lib.TokenStore.open(store.path)
 
 
-def test_verify_reads_all_and_reports_each(store: store_lib.TokenStore):
-  found = []
-  store.verify(lambda name, line: found.append((name, line)))
+def test_checks_read_all_and_tell_of_each(store: store_lib.TokenStore):
+  found = [(name, check()) for name, check in store.checks()]
   arrays_of = [
     f"{split}/{name}" for split in ("train", "heldout") for name in ("tokens", "offsets")
   ]
@@ -270,7 +269,7 @@ def test_verify_reads_all_and_reports_each(store: store_lib.TokenStore):
   "name",
   ["tokenizer.model", "plan.json", "train/tokens/c/0", "train/tokens/c/1", "train/offsets/c/0"],
 )
-def test_verify_names_the_first_file_that_lies(
+def test_checks_name_the_first_file_that_lies(
   tmp_path: pathlib.Path,
   tokenizer: tokenizer_lib.Tokenizer,
   monkeypatch: pytest.MonkeyPatch,
@@ -280,7 +279,8 @@ def test_verify_names_the_first_file_that_lies(
   monkeypatch.setattr(arrays, "_SHARD", 16)
   documents = [[np.arange(5), np.arange(25)], [np.arange(4), np.arange(100, 126)]]
   first, second = (write(tmp_path / n, tokenizer, d) for n, d in zip("ab", documents, strict=True))
-  first.verify()
+  for _, check in first.checks():
+    check()
   target = pathlib.Path(first.path) / name
   if target.suffix:
     target.write_bytes(target.read_bytes() + b" ")
@@ -288,15 +288,17 @@ def test_verify_names_the_first_file_that_lies(
     shutil.copyfile(pathlib.Path(second.path) / name, target)
   opened = store_lib.TokenStore.open(first.path)
   with pytest.raises(errors.CalmError, match=rf"{name} is damaged: .* SHA-256 .*: prepare the"):
-    opened.verify()
+    for _, check in opened.checks():
+      check()
 
 
-def test_verify_refuses_tokens_outside_the_vocabulary(
+def test_checks_refuse_tokens_outside_the_vocabulary(
   tmp_path: pathlib.Path, tokenizer: tokenizer_lib.Tokenizer
 ):
   store = write(tmp_path / "store", tokenizer, [np.array([1, 280, 3])])
   with pytest.raises(errors.CalmError, match="train/tokens is damaged: it holds token 280, the vo"):
-    store.verify()
+    for _, check in store.checks():
+      check()
 
 
 def test_what_is_not_read_back_as_it_was_written_becomes_no_store(

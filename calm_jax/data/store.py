@@ -10,10 +10,11 @@
 
 A block of 512 or of 8192 tokens takes one request, whatever its start. Opening checks the
 manifest's hash and that arrays of the right size are there; reading checks the CRC-32C of what
-is read; `TokenStore.verify` checks everything.
+is read; `TokenStore.checks` check everything.
 """
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -96,39 +97,33 @@ class TokenStore:
     """Returns the start of each document and the end of the last, int64 [documents + 1]."""
     return arrays.read(self._offsets[split], self.path)
 
-  def verify(self, report: Callable[[str, str], None] = lambda name, found: None) -> None:
-    """Reads everything and raises at the first that is not as it was written.
+  def checks(self) -> Iterator[tuple[str, Callable[[], str]]]:
+    """Yields the name of each thing that can be checked, and its check.
 
-    Takes as long as reading the files, and some MiB of memory.
-
-    Args:
-      report: called with the name of each thing, and a line on what was checked, once it
-        is found whole.
-
-    Raises:
-      CalmError: naming the file that is damaged.
+    A check reads all of it, in some MiB of memory, and returns a line on what was found.
+    It raises CalmError, naming the file, where that is not as it was written.
     """
-    report(MANIFEST, self.verify_manifest())
-    report(PLAN, self.verify_plan())
-    report(self.manifest.tokenizer.file, self.verify_tokenizer())
+    yield MANIFEST, self._check_manifest
+    yield PLAN, self._check_plan
+    yield self.manifest.tokenizer.file, self._check_tokenizer
     for split in SPLITS:
-      report(f"{split}/tokens", self.verify_tokens(split))
-      report(f"{split}/offsets", self.verify_offsets(split))
+      yield f"{split}/tokens", functools.partial(self._check_tokens, split)
+      yield f"{split}/offsets", functools.partial(self._check_offsets, split)
 
-  def verify_manifest(self) -> str:
+  def _check_manifest(self) -> str:
     """Returns a line on the manifest; CalmError if it is no longer the one that was opened."""
     if manifest_lib.read(self.path) != self.manifest:
       raise errors.CalmError(f"{epath.Path(self.path) / MANIFEST} was replaced since it was opened")
     return f"SHA-256 of its fields; store {self.hash}"
 
-  def verify_plan(self) -> str:
+  def _check_plan(self) -> str:
     """Returns a line on the plan; CalmError if it is not the one that the store was made by."""
     if not self.manifest.plan:
       return "none: the store was not made by prepare"
     require_digest(epath.Path(self.path) / PLAN, self.manifest.plan)
     return "SHA-256 of its bytes"
 
-  def verify_tokenizer(self) -> str:
+  def _check_tokenizer(self) -> str:
     """Returns a line on the tokenizer's copy; CalmError if it is not the one written with."""
     info = self.manifest.tokenizer
     path = epath.Path(self.path) / info.file
@@ -140,7 +135,7 @@ class TokenStore:
       )
     return f"SHA-256 of its bytes; vocabulary of {info.vocab_size:,}, EOS {info.eos_id}"
 
-  def verify_tokens(self, split: str) -> str:
+  def _check_tokens(self, split: str) -> str:
     """Returns a line on the tokens of a split.
 
     Raises:
@@ -156,7 +151,7 @@ class TokenStore:
         )
     return f"SHA-256 of {len(sums)} shards, {self.num_tokens(split):,} tokens of the vocabulary"
 
-  def verify_offsets(self, split: str) -> str:
+  def _check_offsets(self, split: str) -> str:
     """Returns a line on the documents' offsets of a split.
 
     Raises:

@@ -73,10 +73,13 @@ def read(directory: str) -> Account:
   """
   run = workdir.read_run(directory)
   path = epath.Path(directory)
-  metrics, broken = _read_lines(path / workdir.METRICS, _is_report)
-  samples, broken_samples = _read_lines(path / workdir.SAMPLES, _is_sample)
-  evaluation = read_evaluation(directory)
-  tradeoff = _read_figures(path / workdir.TRADEOFF, _wrong_tradeoff)
+  try:
+    metrics, broken = _read_lines(path / workdir.METRICS, _is_report)
+    samples, broken_samples = _read_lines(path / workdir.SAMPLES, _is_sample)
+  except OSError as error:
+    raise errors.CalmError(f"can't read workdir {directory}: {error}") from error
+  evaluation, no_evaluation = _readable(lambda: read_evaluation(directory))
+  tradeoff, no_tradeoff = _readable(lambda: _read_figures(path / workdir.TRADEOFF, _wrong_tradeoff))
   train = [record for record in metrics if record["kind"] == "train"]
   origin = path / "origin.json"
   if not train and origin.exists() and not workdir.read_origin(directory).store_hash:
@@ -98,7 +101,9 @@ def read(directory: str) -> Account:
     notes=(),
   )
   broken_lines = {workdir.METRICS: broken, workdir.SAMPLES: broken_samples}
-  return dataclasses.replace(account, notes=[*_state(account), *_broken(broken_lines)])
+  return dataclasses.replace(
+    account, notes=[*_state(account), *_broken(broken_lines), *no_evaluation, *no_tradeoff]
+  )
 
 
 def _read_lines(path: epath.Path, is_good: Callable[[Record], bool]) -> tuple[list[Record], int]:
@@ -147,13 +152,21 @@ def _read_figures(path: epath.Path, wrong: Callable[[Record], str]) -> Record | 
   """Returns the figures in a file that evaluate writes, None where there is none."""
   if not path.exists():
     return None
-  values = files.read_json(path)
-  name = wrong(values)
-  if name:
-    raise errors.CalmError(
-      f"{path}: {name} can't be {config.shown(values.get(name))}: evaluate again"
-    )
+  try:
+    values = files.read_json(path)
+    name = wrong(values)
+    config.require(not name, f"{path}: {name} can't be {config.shown(values.get(name))}")
+  except errors.CalmError as error:
+    raise errors.CalmError(f"{error}: evaluate again") from error
   return values
+
+
+def _readable(read: Callable[[], Record | None]) -> tuple[Record | None, list[str]]:
+  """Returns what `read` does, and a note in place of figures that can't be read."""
+  try:
+    return read(), []
+  except errors.CalmError as error:
+    return None, [f"Figures that are left out: {error}."]
 
 
 # Of a report or an evaluation, what is neither a number nor missing.

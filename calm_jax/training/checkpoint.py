@@ -6,7 +6,6 @@ read alone.
 """
 
 import dataclasses
-import errno
 import functools
 import json
 import re
@@ -21,26 +20,19 @@ from etils import epath
 from jax import numpy as jnp
 
 from calm_jax import distributed, errors, files
-from calm_jax.training import fingerprint, meta, metrics, reread
+from calm_jax.training import failures, fingerprint, meta, metrics, reread
 
 DIRECTORY = "checkpoints"
 UNREADABLE = "checkpoints_unreadable"
+
+# Marks a problem for which no older checkpoint is taken.
+_REFUSED = "refused: "
 
 Tree = Any
 Report = Callable[[str], None]
 
 # What Orbax looks for files by, so that in a path it means other names.
 GLOB = re.compile(r"[][*?\\]")
-# Where reading ends in one of these, a file may be whole: there is no damage to step back from.
-UNREACHABLE = {
-  errno.EACCES, errno.EAGAIN, errno.EBUSY, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM,
-  errno.EPERM, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNREFUSED, errno.ECONNRESET,
-  errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENOTCONN,
-}  # fmt: skip
-_UNREACHABLE_TOLD = re.compile(
-  "PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|"
-  + "|".join(rf"\b{errno.errorcode[number]}\b" for number in sorted(UNREACHABLE))
-)
 
 
 @jax.jit
@@ -139,7 +131,7 @@ class Checkpoints:
         files.absolute(self._workdir / DIRECTORY), options=options, item_handlers=handlers
       )
     except Exception as error:  # A bucket's client raises errors of its own.
-      reason = _first_line(error)
+      reason = failures.first_line(error)
       raise errors.CalmError(f"can't open the checkpoints of {workdir}: {reason}") from error
 
   def steps(self) -> list[int]:
@@ -165,7 +157,7 @@ class Checkpoints:
     )
     self.wait()
     self._last = (step, lines)
-    if self.steps()[-1:] > [step]:
+    if max(self.steps(), default=step) > step:
       self.set_aside_after(step)
 
     def start() -> None:
@@ -185,8 +177,8 @@ class Checkpoints:
       self._manager.reload()
       good = self.steps()
       self._report(
-        f"saving the checkpoint of {what} failed ({_first_line(error)}); the last good one is "
-        f"{f'step {good[-1]}' if good else 'none'}"
+        f"saving the checkpoint of {what} failed ({failures.first_line(error)}); the last good one "
+        f"is {f'step {good[-1]}' if good else 'none'}"
       )
       return False
     return True
@@ -209,7 +201,7 @@ class Checkpoints:
           raise ValueError(f"{name} {wrong[0]} is not what was saved")
       problem = ""
     except Exception as error:
-      problem = _first_line(error)
+      problem = failures.first_line(error)
     problem = next(filter(None, distributed.exchange("proved", problem)), "")
     if problem:
       self.set_aside_after(step - 1)
@@ -242,8 +234,8 @@ class Checkpoints:
       except errors.CalmError as error:
         problem = f"{_REFUSED}{error}"
       except Exception as error:  # Damage shows as any error of Orbax or TensorStore.
-        problem = _first_line(error)
-        if _is_unreachable(error):
+        problem = failures.first_line(error)
+        if failures.is_unreachable(error):
           problem = (
             f"{_REFUSED}the checkpoint of step {left[-1]} in {self._workdir} can't be read now "
             f"({problem}), which need not be damage: nothing was changed, run the same command "
@@ -308,25 +300,12 @@ class Checkpoints:
     self._manager.close()
 
 
-# Marks a problem for which no older checkpoint is taken.
-_REFUSED = "refused: "
-
-
-def _first_line(error: BaseException) -> str:
-  lines = str(error).strip().splitlines()
-  return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
-
-
-def _is_unreachable(error: BaseException | None) -> bool:
-  """Tells whether a file could not be read, rather than read and found wrong."""
-  while error is not None:
-    number = error.errno if isinstance(error, OSError) else None
-    if number in UNREACHABLE or isinstance(error, MemoryError):
-      return True
-    if _UNREACHABLE_TOLD.search(str(error)):  # By TensorStore, a bucket's client or a device.
-      return True
-    error = error.__cause__ or error.__context__
-  return False
+def steps_in(workdir: str) -> list[int]:
+  """Returns the steps that a workdir has folders of, oldest first."""
+  folder = epath.Path(workdir) / DIRECTORY
+  if not folder.exists():
+    return []
+  return sorted(int(place.name) for place in folder.iterdir() if place.name.isdecimal())
 
 
 def require_writable_name(path: epath.PathLike) -> None:

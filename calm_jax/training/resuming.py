@@ -17,7 +17,7 @@ class NonFinite(errors.CalmError):
 def require_checkpoints(directory: str) -> None:
   """Raises CalmError where a workdir's checkpoints are gone, and not just still to come."""
   folder = epath.Path(directory) / checkpoint.DIRECTORY
-  if folder.exists() and any(place.name.isdigit() for place in folder.iterdir()):
+  if checkpoint.steps_in(directory):
     return
   attempts = ledger.attempts(epath.Path(directory))
   saved = max((max(one["first_step"], one.get("saved", 0)) for one in attempts), default=0)

@@ -1,0 +1,129 @@
+"""A workdir -> all that can be checked of it, one thing at a time."""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import orbax.checkpoint as ocp
+from etils import epath
+
+from calm_jax import errors, files, seal, workdir
+from calm_jax.training import checkpoint, failures, fingerprint, ledger, meta, reread
+
+# Returns in a few words what was found; raises CalmError at a lie.
+Check = Callable[[], str]
+
+
+def checks(directory: str) -> Iterator[tuple[str, Check]]:
+  """Yields what there is to check of a workdir: its path within, and the check.
+
+  What comes later is looked for when it is asked for: a table that ends at the first
+  error needs no more of the workdir than is whole.
+
+  Raises:
+    CalmError: if there is no workdir.
+  """
+  path = epath.Path(directory)
+  if not workdir.exists(directory):
+    raise errors.CalmError(f"no workdir at {directory!r} (config.json is missing)")
+  yield seal.FILE, functools.partial(_seal, directory)
+  yield "config.json", functools.partial(_config, directory)
+  yield "origin.json", functools.partial(_origin, directory)
+  origin = workdir.read_origin(directory)
+  yield origin.tokenizer_file, functools.partial(_tokenizer, directory)
+  if seal.read(directory).autoencoder:
+    inner = str(path / workdir.AUTOENCODER)
+    yield workdir.AUTOENCODER, functools.partial(_autoencoder, directory)
+    for name, check in checks(inner):
+      yield f"{workdir.AUTOENCODER}/{name}", check
+  for step in checkpoint.steps_in(directory):
+    check = functools.partial(_checkpoint, directory, step)
+    yield f"{checkpoint.DIRECTORY}/{step}", check
+  for name in (workdir.METRICS, workdir.SAMPLES):
+    if (path / name).exists():
+      yield name, functools.partial(_lines, path / name)
+  for name in (workdir.EVALUATION, workdir.TRADEOFF):
+    if (path / name).exists():
+      yield name, functools.partial(_figures, path / name)
+  if (path / ledger.FOLDER).exists():
+    yield ledger.FOLDER, functools.partial(_ledger, path)
+
+
+def _seal(directory: str) -> str:
+  return f"run {seal.read(directory).run[:8]}, format {seal.FORMAT_VERSION}"
+
+
+def _config(directory: str) -> str:
+  return f"as the run wrote it, stage {workdir.read_run(directory).stage}"
+
+
+def _origin(directory: str) -> str:
+  return f"as the run wrote it, vocabulary {workdir.read_origin(directory).vocab_size:,}"
+
+
+def _tokenizer(directory: str) -> str:
+  origin = workdir.read_origin(directory)
+  seal.require_tokenizer(directory, origin.tokenizer_file)
+  return f"the run's own, {workdir.tokenizer(directory, origin).vocab_size:,} tokens"
+
+
+def _autoencoder(directory: str) -> str:
+  """Its weights against the fingerprint in origin.json; `checks` of its own do the rest."""
+  seal.require_autoencoder(directory)
+  inner = str(epath.Path(directory) / workdir.AUTOENCODER)
+  steps = checkpoint.steps_in(inner)
+  if not steps:
+    raise errors.CalmError(f"{inner} has no checkpoint: put back the autoencoder that was there")
+  found = _verified(inner, steps[-1], seal.read(inner).bound)["params_fingerprint"]
+  workdir.require_autoencoder_weights(directory, workdir.read_origin(directory), found)
+  return f"the run's own, weights {found}"
+
+
+def _verified(workdir: str, step: int, bound: str) -> Mapping[str, Any]:
+  """Returns the meta of a checkpoint, all of which is read on the host and found whole.
+
+  Args:
+    bound: of the workdir's seal; empty for any.
+
+  Raises:
+    CalmError: if it is not, or can't be read.
+  """
+  place = epath.Path(workdir) / checkpoint.DIRECTORY / str(step)
+  try:
+    found = ocp.JsonCheckpointHandler().restore(place / "meta")
+    meta.require(found, place, bound)
+    for name in ("params", "rest"):
+      if f"{name}_fingerprint" in found:
+        meta.require_fingerprint(found, name, fingerprint.digest(reread.lines(place / name)))
+  except errors.CalmError:
+    raise
+  except Exception as error:  # Damage shows as any error of Orbax or TensorStore.
+    raise errors.CalmError(f"{place} can't be read: {failures.first_line(error)}") from error
+  if "data" in found:
+    meta.Taken.of(found["data"], step)
+  return found
+
+
+def _checkpoint(directory: str, step: int) -> str:
+  found = _verified(directory, step, seal.read(directory).bound)
+  names = [name for name in ("params", "rest") if f"{name}_fingerprint" in found]
+  return f"whole: {', '.join(names)}, meta"
+
+
+def _lines(path: epath.Path) -> str:
+  lines = [line for line in files.read(path).split(b"\n") if line.strip()]
+  bad = 0
+  for line in lines:
+    try:
+      files.parse_json(line, "a line")
+    except errors.CalmError:
+      bad += 1
+  return f"{len(lines) - bad} lines" + (f", {bad} more can't be read" if bad else "")
+
+
+def _figures(path: epath.Path) -> str:
+  return f"{len(files.read_json(path))} figures"
+
+
+def _ledger(path: epath.Path) -> str:
+  return f"{len(ledger.attempts(path))} attempts"
