@@ -328,7 +328,10 @@ def test_a_place_that_takes_no_lease_is_told_in_one_line(place: str):
 # Acts.
 
 
-def test_two_prepares_at_once_leave_the_store_of_one(tmp_path: pathlib.Path):
+def test_two_prepares_at_once_leave_the_store_of_one(
+  tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+  monkeypatch.setattr(writers, "DOCUMENTS", 3000)
   report = writers.run("prepare", pairs=1, seed=0, root=tmp_path)
   assert not report["harmed"], report
 
