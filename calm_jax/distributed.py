@@ -4,12 +4,13 @@ All of it goes through the service that `jax.distributed` runs in process 0, so 
 it works before the first device call and while devices are stuck.
 """
 
+import contextlib
 import os
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TypeVar, cast
 
 import jax
@@ -49,9 +50,12 @@ _EXPECTED_PROCESSES = flags.DEFINE_integer(
 HEARTBEAT_SECONDS, ANSWER_SECONDS = 5, 60
 # Seconds that process 0 stays after the others, which its end would take down with it.
 LINGER_SECONDS = 5
+# Seconds that what is done before a sudden end may take.
+LAST_SECONDS = 5
 
 T = TypeVar("T")
 _turns: dict[str, int] = {}
+_last: list[Callable[[], None]] = []
 
 
 def _client() -> Any:
@@ -79,8 +83,22 @@ def say(line: str) -> None:
   print(f"{whose}{line}", file=sys.stderr, flush=True)
 
 
+@contextlib.contextmanager
+def before_exit(action: Callable[[], None]) -> Iterator[None]:
+  """A context in which `exit_now` does `action` first, and waits LAST_SECONDS for it."""
+  _last.append(action)
+  try:
+    yield
+  finally:
+    _last.remove(action)
+
+
 def exit_now(code: int) -> NoReturn:
   """Ends this process at once, from any thread, without waiting for others."""
+  for action in [*_last]:
+    thread = threading.Thread(target=action, daemon=True)
+    thread.start()
+    thread.join(LAST_SECONDS)
   sys.stdout.flush()
   sys.stderr.flush()
   os._exit(code)

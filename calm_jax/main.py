@@ -1,6 +1,7 @@
 """The act of training: `python -m calm_jax.main --config=configs/STAGE.py:SIZE --workdir=W`.
 
-Run again with the same flags, it goes on from the newest good checkpoint.
+Run again with the same flags, it goes on from the newest good checkpoint. One job at a time
+trains in a workdir; a second is refused.
 """
 
 import contextlib
@@ -241,7 +242,8 @@ def _held(directory: str) -> Iterator[lease.Lease]:
     # In turns, so that no process waits for long without a word from another.
     while wait := distributed.first_number("lease", take):
       time.sleep(wait)
-    yield held
+    with distributed.before_exit(held.release):
+      yield held
   finally:
     held.release()
 

@@ -315,6 +315,25 @@ def test_a_lease_keeps_no_process_alive_and_is_given_back_at_its_end(tmp_path: p
   assert not list(tmp_path.iterdir())
 
 
+ENDED = """
+import pathlib, signal, sys, time
+from calm_jax import config, main
+from calm_jax.training import guard
+with guard.Guard(config.Limits()) as found, main._held(sys.argv[1]):
+  found.stop.unsaved = False
+  assert pathlib.Path(sys.argv[1], ".lease").exists()
+  signal.raise_signal(signal.SIGTERM)
+  time.sleep(100)
+"""
+
+
+def test_a_process_that_ends_at_once_gives_its_lease_back_too(tmp_path: pathlib.Path):
+  """On another machine the next one would have to wait."""
+  code, _, said = finish(start(sys.executable, "-c", ENDED, tmp_path / "run"))
+  assert (code, said.count("\n")) == (errors.EXIT_RESTART, 1), said
+  assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("place", ["/dev/null/store", "/proc/store", "nothing://b/store"])
 def test_a_place_that_takes_no_lease_is_told_in_one_line(place: str):
   with (
@@ -328,7 +347,10 @@ def test_a_place_that_takes_no_lease_is_told_in_one_line(place: str):
 # Acts.
 
 
-def test_two_prepares_at_once_leave_the_store_of_one(tmp_path: pathlib.Path):
+def test_two_prepares_at_once_leave_the_store_of_one(
+  tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+  monkeypatch.setattr(writers, "DOCUMENTS", 3000)
   report = writers.run("prepare", pairs=1, seed=0, root=tmp_path)
   assert not report["harmed"], report
 

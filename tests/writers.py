@@ -23,8 +23,8 @@ import kill_run
 
 from calm_jax.data import store as store_lib
 
+DOCUMENTS, TEXTS = 60_000, 6
 STEPS, MORE = 60, 20
-TEXTS = 6
 TINY = {
   "data.context": 32, "model.layers": 1, "model.width": 16, "model.ffn": 32, "model.heads": 2,
   "model.kv_heads": 1, "training.steps": 2, "training.batch": 4, "training.eval_every": 0,
@@ -66,7 +66,7 @@ def done(command: Command, root: pathlib.Path) -> None:
 
 def prepare(root: pathlib.Path) -> Kind:
   lines = [
-    json.dumps({"text": f"{i} cats said {'meow, ' * (i % 9)}then ate."}) for i in range(60_000)
+    json.dumps({"text": f"{i} cats said {'meow, ' * (i % 9)}then ate."}) for i in range(DOCUMENTS)
   ]
   (root / "cats.jsonl").write_text("\n".join(lines))
 
