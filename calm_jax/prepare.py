@@ -208,8 +208,11 @@ def _work_folder(output: str, plan: dict[str, str]) -> epath.Path:
 
 def _remove_work(output: str) -> None:
   root = epath.Path(output) / _WORK
-  if root.exists():
-    root.rmtree()
+  try:
+    if root.exists():
+      root.rmtree()
+  except OSError as error:
+    raise errors.CalmError(f"can't remove {root}: {error}") from error
 
 
 def _division(settings: Settings, parts: Sequence[tuple[sources.Span, ...]]) -> holdout.Division:

@@ -311,6 +311,7 @@ def edited(path: pathlib.Path) -> None:
     ("00001.json", lambda path: path.write_text("")),
     ("00001.json", edited),
     ("tokenizer.model", lambda path: path.write_bytes(path.read_bytes()[:-9])),
+    ("tokenizer.model", lambda path: tokenizer_lib.train([*DOCUMENTS, "else"], 290, str(path))),
     ("tokenizer.sum.json", lambda path: path.write_text("{}")),
   ],
 )

@@ -166,6 +166,16 @@ def test_a_long_value_that_parquet_repeats_is_held_once(tmp_path: pathlib.Path):
   assert pa.default_memory_pool().max_memory() < before + 2**26
 
 
+def test_a_page_of_parquet_that_differs_from_its_checksum_is_told(tmp_path: pathlib.Path):
+  path = tmp_path / "a.parquet"
+  table, plain = pa.table({"text": TEXTS}), {"compression": "none", "use_dictionary": False}
+  parquet.write_table(table, path, write_page_checksum=True, write_statistics=False, **plain)
+  assert read(str(path)) == TEXTS
+  path.write_bytes(path.read_bytes().replace(b"drei", b"vier"))
+  with pytest.raises(errors.CalmError, match=r"can't read .*a\.parquet: .*CRC"):
+    read(str(path))
+
+
 def test_text_of_parquet_that_is_not_utf8_is_told_with_its_row(tmp_path: pathlib.Path):
   column = pa.array([b"a", b"\xff", b"b"], pa.binary()).view(pa.string())
   path = tmp_path / "a.parquet"

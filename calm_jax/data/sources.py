@@ -114,7 +114,7 @@ def documents(span: Span, field: str) -> Iterator[Item]:
         yield item
   except errors.CalmError:
     raise
-  except (OSError, ValueError, EOFError) as error:
+  except (OSError, ValueError, NotImplementedError, MemoryError) as error:
     reason = "not UTF-8: " if isinstance(error, UnicodeDecodeError) else ""
     raise errors.CalmError(
       f"can't read {span.path}: {reason}{' '.join(str(error).split())}"
@@ -340,7 +340,9 @@ def _read_parquet(span: Span, field: str) -> Iterator[Item]:
       _require_text(span.path, file.schema_arrow, field)
     # Values are kept as indices of a dictionary: a long one that a small file repeats a
     # million times is in memory once.
-    with parquet.ParquetFile(span.path, read_dictionary=[field]) as file:
+    with parquet.ParquetFile(
+      span.path, read_dictionary=[field], page_checksum_verification=True
+    ) as file:
       batches = file.iter_batches(batch_size=1024, columns=[field])
       values = itertools.chain.from_iterable(b.column(0) for b in batches)
       for row, value in enumerate(values, 1):
