@@ -161,8 +161,8 @@ def load(path: str, eos: str | int = "") -> Tokenizer:
   tokenizer.eos_id = eos if isinstance(eos, int) else _eos_id(tokenizer, eos)
   if not 0 <= tokenizer.eos_id < tokenizer.vocab_size:
     raise errors.CalmError(
-      f"the EOS of {path} must lie in [0, {tokenizer.vocab_size}), its tokens, got "
-      f"{tokenizer.eos_id}"
+      f"{path} has no token {tokenizer.eos_id} to end documents with: its vocabulary has "
+      f"{tokenizer.vocab_size}"
     )
   if tokenizer.eos_id in tokenizer.encode(tokenizer.piece(tokenizer.eos_id)):
     raise errors.CalmError(
