@@ -28,6 +28,8 @@ def require(condition: bool, message: str) -> None:
 LARGEST_INT = 2**31 - 1
 # Above any model known; an array's elements stay far below 2^63, and a program can be traced.
 LARGEST_WIDTH, MOST_LAYERS, LARGEST_PATCH = 2**20, 2**10, 2**12
+# Of a patch, compared each with each.
+MOST_DRAWS = 2**16
 # The least normal number of float32 and the largest.
 FLOATS = (2.0**-126, (2 - 2.0**-23) * 2.0**127)
 
@@ -275,7 +277,8 @@ class CalmLoss:
     require(
       self.samples >= 2, f"samples (N) must be at least 2 for the repulsion, got {self.samples}"
     )
-    require_positive(self, "samples", "posterior_draws", "alpha")
+    require_positive(self, "samples", "posterior_draws", most=MOST_DRAWS)
+    require_positive(self, "alpha")
 
 
 @dataclasses.dataclass(frozen=True)

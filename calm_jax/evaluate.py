@@ -90,10 +90,12 @@ def evaluate(directory: str) -> dict[str, Any]:
 
 
 def _figures(directory: str, store: store_lib.TokenStore, context: int) -> dict[str, Any]:
+  # A context that is longer than the text is told before a program is built for it.
+  batch = min(_BATCH.value, len(pipeline.Blocks(store, "heldout", context)))
   trained = workdir.load(directory)
   stage, size, conditions = evaluation.stage_of(trained, _SAMPLES.value)
   evaluation.require_context(context, size, "--context")
-  evaluator = evaluation.Evaluator(stage, store, context, _BATCH.value, _BLOCKS.value, _SEED.value)
+  evaluator = evaluation.Evaluator(stage, store, context, batch, _BLOCKS.value, _SEED.value)
   scores = evaluator(trained.params)
   assert scores is not None  # Nothing stops it.
   figures = {"stage": trained.run.stage, "step": trained.step, **scores, **conditions}

@@ -14,21 +14,14 @@ flags.disclaim_key_flags()
 
 
 class _ConfigFile(flags.ArgumentParser):
-  """A config file's parser that tells in one line of a path that holds none.
-
-  It opens no pipe and no device, whose end might never come.
-  """
+  """A config file's parser that opens no pipe and no device, whose end might never come."""
 
   def __init__(self, loader: flags.ArgumentParser):
     self._loader = loader
 
   def parse(self, argument: str) -> Any:
-    file = argument.partition(":")[0]
-    files.read(file)
-    try:
-      return self._loader.parse(argument)
-    except SyntaxError as error:
-      raise errors.CalmError(f"{file} is no Python: {error}") from error
+    files.require_regular(argument.partition(":")[0])
+    return self._loader.parse(argument)
 
 
 def define(

@@ -12,7 +12,7 @@ metrics.jsonl evaluation.json temperature.json samples.jsonl   figures and texts
 import dataclasses
 import os
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -90,6 +90,35 @@ class Origin:
       start_patch=tuple(int(token) for token in store.read("train", end - patch_size, end)),
       autoencoder_fingerprint=autoencoder_fingerprint,
     )
+
+  @classmethod
+  def of_json(cls, values: Mapping[str, Any], where: str) -> "Origin":
+    """Returns the origin that origin.json holds; `where` names it in errors.
+
+    Raises:
+      CalmError: if a value is missing, of a wrong type or outside the vocabulary.
+    """
+    try:
+      origin = cls(**{**values, "start_patch": tuple(values["start_patch"])})
+    except (KeyError, TypeError) as error:
+      raise errors.CalmError(f"{where} is not of this version: {error}") from error
+    for field in dataclasses.fields(cls):
+      value, kind = getattr(origin, field.name), typing.get_origin(field.type) or field.type
+      config.require(
+        type(value) is kind and (kind is not str or "/" not in value),
+        f"{where}: {field.name} is {config.shown(value)}",
+      )
+    size = origin.vocab_size
+    config.require(
+      1 <= size <= config.LARGEST_INT,
+      f"{where}: vocab_size must lie in [1, 2^31), got {config.shown(size)}",
+    )
+    for token in (origin.eos_id, *origin.start_patch):
+      config.require(
+        type(token) is int and 0 <= token < size,
+        f"{where}: a token must lie in [0, {size}), got {config.shown(token)}",
+      )
+    return origin
 
 
 def sealed(workdir: str, run: config.Run, origin: Origin, tokenizer: epath.Path) -> seal.Seal:
@@ -186,32 +215,7 @@ def read_origin(workdir: str) -> Origin:
   Raises:
     CalmError: if there is none, or it can't be read.
   """
-  values = _read_json(workdir, "origin.json")
-  try:
-    origin = Origin(**{**values, "start_patch": tuple(values["start_patch"])})
-  except (KeyError, TypeError) as error:
-    raise errors.CalmError(f"{workdir}/origin.json is not of this version: {error}") from error
-  _require_sound(origin, f"{workdir}/origin.json")
-  return origin
-
-
-def _require_sound(origin: Origin, where: str) -> None:
-  """Raises CalmError where a value is of a wrong type, or an id is outside the vocabulary."""
-  for field in dataclasses.fields(Origin):
-    value, kind = getattr(origin, field.name), typing.get_origin(field.type) or field.type
-    config.require(
-      type(value) is kind and (kind is not str or "/" not in value),
-      f"{where}: {field.name} is {config.shown(value)}",
-    )
-  config.require(
-    1 <= origin.vocab_size <= config.LARGEST_INT,
-    f"{where}: vocab_size must lie in [1, 2^31), got {config.shown(origin.vocab_size)}",
-  )
-  for token in (origin.eos_id, *origin.start_patch):
-    config.require(
-      type(token) is int and 0 <= token < origin.vocab_size,
-      f"{where}: a token must lie in [0, {origin.vocab_size}), got {config.shown(token)}",
-    )
+  return Origin.of_json(_read_json(workdir, "origin.json"), f"{workdir}/origin.json")
 
 
 def _read_json(workdir: str, name: str) -> dict[str, Any]:

@@ -264,9 +264,6 @@ COMMANDS = {
   "a config that never ends": (
     "main", "--config=/dev/zero --workdir={new}", "/dev/zero is a pipe, a device or a socket"
   ),
-  "a config that is no Python": (
-    "main", "--config=README.md --workdir={new}", "README.md is no Python"
-  ),
   "more texts than are counted": (
     "generate", "--workdir={calm} --num_texts=2147483648", "in the range [1, 2147483647]"
   ),
@@ -275,6 +272,12 @@ COMMANDS = {
   ),
   "seconds that are no number": (
     "report", "--workdir={calm},{autoencoder} --seconds_total=nan", "must be finite, got nan"
+  ),
+  "a context that XLA aborts at": (
+    "evaluate", "--workdir={calm} --context=2147483648", "context is 2147483648 tokens, but"
+  ),
+  "samples without end": (
+    "evaluate", "--workdir={calm} --samples=2147483648", "samples must lie in [1, 65536]"
   ),
   "a mesh of odd digits": ("generate", "--workdir={calm} --mesh=fsdp=\u00b2", "--mesh has"),
   "no config file": ("main", "--config=configs/nothing.py --workdir={new}", "nothing.py"),

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from calm_jax import config, errors, seal, workdir
-from calm_jax.reporting import page, provenance, records, summary
+from calm_jax.reporting import page, provenance, records, summary, tables
 
 AUTOENCODER = config.AutoencoderRun(training=config.Training(steps=40))
 CALM = config.CalmRun(training=config.Training(steps=40))
@@ -198,6 +198,68 @@ def test_texts_are_escaped_and_the_prompt_is_marked(whole_page: str):
   ) in whole_page
   assert "temperature 0.5, seed 3, step 9" in whole_page
   assert "<pre>caf&#233;</pre>" in whole_page
+
+
+def test_characters_that_act_are_written_out_on_the_page(calm: pathlib.Path):
+  """But for newlines and tabs; what acts on a browser or turns a line's direction does not."""
+  sample = {"prompt": "a\x1b[2J\t", "text": "\u202eb\x85\n\ud800caf\u00e9", "seed": "\x07"}
+  write_lines(calm / workdir.SAMPLES, [sample])
+  text = render(calm)
+  assert '<span class="prompt">a\\x1b[2J\t</span>\\u202eb\\x85\n\\ud800caf&#233;</pre>' in text
+  assert "seed &#x27;\\x07&#x27;" in text
+  for acts in ("\x1b", "\x07", "&#133;", "&#8238;", "&#55296;"):
+    assert acts not in text
+
+
+@pytest.mark.parametrize(
+  ("name", "changes", "told"),
+  [
+    (workdir.EVALUATION, {"brier_lm": "high"}, "'brier_lm' can't be 'high'"),
+    (workdir.EVALUATION, {"brier_lm": [1]}, "'brier_lm' can't be [1]"),
+    (workdir.EVALUATION, {"blocks": 10**400}, "'blocks' can't be 1000"),
+    (workdir.EVALUATION, {"store_hash": {}}, "'store_hash' can't be {}"),
+    (workdir.EVALUATION, {"kl_by_dimension": [0.5]}, "'kl_by_dimension' can't be [0.5]"),
+    (workdir.EVALUATION, {"posterior_std_by_dimension": [math.inf]}, "can't be [inf]"),
+    (workdir.EVALUATION, {"\x1b": "x"}, "'\\x1b' can't be 'x'"),
+    (workdir.TRADEOFF, {"rows": {}}, "'rows' can't be {}"),
+    (workdir.TRADEOFF, {"rows": [5]}, "'rows' can't be [5]"),
+    (workdir.TRADEOFF, {"baseline": [{**TRADEOFF[0], "accuracy": []}]}, "'baseline' can't be [{"),
+    (workdir.TRADEOFF, {"rows": [{**TRADEOFF[0], "draws": math.nan}]}, "'rows' can't be [{"),
+  ],
+)
+def test_what_can_be_no_figure_is_told_and_left_out(
+  calm: pathlib.Path, name: str, changes: dict[str, Any], told: str
+):
+  values = json.loads((calm / name).read_text())
+  (calm / name).write_text(json.dumps(values | changes))
+  (note,) = (note for note in records.read(str(calm)).notes if note.startswith("Figures that are"))
+  assert str(calm / name) in note and told in note and note.endswith("; evaluate again.")
+  assert "\n" not in note and len(note) < 1000
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"step": True}, {"step": -1}, {"step": 10**400}, {"loss": "x"}, {"loss": 10**400},
+    {"flops": "many"}, {"seconds": [1]}, {"kl_by_dimension": [1.0]}, {"loss": {"a": []}},
+  ],
+)  # fmt: skip
+def test_a_report_that_can_be_none_is_left_out_and_counted(
+  calm: pathlib.Path, changes: dict[str, Any]
+):
+  first, *rest = train_records(CALM, [7.0, 1.0, 100.0])
+  write_lines(calm / workdir.METRICS, [first | changes, *rest])
+  account = records.read(str(calm))
+  assert len(account.train) == 2
+  assert "Unreadable lines of metrics.jsonl that are left out: 1." in account.notes
+
+
+def test_figures_that_are_missing_leave_totals_out(calm: pathlib.Path):
+  reports = train_records(CALM, [7.0, 1.0])
+  reports[-1] |= {"flops": None, "seconds": None}
+  write_lines(calm / workdir.METRICS, reports)
+  totals = dict(tables.totals(records.read(str(calm))))
+  assert totals["Time training"] == "2 s" and "Training FLOPs" not in totals
 
 
 def test_a_later_page_replaces_the_one_before(tmp_path: pathlib.Path):

@@ -6,8 +6,8 @@ from calm_jax import config
 from calm_jax.generation import choosers, rules
 
 ERROR = "error"
-# Largest values. Draws are compared each with each; tokens are counted in 32 bits.
-MOST = {"num_candidates": 2**16, "max_tokens": 2**30, "number": 2**31 - 1}
+# Largest values; tokens are counted in 32 bits.
+MOST = {"num_candidates": config.MOST_DRAWS, "max_tokens": 2**30, "number": config.LARGEST_INT}
 
 
 @dataclasses.dataclass(frozen=True)

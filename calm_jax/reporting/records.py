@@ -73,13 +73,10 @@ def read(directory: str) -> Account:
   """
   run = workdir.read_run(directory)
   path = epath.Path(directory)
-  try:
-    metrics, broken = _read_lines(path / workdir.METRICS, _is_report)
-    samples, broken_samples = _read_lines(path / workdir.SAMPLES, _is_sample)
-  except OSError as error:
-    raise errors.CalmError(f"can't read workdir {directory}: {error}") from error
-  evaluation, no_evaluation = _readable(lambda: read_evaluation(directory))
-  tradeoff, no_tradeoff = _readable(lambda: _read_figures(path / workdir.TRADEOFF, _wrong_tradeoff))
+  metrics, broken = _read_lines(path / workdir.METRICS, _is_report)
+  samples, broken_samples = _read_lines(path / workdir.SAMPLES, _is_sample)
+  evaluation, no_evaluation = _readable_evaluation(directory, workdir.EVALUATION)
+  tradeoff, no_tradeoff = _readable_evaluation(directory, workdir.TRADEOFF)
   train = [record for record in metrics if record["kind"] == "train"]
   origin = path / "origin.json"
   if not train and origin.exists() and not workdir.read_origin(directory).store_hash:
@@ -132,39 +129,40 @@ def _parse(line: bytes, is_good: Callable[[Record], bool]) -> Record | None:
 
 def _is_report(record: Record) -> bool:
   kind, step = record.get("kind"), record.get("step")
-  return isinstance(kind, str) and type(step) is int and step >= 0 and not _wrong_figure(record)
+  return (
+    isinstance(kind, str)
+    and type(step) is int
+    and 0 <= step <= config.LARGEST_INT
+    and not _wrong_figure(record)
+  )
 
 
 def _is_sample(record: Record) -> bool:
   return all(isinstance(record.get(name), str) for name in ("prompt", "text"))
 
 
-def read_evaluation(directory: str) -> Record | None:
-  """Returns the figures in evaluation.json, None where there is none.
+def read_evaluation(directory: str, name: str = workdir.EVALUATION) -> Record | None:
+  """Returns the figures in a file that evaluate writes, None where there is none.
 
   Raises:
-    CalmError: if they can't be read, or one can't be a figure.
+    CalmError: if it can't be read, or one of them can't be a figure.
   """
-  return _read_figures(epath.Path(directory) / workdir.EVALUATION, _wrong_figure)
-
-
-def _read_figures(path: epath.Path, wrong: Callable[[Record], str]) -> Record | None:
-  """Returns the figures in a file that evaluate writes, None where there is none."""
+  path = epath.Path(directory) / name
   if not path.exists():
     return None
   try:
     values = files.read_json(path)
-    name = wrong(values)
-    config.require(not name, f"{path}: {name} can't be {config.shown(values.get(name))}")
+    wrong = (_wrong_tradeoff if name == workdir.TRADEOFF else _wrong_figure)(values)
+    config.require(not wrong, f"{path}: {wrong!a} can't be {config.shown(values.get(wrong))}")
   except errors.CalmError as error:
-    raise errors.CalmError(f"{error}: evaluate again") from error
+    raise errors.CalmError(f"{error}; evaluate again") from error
   return values
 
 
-def _readable(read: Callable[[], Record | None]) -> tuple[Record | None, list[str]]:
-  """Returns what `read` does, and a note in place of figures that can't be read."""
+def _readable_evaluation(directory: str, name: str) -> tuple[Record | None, list[str]]:
+  """Returns `read_evaluation`, and a note in place of figures that can't be read."""
   try:
-    return read(), []
+    return read_evaluation(directory, name), []
   except errors.CalmError as error:
     return None, [f"Figures that are left out: {error}."]
 
