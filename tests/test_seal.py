@@ -221,10 +221,11 @@ def test_a_check_finds_what_was_flipped_in_any_file_of_a_checkpoint(copy):
     flipped = bytearray(content)
     flipped[len(content) // 2] ^= 1
     path.write_bytes(flipped)
-    if verdicts(copy)["checkpoints/6"].startswith("error"):
-      told += 1
-    else:
+    try:
+      dict(workdir_checks.checks(str(copy)))["checkpoints/6"]()
       harmless.append(path.relative_to(place))
+    except errors.CalmError:
+      told += 1
     path.write_bytes(content)
   assert told >= 3 and not [path for path in harmless if path.parts[1:2] == ("d",)], harmless
 
