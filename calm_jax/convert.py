@@ -21,6 +21,9 @@ _AUTOENCODER = flags.DEFINE_string(
 _TOKENIZER = flags.DEFINE_string(
   "tokenizer", "", "tokenizer.json or .model file, where an imported folder has none."
 )
+_NONFINITE = flags.DEFINE_bool(
+  "allow_nonfinite", False, "Import NaN and infinite weights, which are refused otherwise."
+)
 
 
 def main() -> None:
@@ -29,7 +32,7 @@ def main() -> None:
     raise errors.CalmError(
       f"give --source=DIR, --output=DIR and --format, one of {', '.join(formats.FORMATS)}"
     )
-  formats.convert(source, output, kind, _AUTOENCODER.value, _TOKENIZER.value)
+  formats.convert(source, output, kind, _AUTOENCODER.value, _TOKENIZER.value, _NONFINITE.value)
   print(f"wrote {output}")
 
 
