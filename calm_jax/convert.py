@@ -5,6 +5,11 @@ Llama or of ours for PyTorch; out of a workdir with any other format. The output
 there whole at the end or not at all.
 """
 
+from calm_jax import interrupts
+
+if __name__ == "__main__":
+  interrupts.end_at_once()
+
 from absl import flags
 
 from calm_jax import cli, errors

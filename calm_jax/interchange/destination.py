@@ -5,12 +5,14 @@ import fcntl
 import pathlib
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 
-from calm_jax import errors, files
+from calm_jax import errors, files, interrupts
 
 # In a folder being written; whoever writes it holds it locked, and a dead process holds nothing.
 _LOCK = "calm_jax.lock"
+_TRIES, _PAUSE_SECONDS = 20, 0.1
 
 
 def require_local(path: str) -> None:
@@ -55,13 +57,27 @@ def _held(target: pathlib.Path) -> Iterator[pathlib.Path]:
   place = pathlib.Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
   try:
     own = place / f"{_LOCK}.new"
-    with own.open("w") as lock:
+    with own.open("w") as lock, interrupts.first(lambda: _remove(place)):
       with contextlib.suppress(OSError):  # A file system without locks: nothing is removed there.
         fcntl.flock(lock, fcntl.LOCK_EX)
       own.rename(place / _LOCK)  # Never seen unlocked.
       yield place
   finally:
-    shutil.rmtree(place, ignore_errors=True)
+    _remove(place)
+
+
+def _remove(place: pathlib.Path) -> None:
+  """Removes a folder with a lock; where that is not all removed, it stays for the next run."""
+  for _ in range(_TRIES):
+    with contextlib.suppress(FileNotFoundError):  # Removed already.
+      for path in place.iterdir():
+        if path.name != _LOCK:
+          shutil.rmtree(path, ignore_errors=True)
+      if any(path.name != _LOCK for path in place.iterdir()):
+        time.sleep(_PAUSE_SECONDS)  # After Ctrl-C threads that save may still be writing.
+        continue
+      shutil.rmtree(place, ignore_errors=True)
+    return
 
 
 def _remove_left(target: pathlib.Path) -> None:
@@ -74,4 +90,4 @@ def _remove_left(target: pathlib.Path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:  # None of ours, or held by a process that is alive.
       continue
-    shutil.rmtree(place, ignore_errors=True)
+    _remove(place)
