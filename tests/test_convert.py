@@ -4,6 +4,9 @@ import dataclasses
 import json
 import shutil
 
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from folders import (
   GOLDEN,
@@ -35,6 +38,23 @@ def test_in_and_out_and_in_again_is_the_same_to_the_bit(case, model, words, tmp_
   first, second = workdir.load(str(output)), workdir.load(str(tmp_path / "again"))
   assert_same(all_params(first), all_params(second))
   assert (first.run, first.origin) == (second.run, second.origin)
+
+
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
+def test_orbax_alone_opens_a_workdir(words, tmp_path):
+  """Under our names, a Linear's weight turned, of the layers all in one."""
+  source = GOLDEN / "k4/energy"
+  to_workdir.write(str(source), str(tmp_path / "out"), tokenizer=words(101))
+  with ocp.StandardCheckpointer() as orbax:
+    found = orbax.restore(tmp_path / "out/checkpoints/0/params")
+    inner = orbax.restore(tmp_path / "out/autoencoder/checkpoints/0/params")
+  held = weights(source)
+  assert_same(found["backbone"]["input"]["up"]["kernel"], held["embed_proj.0.weight"].T)
+  gate = [held[f"transformer.layers.{i}.mlp.gate_proj.weight"].T for i in range(2)]
+  assert_same(found["backbone"]["llama"]["layers"]["mlp"]["gate"]["kernel"], np.stack(gate))
+  assert_same(inner["embed"]["embedding"], held["ae_model.encoder.embed_tokens.weight"])
+  sizes = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (found, inner))
+  assert sum(sizes) == sum(x.size for x in held.values())
 
 
 def test_a_language_models_folder_holds_its_autoencoders(folder, tmp_path):
