@@ -5,6 +5,11 @@ Llama or of ours for PyTorch; out of a workdir with any other format. The output
 there whole at the end or not at all.
 """
 
+from calm_jax import interrupts
+
+if __name__ == "__main__":
+  interrupts.end_at_once()
+
 from absl import flags
 
 from calm_jax import cli, errors
@@ -21,6 +26,9 @@ _AUTOENCODER = flags.DEFINE_string(
 _TOKENIZER = flags.DEFINE_string(
   "tokenizer", "", "tokenizer.json or .model file, where an imported folder has none."
 )
+_NONFINITE = flags.DEFINE_bool(
+  "allow_nonfinite", False, "Import NaN and infinite weights, which are refused otherwise."
+)
 
 
 def main() -> None:
@@ -29,7 +37,7 @@ def main() -> None:
     raise errors.CalmError(
       f"give --source=DIR, --output=DIR and --format, one of {', '.join(formats.FORMATS)}"
     )
-  formats.convert(source, output, kind, _AUTOENCODER.value, _TOKENIZER.value)
+  formats.convert(source, output, kind, _AUTOENCODER.value, _TOKENIZER.value, _NONFINITE.value)
   print(f"wrote {output}")
 
 
