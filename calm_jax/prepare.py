@@ -220,10 +220,11 @@ def _division(settings: Settings, parts: Sequence[tuple[sources.Span, ...]]) -> 
   readers = [functools.partial(_texts, settings, part) for part in parts]
   division = holdout.decide(readers, settings.heldout)
   if division.by == holdout.END:
+    few = division.documents < holdout.FEW_DOCUMENTS
+    reason = f"fewer than {holdout.FEW_DOCUMENTS}" if few else "of which none falls into a split"
     _say(
-      f"of {division.documents:,} documents the last {settings.heldout:.2%} of the text is held "
-      f"out, and not documents by their hash: they are fewer than {holdout.FEW_DOCUMENTS}, or none "
-      "falls into a split"
+      f"held out is the last {settings.heldout:.2%} of the text, and not whole documents by their "
+      f"hash: there are {division.documents:,}, {reason}"
     )
   return division
 
