@@ -173,7 +173,7 @@ def _wrong_value(shown: str, value: str | None, parser: flags.ArgumentParser) ->
     if isinstance(parser, flags.EnumParser):
       return f"{shown} is {value!r}: {config.nearest(value, parser.enum_values)}"
     expected = "true or false" if isinstance(parser, flags.BooleanParser) else parser.syntactic_help
-    if expected.startswith(("integer", "number")):
+    if isinstance(parser, flags.IntegerParser | flags.FloatParser):
       expected = f"{parser.number_article} {expected}"
     return f"{shown}={value} must be {expected}" if expected else f"{shown}={value}: {error}"
   return ""

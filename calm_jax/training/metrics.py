@@ -106,7 +106,7 @@ class Writer:
     first_step: int,
     clock: Callable[[], float] = time.monotonic,
   ):
-    self._path, self._steps = path, steps
+    self._path, self._steps, self._first_step = path, steps, first_step
     self._pace = Pace(clock)
     self._writes = distributed.is_first()
     kept = self._drop_after(first_step) if self._writes else []

@@ -1,0 +1,81 @@
+"""Claims about verify: it names what is there to check, and the first thing that lies."""
+
+import pathlib
+import shutil
+from collections.abc import Callable
+
+import pytest
+
+from calm_jax import errors, verify
+from calm_jax.interchange import formats
+
+
+@pytest.fixture
+def places(
+  tokens: str, trained_calm: pathlib.Path, tmp_path: pathlib.Path
+) -> dict[str, pathlib.Path]:
+  """A folder of each kind, to be damaged."""
+  found = {name: tmp_path / name for name in ("store", "workdir", "exported")}
+  shutil.copytree(tokens, found["store"])
+  shutil.copytree(trained_calm, found["workdir"])
+  formats.convert(str(trained_calm), str(found["exported"]), "reference")
+  return found
+
+
+def lines(path: pathlib.Path) -> list[str]:
+  shown: list[str] = []
+  verify.verify(str(path), shown.append)
+  return shown
+
+
+def edited(path: pathlib.Path) -> None:
+  content = path.read_bytes()
+  middle = len(content) // 2
+  path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+
+
+def test_all_that_is_whole_is_told(places: dict[str, pathlib.Path]):
+  first, *_, last = lines(places["store"])
+  assert first == f"token store {places['store']}" and last == "7 checks, all as written"
+  told = "\n".join(lines(places["workdir"]))
+  for name in ("seal.json", "origin.json", "autoencoder/config.json", "checkpoints/6", "metrics"):
+    assert f"\n  {name}" in told
+  told = "\n".join(lines(places["exported"]))
+  assert told.startswith("exported folder") and "\n  checksums" in told
+
+
+def _newest(folder: pathlib.Path) -> pathlib.Path:
+  """Returns the largest file of the newest checkpoint's parameters."""
+  newest = max((folder / "checkpoints").iterdir(), key=lambda place: int(place.name))
+  return max(newest.glob("params/**/d/*"), key=lambda path: path.stat().st_size)
+
+
+@pytest.mark.parametrize(
+  ("kind", "damaged", "named"),
+  [
+    ("store", lambda folder: folder / "train/offsets/c/0", "train/offsets"),
+    ("store", lambda folder: folder / "plan.json", "plan.json"),
+    ("workdir", lambda folder: folder / "config.json", "config.json"),
+    ("workdir", lambda folder: folder / "autoencoder/origin.json", "autoencoder"),
+    ("workdir", _newest, "checkpoints/6"),
+    ("workdir", lambda folder: _newest(folder / "autoencoder"), "autoencoder"),
+    ("exported", lambda folder: folder / "model.safetensors", "model.safetensors"),
+    ("exported", lambda folder: folder / "tokenizer.model", "tokenizer.model"),
+  ],
+)
+def test_the_first_lie_is_named(
+  kind: str,
+  damaged: Callable[[pathlib.Path], pathlib.Path],
+  named: str,
+  places: dict[str, pathlib.Path],
+):
+  edited(damaged(places[kind]))
+  with pytest.raises(errors.CalmError, match=named) as caught:
+    lines(places[kind])
+  assert "\n" not in str(caught.value)
+
+
+def test_a_folder_of_no_kind_is_refused(tmp_path: pathlib.Path):
+  for path, told in ((tmp_path, "holds no token store"), (tmp_path / "x", "is not there")):
+    with pytest.raises(errors.CalmError, match=told):
+      lines(path)
