@@ -13,21 +13,22 @@ from typing import Any
 
 from absl import flags
 
-from calm_jax import cli, errors, files, run_flags
+from calm_jax import cli, config, errors, files, run_flags
 from calm_jax.planning import comparison, search, steps, tables, topologies
 
 run_flags.define()
 _TOPOLOGY = flags.DEFINE_string(
   "topology", "", f"Chips and the shape of a slice: {topologies.known()}."
 )
-_SLICES = flags.DEFINE_integer("slices", 1, "Slices of that shape.", 1)
+_SLICES = flags.DEFINE_integer("slices", 1, "Slices of that shape.", 1, 2**12)
 run_flags.define_sizes()
 _EVALUATION = flags.DEFINE_bool("evaluation", False, "Also the scoring of held-out text.")
 _DECODE = flags.DEFINE_bool("decode", False, "Also the writing of text, on one device.")
-_TEXTS = flags.DEFINE_integer("texts", 1, "Texts written at once, with --decode.", 1)
+_TEXTS = flags.DEFINE_integer("texts", 1, "Texts written at once, with --decode.", 1, 2**16)
 _NUM_CANDIDATES = flags.DEFINE_integer(
-  "num_candidates", 1, "Draws a patch, with --decode; above 1 as below temperature 1.", 1
-)
+  "num_candidates", 1, "Draws a patch, with --decode; above 1 as below temperature 1.",
+  1, config.MOST_DRAWS,
+)  # fmt: skip
 _CHECK_FLOPS = flags.DEFINE_bool(
   "check_flops", False,
   "Instead compare the program's FLOPs, layers unrolled and looped over, with the analytic count.",

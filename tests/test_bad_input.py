@@ -276,6 +276,9 @@ COMMANDS = {
   "a context that XLA aborts at": (
     "evaluate", "--workdir={calm} --context=2147483648", "context is 2147483648 tokens, but"
   ),
+  "more slices than devices can be": (
+    "compile_ahead", "--config=configs/calm.py --slices=2147483648", "in the range [1, 4096]"
+  ),
   "samples without end": (
     "evaluate", "--workdir={calm} --samples=2147483648", "samples must lie in [1, 65536]"
   ),
