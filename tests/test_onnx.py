@@ -50,6 +50,22 @@ def test_the_graphs_do_as_we_do_patch_by_patch(model: str, words, tmp_path: path
   assert facts["window_patches"] == 2047
 
 
+def test_latents_as_input_are_read_there(latent_reader, tmp_path):
+  """By the code of the folder's own card, which feeds the mean of the posterior."""
+  source = latent_reader("continuous")
+  formats.convert(source, str(tmp_path / "out"), "onnx")
+  here = workdir.load_calm(source)
+  token_BK = np.random.default_rng(0).integers(0, 300, (3, 4))
+  noise = np.array(here.model.head.draw_noise(jax.random.key(0), (2, 3)))
+  code = (tmp_path / "out/README.md").read_text().split("```python\n")[1].split("```")[0]
+  scope = {"tokens": token_BK, "noise": noise}
+  exec(code.replace("FOLDER", str(tmp_path / "out")), scope)
+  codec, frozen = here.model.autoencoder, here.autoencoder.params
+  mean, _ = codec.apply({"params": frozen}, token_BK, method="encode")
+  hidden_B1D, _ = here.model.hidden(here.params, token_BK[:, None], mean[:, None])
+  agree(scope["latents"], here.model.samples(here.params, hidden_B1D[:, 0], noise), 1e-5)
+
+
 def test_an_autoencoder_alone_has_its_two_graphs(trained_autoencoder, tmp_path):
   formats.convert(str(trained_autoencoder), str(tmp_path / "out"), "onnx")
   scope = {"tokens": np.arange(8).reshape(2, 4)}

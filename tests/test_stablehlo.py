@@ -7,10 +7,10 @@ import sys
 import jax
 import numpy as np
 import pytest
-from folders import GOLDEN, set_config
+from folders import GOLDEN, agree, set_config
 
 from calm_jax import workdir
-from calm_jax.interchange import formats, to_workdir
+from calm_jax.interchange import formats, tensors, to_workdir
 from calm_jax.models import memory
 
 COMPARE = """
@@ -69,3 +69,21 @@ def test_compiled_artefacts_do_as_we_do_without_us(model, words, tmp_path):
       hidden_B1D, cache = trained.model.hidden(trained.params, patch_BK[:, None], None, cache)
     sample_NBZ = trained.model.samples(trained.params, hidden_B1D[:, 0], noise)
     np.testing.assert_allclose(found["last"], sample_NBZ, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["continuous", "both"])
+def test_latents_as_input_are_read_by_the_artefacts(kind, latent_reader, monkeypatch, tmp_path):
+  """By the code of the folder's own card, from weights in shards."""
+  source = latent_reader(kind)
+  monkeypatch.setattr(tensors, "SHARD_BYTES", 20_000)
+  formats.convert(source, str(tmp_path / "out"), "stablehlo")
+  here = workdir.load_calm(source)
+  token_BK = np.random.default_rng(0).integers(0, 300, (3, 4)).astype(np.int32)
+  noise = np.array(here.model.head.draw_noise(jax.random.key(0), (2, 3)))
+  code = (tmp_path / "out/README.md").read_text().split("```python\n")[1].split("```")[0]
+  scope = {"tokens": token_BK, "noise": noise}
+  exec(code.replace("FOLDER", str(tmp_path / "out")), scope)
+  codec, frozen = here.model.autoencoder, here.autoencoder.params
+  mean, _ = codec.apply({"params": frozen}, token_BK, method="encode")
+  hidden_B1D, _ = here.model.hidden(here.params, token_BK[:, None], mean[:, None])
+  agree(scope["latents"], here.model.samples(here.params, hidden_B1D[:, 0], noise))

@@ -90,6 +90,7 @@ def test_latents_as_input_are_read_the_same_there(kind, opened, latent_reader, t
   hidden_BPD, _ = here.model.hidden(here.params, token_BPK, latent_BPZ)
   found_BPD = there.hidden_states(torch.from_numpy(token_BPK), torch.from_numpy(latent_BPZ))
   agree(found_BPD, hidden_BPD)
+  there.config.eos_token_id = None  # Where a draw may end a text, it may be shorter.
   assert there.generate(torch.from_numpy(token_BPK[0].reshape(-1)).long(), 8).shape == (8,)
   to_workdir.write(str(tmp_path / "out"), str(tmp_path / "back"))
   back = workdir.load_calm(str(tmp_path / "back"))
@@ -100,6 +101,7 @@ def test_latents_as_input_are_read_the_same_there(kind, opened, latent_reader, t
 def test_text_is_written_there(opened, trained_calm):
   """With a cache the next patch is drawn from the hidden state that recomputing gives."""
   there, start = opened(trained_calm), workdir.load_calm(str(trained_calm)).origin.start_patch
+  there.config.eos_token_id = None  # Where a draw may end a text, it may be shorter.
   prompt_S = torch.tensor([*start, *range(20, 28)])
   new_S = there.generate(prompt_S, 12, generator=torch.Generator().manual_seed(0))
   generator, known_S = torch.Generator().manual_seed(0), prompt_S
@@ -110,6 +112,22 @@ def test_text_is_written_there(opened, trained_calm):
   np.testing.assert_array_equal(new_S, known_S[len(prompt_S) :])
   with pytest.raises(ValueError, match="whole patches of 4 tokens"):
     there.generate(prompt_S[:3], 4)
+
+
+def test_a_text_ends_at_its_eos_there(opened, trained_calm, monkeypatch):
+  """Of two texts one ends in its second patch, the other with the length asked for."""
+  there = opened(trained_calm)
+  eos, patches = there.config.eos_token_id, iter([[5, 6, 7, 8], [9, 1, 9, 9], [5, 6, 7, 8]])
+  assert eos == 1
+
+  def choose(hidden_BD, n, count, generator=None):
+    patch_K = torch.tensor(next(patches))
+    other_K = torch.where(patch_K == eos, 2, patch_K)
+    return torch.stack([patch_K, other_K]), torch.zeros(2, 8)
+
+  monkeypatch.setattr(there, "choose", choose)
+  new_BS = there.generate(torch.arange(20, 28).expand(2, -1), 10)
+  assert new_BS.tolist() == [[5, 6, 7, 8, 9] + 5 * [1], [5, 6, 7, 8, 9, 2, 9, 9, 5, 6]]
 
 
 def test_temperature_there_is_the_batch_approximation(opened, trained_calm):
@@ -147,7 +165,12 @@ def test_what_transformers_saves_comes_back(trained_transformer, tmp_path):
   assert vars(back.run.model) | {"init": "fan_in"} == vars(here.run.model)
 
 
-def test_transformers_finds_the_tokenizer(golden, tmp_path):
-  formats.convert(str(golden("k4", "ar")), str(tmp_path / "out"), "llama")
-  tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+@pytest.mark.parametrize(
+  ("model", "kind"), [("ar", "llama"), ("energy", "torch"), ("autoencoder", "torch")]
+)
+def test_transformers_finds_the_tokenizer(model, kind, golden, tmp_path):
+  formats.convert(str(golden("k4", model)), str(tmp_path / "out"), kind)
+  tokenizer = transformers.AutoTokenizer.from_pretrained(
+    tmp_path / "out", trust_remote_code=kind == "torch"
+  )
   assert tokenizer("w7 w99")["input_ids"] == [7, 99] and tokenizer.eos_token == "</s>"
