@@ -2,8 +2,14 @@
 
 Into a workdir (`--format=workdir`) from a folder of the reference, of Hugging Face's
 Llama or of ours for PyTorch; out of a workdir with any other format. The output is
-there whole at the end or not at all.
+there whole at the end or not at all. Folders that come out carry SHA256SUMS, as
+sha256sum(1) writes and checks it; one that goes in is held against it.
 """
+
+from calm_jax import interrupts
+
+if __name__ == "__main__":
+  interrupts.end_at_once()
 
 from absl import flags
 
@@ -21,6 +27,9 @@ _AUTOENCODER = flags.DEFINE_string(
 _TOKENIZER = flags.DEFINE_string(
   "tokenizer", "", "tokenizer.json or .model file, where an imported folder has none."
 )
+_NONFINITE = flags.DEFINE_bool(
+  "allow_nonfinite", False, "Import NaN and infinite weights, which are refused otherwise."
+)
 
 
 def main() -> None:
@@ -29,7 +38,7 @@ def main() -> None:
     raise errors.CalmError(
       f"give --source=DIR, --output=DIR and --format, one of {', '.join(formats.FORMATS)}"
     )
-  formats.convert(source, output, kind, _AUTOENCODER.value, _TOKENIZER.value)
+  formats.convert(source, output, kind, _AUTOENCODER.value, _TOKENIZER.value, _NONFINITE.value)
   print(f"wrote {output}")
 
 

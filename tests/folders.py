@@ -20,6 +20,13 @@ def weights(folder: pathlib.Path) -> Weights:
   return safetensors.load_file(folder / "model.safetensors")
 
 
+def with_table_twice(held: Weights) -> Weights:
+  """The weights as we write them: the autoencoder's table under its decoder's name, too."""
+  table = "encoder.embed_tokens.weight"
+  found = {name: x for name, x in held.items() if name in (table, f"ae_model.{table}")}
+  return held | {n.replace(table, "decoder.lm_head_weight"): x for n, x in found.items()}
+
+
 def rewrite(folder: pathlib.Path, changed: Weights) -> None:
   safetensors.save_file(changed, folder / "model.safetensors")
 
@@ -27,6 +34,21 @@ def rewrite(folder: pathlib.Path, changed: Weights) -> None:
 def set_config(folder: pathlib.Path, **values) -> None:
   path = folder / "config.json"
   path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def split(held: Weights) -> tuple[Weights, Weights]:
+  names = sorted(held)
+  return {n: held[n] for n in names[::2]}, {n: held[n] for n in names[1::2]}
+
+
+def sharded(folder: pathlib.Path) -> None:
+  where = {}
+  for number, shard in enumerate(split(weights(folder))):
+    file = f"model-{number}.safetensors"
+    safetensors.save_file(shard, folder / file)
+    where |= dict.fromkeys(shard, file)
+  (folder / "model.safetensors").unlink()
+  (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
 
 
 def converted(folder: pathlib.Path, **options) -> workdir.Trained:

@@ -4,8 +4,19 @@ import dataclasses
 import json
 import shutil
 
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
 import pytest
-from folders import GOLDEN, VOCAB, all_params, assert_same, converted, weights
+from folders import (
+  GOLDEN,
+  VOCAB,
+  all_params,
+  assert_same,
+  converted,
+  weights,
+  with_table_twice,
+)
 
 from calm_jax import errors, workdir
 from calm_jax.data import store as store_lib
@@ -22,11 +33,28 @@ def test_in_and_out_and_in_again_is_the_same_to_the_bit(case, model, words, tmp_
   source, output = GOLDEN / case / model, tmp_path / "in"
   to_workdir.write(str(source), str(output), tokenizer=words(VOCAB[case]))
   formats.convert(str(output), str(tmp_path / "out"), "reference")
-  assert_same(weights(tmp_path / "out"), weights(source))
+  assert_same(weights(tmp_path / "out"), with_table_twice(weights(source)))
   to_workdir.write(str(tmp_path / "out"), str(tmp_path / "again"))
   first, second = workdir.load(str(output)), workdir.load(str(tmp_path / "again"))
   assert_same(all_params(first), all_params(second))
   assert (first.run, first.origin) == (second.run, second.origin)
+
+
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
+def test_orbax_alone_opens_a_workdir(words, tmp_path):
+  """Under our names, a Linear's weight turned, of the layers all in one."""
+  source = GOLDEN / "k4/energy"
+  to_workdir.write(str(source), str(tmp_path / "out"), tokenizer=words(101))
+  with ocp.StandardCheckpointer() as orbax:
+    found = orbax.restore(tmp_path / "out/checkpoints/0/params")
+    inner = orbax.restore(tmp_path / "out/autoencoder/checkpoints/0/params")
+  held = weights(source)
+  assert_same(found["backbone"]["input"]["up"]["kernel"], held["embed_proj.0.weight"].T)
+  gate = [held[f"transformer.layers.{i}.mlp.gate_proj.weight"].T for i in range(2)]
+  assert_same(found["backbone"]["llama"]["layers"]["mlp"]["gate"]["kernel"], np.stack(gate))
+  assert_same(inner["embed"]["embedding"], held["ae_model.encoder.embed_tokens.weight"])
+  sizes = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (found, inner))
+  assert sum(sizes) == sum(x.size for x in held.values())
 
 
 def test_a_language_models_folder_holds_its_autoencoders(folder, tmp_path):
@@ -63,7 +91,7 @@ def test_shards_hold_what_one_file_holds(shard_bytes, folder, tmp_path, monkeypa
   files = list((tmp_path / "out").glob("*.safetensors"))
   assert len(files) == len(set(index["weight_map"].values())) > 1
   assert index["metadata"]["total_size"] == sum(
-    x.nbytes for x in weights(GOLDEN / "k4/energy").values()
+    x.nbytes for x in with_table_twice(weights(GOLDEN / "k4/energy")).values()
   )
   assert_same(all_params(converted(tmp_path / "out")), expected)
 

@@ -158,6 +158,10 @@ def load(path: str, eos: str | int = "") -> Tokenizer:
     reason = " ".join(str(error).split())
     raise errors.CalmError(f"can't read tokenizer {path}: {reason}") from error
   tokenizer.eos_id = eos if isinstance(eos, int) else _eos_id(tokenizer, eos)
+  if not 0 <= tokenizer.eos_id < tokenizer.vocab_size:
+    raise errors.CalmError(
+      f"{path} has {tokenizer.vocab_size} tokens, so no token {tokenizer.eos_id} to end a document"
+    )
   if tokenizer.eos_id in tokenizer.encode(tokenizer.piece(tokenizer.eos_id)):
     raise errors.CalmError(
       f"{path} encodes the text {tokenizer.piece(tokenizer.eos_id)!r} as EOS, so documents "

@@ -4,9 +4,10 @@ from collections.abc import Callable, Mapping
 
 from etils import epath
 
-from calm_jax import config, errors, workdir
+from calm_jax import config, errors, files, workdir
 from calm_jax.interchange import (
-  tensors,
+  checksums,
+  destination,
   to_llama,
   to_onnx,
   to_reference,
@@ -28,14 +29,19 @@ FORMATS = (WORKDIR, *WRITERS)
 
 
 def convert(
-  source: str, output: str, kind: str, autoencoder: str = "", tokenizer: str = ""
+  source: str,
+  output: str,
+  kind: str,
+  autoencoder: str = "",
+  tokenizer: str = "",
+  allow_nonfinite: bool = False,
 ) -> None:
   """Writes the model in `source` as the folder `output`, whole or not at all.
 
   Args:
     kind: a row of FORMATS. `workdir` takes another framework's folder, the others a
       workdir.
-    autoencoder, tokenizer: see `to_workdir.write`.
+    autoencoder, tokenizer, allow_nonfinite: see `to_workdir.write`.
 
   Raises:
     CalmError: if the source can't be read, its stage does not exist in that format,
@@ -44,7 +50,8 @@ def convert(
   if kind not in FORMATS:
     raise errors.CalmError(f"--format is {kind!r}: {config.nearest(kind, FORMATS)}")
   if kind == WORKDIR:
-    tensors.require_local(source)
+    destination.require_local(source)
+  files.require_reachable(str(epath.Path(source) / "config.json"))
   is_workdir = workdir.exists(source) and (epath.Path(source) / "origin.json").exists()
   if is_workdir and kind == WORKDIR:
     raise errors.CalmError(
@@ -56,9 +63,11 @@ def convert(
       f"that to --format={kind}"
     )
   if kind == WORKDIR:
-    to_workdir.write(source, output, autoencoder, tokenizer)
+    to_workdir.write(source, output, autoencoder, tokenizer, allow_nonfinite)
     return
-  for name, value in (("autoencoder", autoencoder), ("tokenizer", tokenizer)):
+  for name, value in (
+    ("autoencoder", autoencoder), ("tokenizer", tokenizer), ("allow_nonfinite", allow_nonfinite)
+  ):  # fmt: skip
     if value:
       raise errors.CalmError(f"--{name} is for --format=workdir alone; a workdir has its own")
   stage, writers = workdir.read_run(source).stage, WRITERS[kind]
@@ -68,5 +77,6 @@ def convert(
       f"--format={kind} is for {' and '.join(writers)}, but {source} holds stage {stage!r}, "
       f"which can be written as {', '.join(fitting)}"
     )
-  with tensors.new_folder(output) as folder:
+  with destination.new_folder(output) as folder:
     writers[stage](workdir.load(source), folder, source, output)
+    checksums.write(folder)

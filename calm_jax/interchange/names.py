@@ -197,10 +197,10 @@ def calm(sizes: config.Backbone, head: config.Head) -> list[Tensor]:
   return _backbone(sizes) + _HEADS[head.kind](head)
 
 
-def read(
+def check(
   source: Mapping[str, tensors.Stored], expected: list[Tensor], shapes: Any, folder: Any
-) -> dict[str, Any]:
-  """Returns our parameters, float32, from the tensors of a folder.
+) -> dict[Tensor, list[str]]:
+  """Returns the names under which a folder holds each tensor; none is read.
 
   Args:
     source: the folder's tensors; every one must be expected, or a mere buffer.
@@ -208,8 +208,7 @@ def read(
     folder: named in errors.
 
   Raises:
-    CalmError: for a missing or extra tensor, a wrong shape, or two copies of a tied
-      tensor that differ; the tensor is named.
+    CalmError: for a missing or extra tensor or a wrong shape; the tensor is named.
   """
   ours: Any = traverse_util.flatten_dict(shapes, sep="/")
   known = {name for tensor in expected for name in (tensor.name, *tensor.also)}
@@ -231,14 +230,32 @@ def read(
           f"{folder}: tensor {name} has shape {list(source[name].shape)}, a model of its "
           f"config.json has {list(shape)}"
         )
+  return chosen
+
+
+def read(
+  source: Mapping[str, tensors.Stored],
+  expected: list[Tensor],
+  shapes: Any,
+  folder: Any,
+  allow_nonfinite: bool = False,
+) -> dict[str, Any]:
+  """Returns our parameters, float32, from the tensors of a folder.
+
+  Args:
+    source, expected, shapes, folder: see `check`.
+    allow_nonfinite: take NaN and infinite weights.
+
+  Raises:
+    CalmError: as `check`; for two copies of a tied tensor that differ, and for weights
+      that are not finite.
+  """
+  ours: Any = traverse_util.flatten_dict(shapes, sep="/")
+  chosen = check(source, expected, shapes, folder)
   flat: dict[str, jax.Array] = {}
   stacked = collections.defaultdict(list)
   for tensor in sorted(chosen, key=lambda tensor: tensor.paths):  # One stack at a time on the host.
-    first, *copies = chosen[tensor]
-    array = source[first].read()
-    for name in copies:
-      if not np.array_equal(source[name].read(), array):
-        raise errors.CalmError(f"{folder}: {name} and {first} should be equal and are not")
+    array = _read_one(source, chosen[tensor], folder, allow_nonfinite)
     found = tensor.to_ours(array, ours)
     if tensor.layer is not None:
       (path,) = tensor.paths
@@ -249,6 +266,29 @@ def read(
     flat |= jax.device_put(found)
   assert flat.keys() == ours.keys(), flat.keys() ^ ours.keys()
   return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _read_one(
+  source: Mapping[str, tensors.Stored], copies: list[str], folder: Any, allow_nonfinite: bool
+) -> np.ndarray:
+  first, *others = copies
+  array = source[first].read()
+  if not allow_nonfinite:
+    require_finite(array, first, folder)
+  for name in others:
+    if not np.array_equal(source[name].read(), array, equal_nan=allow_nonfinite):
+      raise errors.CalmError(f"{folder}: {name} and {first} should be equal and are not")
+  return array
+
+
+def require_finite(array: np.ndarray, name: str, folder: Any) -> None:
+  """Raises CalmError, naming the tensor, where it holds NaN or infinite values."""
+  wrong = array.size - np.count_nonzero(np.isfinite(array))
+  if wrong:
+    raise errors.CalmError(
+      f"{folder}: {wrong} of the {array.size} values of tensor {name} are NaN or infinite; "
+      "--allow_nonfinite takes them as they are"
+    )
 
 
 def _some(names: list[str]) -> str:

@@ -1,30 +1,29 @@
 """Folders of the reference -> our settings and parameters."""
 
 import dataclasses
+import functools
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
 from calm_jax import config, errors
-from calm_jax.interchange import names, tensors
+from calm_jax.interchange import checksums, names, tensors
+from calm_jax.interchange.config_json import Settings, shown
 from calm_jax.models import autoencoder, calm, transformer
 
 Params = Any
 Source = Mapping[str, tensors.Stored]
+# What is made of the tensors once the model is known: `names.read`, or `names.check` alone.
+Take = Callable[..., Any]
 
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+# Patterns of the files that are read here.
+USED = ("config.json", *TOKENIZERS, "*.safetensors", "*.bin", "*.index.json")
 AUTOENCODER_PREFIX = "ae_model."
-# What every model of ours has, and what another value would mean is not built here.
-_FIXED_VALUES = {
-  "rms_norm_eps": 1e-6,
-  "hidden_act": "silu",
-  "attention_bias": False,
-  "mlp_bias": False,
-  "rope_scaling": None,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,95 +44,6 @@ class Imported:
   autoencoder: "Imported | None" = None
 
 
-class Settings:
-  """A config.json, read with care."""
-
-  def __init__(self, folder: pathlib.Path):
-    self._path = folder / "config.json"
-    self._values = tensors.read_json(self._path)
-    for name, ours in _FIXED_VALUES.items():
-      value = self._values.get(name, ours)
-      if value != ours:
-        raise errors.CalmError(f"{self._path}: {name} is {value!r}; only {ours!r} can be converted")
-    new = self._values.get("rope_parameters") or {}  # Where newer transformers keep them.
-    kind = new.get("rope_type", "default") if isinstance(new, dict) else new
-    if kind != "default":
-      raise errors.CalmError(
-        f"{self._path}: rope_type is {kind!r}; only 'default' can be converted"
-      )
-    self._values |= new
-
-  def number(self, name: str, default: int | float | None = None) -> Any:
-    """Returns a positive number; CalmError if it is none or is missing without a default."""
-    value = self._values.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-      raise errors.CalmError(f"{self._path}: {name} must be a number above 0, got {value!r}")
-    return value
-
-  def whole(self, name: str, default: int | None = None) -> int:
-    """Returns a positive whole number; see `number`."""
-    value = self.number(name, default)
-    if not isinstance(value, int):
-      raise errors.CalmError(f"{self._path}: {name} must be a whole number, got {value!r}")
-    return value
-
-  def text(self, name: str) -> str:
-    """Returns a string, empty if it is missing or none."""
-    value = self._values.get(name)
-    return value if isinstance(value, str) else ""
-
-  def has(self, name: str) -> bool:
-    """Tells whether the setting is there and not null."""
-    return self._values.get(name) is not None
-
-  @property
-  def tied(self) -> bool:
-    return bool(self._values.get("tie_word_embeddings", False))
-
-  @property
-  def eos_id(self) -> int | None:
-    """Returns the id that ends a document, the first where there are several."""
-    value = self._values.get("eos_token_id")
-    first = value[0] if isinstance(value, list) and value else value
-    return first if isinstance(first, int) else None
-
-  @property
-  def dtype(self) -> Any:
-    """Returns what the model is said to compute in, where that is one of ours."""
-    name = self.text("torch_dtype") or self.text("dtype")
-    return name if name in ("float32", "bfloat16") else "float32"
-
-  def require(self, **found: int) -> None:
-    """Raises CalmError where a named setting is there and is not what the weights have."""
-    for name, value in found.items():
-      stated = self._values.get(name)
-      if stated is not None and stated != value:
-        raise errors.CalmError(
-          f"{self._path} says {name} = {stated!r}, but its weights have {value!r}"
-        )
-
-  def transformer(self) -> dict[str, Any]:
-    """Returns the settings of the Llama layers."""
-    heads = self.whole("num_attention_heads")
-    width = self.whole("hidden_size")
-    self.require(head_dim=width // heads)
-    return {
-      "layers": self.whole("num_hidden_layers"),
-      "width": width,
-      "ffn": self.whole("intermediate_size"),
-      "heads": heads,
-      "kv_heads": self.whole("num_key_value_heads", heads),
-      "rope_theta": float(self.number("rope_theta", 10000.0)),
-    }
-
-  def vocab_size(self, name: str, table: tensors.Stored) -> int:
-    """Returns the rows of a token table, which may be padded by one beyond the setting."""
-    rows, stated = table.shape[0], self.whole("vocab_size", table.shape[0])
-    if rows not in (stated, stated + 1):
-      raise errors.CalmError(f"{self._path} says vocab_size = {stated}, but {name} has {rows} rows")
-    return rows
-
-
 def _matrix(source: Source, folder: pathlib.Path, *candidates: str) -> tuple[str, tensors.Stored]:
   """Returns the first of these tensors that is there; CalmError if none is, or it is no matrix."""
   name = next((name for name in candidates if name in source), None)
@@ -146,10 +56,19 @@ def _matrix(source: Source, folder: pathlib.Path, *candidates: str) -> tuple[str
   return name, source[name]
 
 
-def _count(source: Source, prefix: str) -> int:
-  """Returns one more than the highest number that follows `prefix` in a name, 0 without any."""
-  found = (re.match(rf"{re.escape(prefix)}\.(\d+)\.", name) for name in source)
-  return max((1 + int(match[1]) for match in found if match), default=0)
+def _count(source: Source, folder: pathlib.Path, *prefixes: str) -> int:
+  """Returns how many numbers follow one of `prefixes` in names: 0, 1, 2 and so on, no gaps.
+
+  Raises:
+    CalmError: for a gap: what config.json or a name says must not make us build more
+      layers than there are tensors for.
+  """
+  pattern = re.compile(rf"(?:{'|'.join(map(re.escape, prefixes))})\.([0-9]+)\.")
+  found = {match[1] for match in map(pattern.match, source) if match}
+  absent = {str(i) for i in range(len(found))} - found
+  if absent:
+    raise errors.CalmError(f"{folder} lacks tensors: {prefixes[0]}.{min(absent, key=int)}.*")
+  return len(found)
 
 
 def _table(source: Source, folder: pathlib.Path, prefix: str) -> tuple[str, tensors.Stored]:
@@ -157,7 +76,9 @@ def _table(source: Source, folder: pathlib.Path, prefix: str) -> tuple[str, tens
   return _matrix(source, folder, *(f"{prefix}{name}" for name in names.AUTOENCODER_TABLE))
 
 
-def _autoencoder(source: Source, prefix: str, folder: pathlib.Path, dtype: Any) -> Imported:
+def _autoencoder(
+  source: Source, prefix: str, folder: pathlib.Path, dtype: Any, take: Take
+) -> Imported:
   """Returns an autoencoder whose sizes are read off its tensors' shapes."""
 
   def columns(name: str) -> int:
@@ -170,14 +91,14 @@ def _autoencoder(source: Source, prefix: str, folder: pathlib.Path, dtype: Any) 
       width=width,
       ffn=columns("encoder.encoder_layers.0.mlp.down_proj"),
       latent=columns("decoder.latent_to_hidden"),
-      encoder_layers=_count(source, f"{prefix}encoder.encoder_layers"),
-      decoder_layers=_count(source, f"{prefix}decoder.decoder_layers"),
+      encoder_layers=_count(source, folder, f"{prefix}encoder.encoder_layers"),
+      decoder_layers=_count(source, folder, f"{prefix}decoder.decoder_layers"),
     )
   except errors.CalmError as error:
     raise errors.CalmError(f"the autoencoder in {folder} can't be: {error}") from error
   shapes = jax.eval_shape(autoencoder.Autoencoder(sizes, vocab_size).initial, jax.random.key(0))
   own = {name: stored for name, stored in source.items() if name.startswith(prefix)}
-  params = names.read(own, names.autoencoder(sizes, prefix), shapes, folder)
+  params = take(own, names.autoencoder(sizes, prefix), shapes, folder)
   run = config.AutoencoderRun(
     data=config.Data(context=2048 * sizes.patch_size),
     model=sizes,
@@ -186,8 +107,10 @@ def _autoencoder(source: Source, prefix: str, folder: pathlib.Path, dtype: Any) 
   return Imported(run, vocab_size, params)
 
 
-def _read_autoencoder(folder: pathlib.Path, source: Source, settings: Settings) -> Imported:
-  imported = _autoencoder(source, "", folder, settings.dtype)
+def _read_autoencoder(
+  folder: pathlib.Path, source: Source, settings: Settings, take: Take
+) -> Imported:
+  imported = _autoencoder(source, "", folder, settings.dtype, take)
   settings.vocab_size(*_table(source, folder, ""))
   sizes = imported.run.model
   assert isinstance(sizes, config.Autoencoder)
@@ -211,11 +134,11 @@ def _has_config(place: pathlib.Path) -> bool:
 
 
 def _find_autoencoder(
-  folder: pathlib.Path, source: Source, settings: Settings, given: str
+  folder: pathlib.Path, source: Source, settings: Settings, given: str, take: Take
 ) -> Imported:
   """Returns a language model's autoencoder: the given one, its own, or the one ae_path names."""
   inside = any(name.startswith(AUTOENCODER_PREFIX) for name in source)
-  own = _autoencoder(source, AUTOENCODER_PREFIX, folder, settings.dtype) if inside else None
+  own = _autoencoder(source, AUTOENCODER_PREFIX, folder, settings.dtype, take) if inside else None
   if own and not given:
     return own
   path = settings.text("ae_path")
@@ -225,10 +148,11 @@ def _find_autoencoder(
     raise errors.CalmError(
       f"--autoencoder={given} is no folder with a config.json"
       if given
-      else f"{folder} holds no autoencoder, and its ae_path {path!r} leads nowhere: give "
+      else f"{folder} holds no autoencoder, and its ae_path {shown(path)} leads nowhere: give "
       "--autoencoder=DIR"
     )
-  found = _read_autoencoder(place, tensors.open_folder(place), Settings(place))
+  checksums.check(place, USED)
+  found = _read_autoencoder(place, tensors.open_folder(place), Settings(place), take)
   if own and not _equal(own, found):
     raise errors.CalmError(
       f"{folder} holds an autoencoder of its own, which is not the one in {place}: leave out "
@@ -240,22 +164,28 @@ def _find_autoencoder(
 def _equal(a: Imported, b: Imported) -> bool:
   same_sizes = a.run.model == b.run.model and a.vocab_size == b.vocab_size
   return same_sizes and all(
-    np.array_equal(x, y)
+    np.array_equal(x, y, equal_nan=True)
     for x, y in zip(jax.tree.leaves(a.params), jax.tree.leaves(b.params), strict=True)
   )
 
 
 def _head(source: Source, folder: pathlib.Path, settings: Settings, latent: int) -> config.Head:
   """Returns the head that the tensors' names tell, whatever config.json calls the model."""
-  blocks, noise = settings.whole("num_mlp_layers"), settings.whole("noise_size", 64)
   steps = settings.whole("sampling_steps", 0) if settings.has("sampling_steps") else 0
+  energy = ("generative_head", "mlp_generator")
   if any(name.startswith(("generative_head.mlp_blocks.", "mlp_generator.")) for name in source):
+    blocks = _count(source, folder, *(f"{name}.mlp_blocks" for name in energy))
+    inputs = (f"{name}.noise_embd.weight" for name in energy)
+    noise = _matrix(source, folder, *inputs)[1].shape[1]
+    settings.require(num_mlp_layers=blocks, noise_size=noise)
     return config.Head(kind="energy", blocks=blocks, noise=noise)
   out = "generative_head.net.final_layer.linear.weight"
   if out in source:
     rows = _matrix(source, folder, out)[1].shape[0]
     kinds = {latent: "flow", 2 * latent: "diffusion"}
     if rows in kinds:
+      blocks = _count(source, folder, "generative_head.net.res_blocks")
+      settings.require(num_mlp_layers=blocks)
       return config.Head(kind=kinds[rows], blocks=blocks, steps=steps)
   found = sorted(name for name in source if "head" in name)
   raise errors.CalmError(
@@ -264,17 +194,39 @@ def _head(source: Source, folder: pathlib.Path, settings: Settings, latent: int)
   )
 
 
-def _read_calm(folder: pathlib.Path, source: Source, settings: Settings, given: str) -> Imported:
-  codec = _find_autoencoder(folder, source, settings, given)
+def _transformer(
+  source: Source, folder: pathlib.Path, settings: Settings, prefix: str
+) -> dict[str, Any]:
+  """Returns the sizes of the Llama layers, whose tensors' names begin with `prefix`."""
+  heads = settings.whole("num_attention_heads")
+  ffn, width = _matrix(source, folder, f"{prefix}.layers.0.mlp.gate_proj.weight")[1].shape
+  layers = _count(source, folder, f"{prefix}.layers")
+  settings.require(
+    num_hidden_layers=layers, hidden_size=width, intermediate_size=ffn, head_dim=width // heads
+  )
+  return {
+    "layers": layers,
+    "width": width,
+    "ffn": ffn,
+    "heads": heads,
+    "kv_heads": settings.whole("num_key_value_heads", heads),
+    "rope_theta": float(settings.number("rope_theta", 10000.0)),
+  }
+
+
+def _read_calm(
+  folder: pathlib.Path, source: Source, settings: Settings, given: str, take: Take
+) -> Imported:
+  codec = _find_autoencoder(folder, source, settings, given, take)
   sizes = codec.run.model
   assert isinstance(sizes, config.Autoencoder)
   settings.require(patch_size=sizes.patch_size, latent_size=sizes.latent)
   reads_tokens = "transformer.embed_tokens.weight" in source
   reads_latents = "latent_proj.weight" in source
   run = config.CalmRun(
-    data=config.Data(context=settings.whole("max_position_embeddings", 2048) * sizes.patch_size),
+    data=config.Data(context=settings.context(sizes.patch_size)),
     model=config.Backbone(
-      **settings.transformer(),
+      **_transformer(source, folder, settings, "transformer"),
       input="discrete" if not reads_latents else "both" if reads_tokens else "continuous",
     ),
     head=_head(source, folder, settings, sizes.latent),
@@ -296,11 +248,11 @@ def _read_calm(folder: pathlib.Path, source: Source, settings: Settings, given: 
   model = calm.Calm.build(run, module, vocab_size)
   own = {name: x for name, x in source.items() if not name.startswith(AUTOENCODER_PREFIX)}
   shapes = jax.eval_shape(model.init, jax.random.key(0))
-  params = names.read(own, names.calm(run.model, run.head), shapes, folder)
+  params = take(own, names.calm(run.model, run.head), shapes, folder)
   return Imported(run, vocab_size, params, settings.eos_id, codec)
 
 
-def _read_llama(folder: pathlib.Path, source: Source, settings: Settings) -> Imported:
+def _read_llama(folder: pathlib.Path, source: Source, settings: Settings, take: Take) -> Imported:
   kind = settings.text("model_type")
   if kind not in ("", "llama"):
     raise errors.CalmError(
@@ -308,8 +260,8 @@ def _read_llama(folder: pathlib.Path, source: Source, settings: Settings) -> Imp
       "'llama' can be converted"
     )
   run = config.TransformerRun(
-    data=config.Data(context=settings.whole("max_position_embeddings", 2048)),
-    model=config.Transformer(**settings.transformer()),
+    data=config.Data(context=settings.context()),
+    model=config.Transformer(**_transformer(source, folder, settings, "model")),
     training=config.Training(batch=1024, compute_dtype=settings.dtype),
   )
   name = "model.embed_tokens.weight"
@@ -317,11 +269,13 @@ def _read_llama(folder: pathlib.Path, source: Source, settings: Settings) -> Imp
   model = transformer.Transformer(run.model, vocab_size)
   shapes = jax.eval_shape(model.initial, jax.random.key(0))
   expected = names.transformer(run.model, settings.tied)
-  params = names.read(source, expected, shapes, folder)
+  params = take(source, expected, shapes, folder)
   return Imported(run, vocab_size, params, settings.eos_id)
 
 
-def read(folder: pathlib.Path, given_autoencoder: str = "") -> Imported:
+def read(
+  folder: pathlib.Path, given_autoencoder: str = "", allow_nonfinite: bool = False
+) -> Imported:
   """Returns the model in a folder of the reference, of ours for PyTorch, or of a plain Llama.
 
   What it is, is told from its tensors' names.
@@ -329,20 +283,41 @@ def read(folder: pathlib.Path, given_autoencoder: str = "") -> Imported:
   Args:
     given_autoencoder: folder of the autoencoder of a language model; by default that in
       the model's own folder, then the one that its `ae_path` names.
+    allow_nonfinite: take NaN and infinite weights.
 
   Raises:
-    CalmError: for a folder that is no model of these, a config.json that contradicts
-      the weights, and as `names.read` does.
+    CalmError: for a folder that is no model of these, files that are not what its
+      checksums say, a config.json that contradicts the weights, and as `names.read` does.
   """
+  checksums.check(folder, USED)
+  take = functools.partial(names.read, allow_nonfinite=allow_nonfinite)
+  return _named(folder, given_autoencoder, take)
+
+
+def check(folder: pathlib.Path) -> Imported:
+  """Returns the model in a folder as `read` does, its weights compared by name and shape only.
+
+  `params` are the names of its tensors. Checksums are not looked at.
+
+  Raises:
+    CalmError: as `read`, for what can be told without reading weights.
+  """
+  return _named(folder, "", names.check)
+
+
+def _named(folder: pathlib.Path, given_autoencoder: str, take: Take) -> Imported:
+  """Returns what `_read` does; its errors name the folder."""
   try:
-    return _read(folder, given_autoencoder)
+    return _read(folder, given_autoencoder, take)
   except errors.CalmError as error:
     if str(folder) in str(error):
       raise
     raise errors.CalmError(f"{folder / 'config.json'}: {error}") from error
+  except OSError as error:  # What is there can't be looked at.
+    raise errors.CalmError(f"can't read {folder}: {error}") from error
 
 
-def _read(folder: pathlib.Path, given_autoencoder: str) -> Imported:
+def _read(folder: pathlib.Path, given_autoencoder: str, take: Take) -> Imported:
   settings, source = Settings(folder), tensors.open_folder(folder)
   is_calm = any(name.startswith("transformer.") for name in source)
   if given_autoencoder and not is_calm:
@@ -350,11 +325,11 @@ def _read(folder: pathlib.Path, given_autoencoder: str) -> Imported:
       f"--autoencoder={given_autoencoder} is for a CALM language model, and {folder} holds none"
     )
   if is_calm:
-    return _read_calm(folder, source, settings, given_autoencoder)
+    return _read_calm(folder, source, settings, given_autoencoder, take)
   if any(name.startswith("model.layers.") for name in source):
-    return _read_llama(folder, source, settings)
+    return _read_llama(folder, source, settings, take)
   if any(name.startswith("encoder.") for name in source):
-    return _read_autoencoder(folder, source, settings)
+    return _read_autoencoder(folder, source, settings, take)
   raise errors.CalmError(
     f"{folder} holds no model that is known: neither a CALM language model nor its autoencoder nor "
     f"a LlamaForCausalLM; one of its tensors is {min(source, default='(none)')}"

@@ -3,20 +3,16 @@
 model.safetensors or pytorch_model.bin, or several of them with an index.
 """
 
-import contextlib
 import dataclasses
-import json
 import pathlib
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import safetensors
 import safetensors.numpy
 
 from calm_jax import errors, files
+from calm_jax.interchange import pickles
 
 SHARD_BYTES = 2**30
 FLOATS = ("F32", "F16", "BF16", "float32", "float16", "bfloat16")
@@ -34,14 +30,15 @@ class Stored:
 
 
 def _safetensors(path: pathlib.Path) -> dict[str, Stored]:
+  files.require_regular(path)
   try:
     opened = safetensors.safe_open(path, framework="np")
+    names: list[str] = opened.keys()  # The handle itself is no mapping.
+    parts = {name: opened.get_slice(name) for name in names}
   except (safetensors.SafetensorError, OSError) as error:
     raise errors.CalmError(f"can't read {path}: {error}; is it cut short?") from error
   found = {}
-  names: list[str] = opened.keys()  # The handle itself is no mapping.
-  for name in names:
-    part = opened.get_slice(name)
+  for name, part in parts.items():
 
     def read(name=name) -> np.ndarray:
       return np.asarray(opened.get_tensor(name), np.float32)
@@ -51,31 +48,11 @@ def _safetensors(path: pathlib.Path) -> dict[str, Stored]:
 
 
 def _pickle(path: pathlib.Path) -> dict[str, Stored]:
-  try:
-    import torch
-  except ImportError as error:
-    raise errors.CalmError(
-      f"{path} is a PyTorch file, which takes torch to read: pip install torch"
-    ) from error
-  try:
-    with path.open("rb") as file:
-      is_zip = file.read(2) == b"PK"  # PyTorch's format since 1.6; the one before can't be mapped.
-    values = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-  except Exception as error:  # A pickle that holds anything but tensors, or a damaged file.
-    reason = str(error).strip().split("\n")[0] or type(error).__name__
-    raise errors.CalmError(
-      f"can't read {path} as plain weights; it is damaged, or holds what would have to be run, "
-      f"which is not done: {reason}"
-    ) from error
-  if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-    raise errors.CalmError(f"{path} holds no tensors by name, but a {type(values).__name__}")
   found = {}
-  for name, value in values.items():
-    if not isinstance(value, torch.Tensor):
-      raise errors.CalmError(f"{path} holds {name!r}, which is no tensor: {type(value).__name__}")
+  for name, value in pickles.load(path).items():
 
     def read(value=value) -> np.ndarray:
-      return value.detach().to(torch.float32).numpy()
+      return value.detach().float().numpy()
 
     dtype = str(value.dtype).removeprefix("torch.")
     found[name] = Stored(path.name, tuple(value.shape), dtype, read)
@@ -87,27 +64,17 @@ _READERS: dict[str, Callable[[pathlib.Path], dict[str, Stored]]] = {
   SAFETENSORS: _safetensors,
   PICKLE: _pickle,
 }
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """Returns the mapping in a JSON file; CalmError if there is none."""
-  try:
-    values = json.loads(path.read_text(encoding="utf-8"))
-  except OSError as error:
-    raise errors.CalmError(f"can't read {path}: {error}") from error
-  except ValueError as error:
-    raise errors.CalmError(f"{path} is no valid JSON: {error}") from error
-  if not isinstance(values, dict):
-    raise errors.CalmError(f"{path} must hold a mapping, got {type(values).__name__}")
-  return values
+# Names of which a folder with weights has one.
+WEIGHTS = tuple(name for single in _READERS for name in (single, f"{single}.index.json"))
 
 
 def open_folder(folder: pathlib.Path) -> dict[str, Stored]:
   """Returns the tensors of a folder by name, none of them read yet.
 
   Raises:
-    CalmError: if there are no weights, a file is damaged or missing, or an index
-      names a file outside the folder or a tensor that is not where it says.
+    CalmError: if there are no weights, a file is damaged or missing, a tensor is empty
+      or of no float, or an index names a file outside the folder or a tensor that is
+      not where it says.
   """
   for single, reader in _READERS.items():
     index = folder / f"{single}.index.json"
@@ -118,19 +85,28 @@ def open_folder(folder: pathlib.Path) -> dict[str, Stored]:
     else:
       continue
     for name, stored in found.items():
-      if stored.dtype not in FLOATS and "rotary" not in name:
-        raise errors.CalmError(
-          f"{folder / stored.file}: tensor {name} has dtype {stored.dtype}; weights are float32, "
-          "float16 or bfloat16"
-        )
+      _require_weight(folder, name, stored)
     return found
   raise errors.CalmError(
     f"no weights in {folder}: there is neither {SAFETENSORS} nor {PICKLE}, nor an index of either"
   )
 
 
+def _require_weight(folder: pathlib.Path, name: str, stored: Stored) -> None:
+  """Raises CalmError for a tensor that can't be weights."""
+  if not name.isprintable():
+    raise errors.CalmError(f"{folder / stored.file}: no tensor is called {name!r}; is it damaged?")
+  where = f"{folder / stored.file}: tensor {name}"
+  if stored.dtype not in FLOATS and "rotary" not in name:
+    raise errors.CalmError(
+      f"{where} has dtype {stored.dtype}; weights are float32, float16 or bfloat16"
+    )
+  if 0 in stored.shape:
+    raise errors.CalmError(f"{where} is empty: its shape is {list(stored.shape)}")
+
+
 def _indexed(index: pathlib.Path, reader) -> dict[str, Stored]:
-  where = read_json(index).get("weight_map")
+  where = files.read_json(index).get("weight_map")
   if not isinstance(where, dict) or not all(isinstance(x, str) for x in where.values()):
     raise errors.CalmError(f"{index} has no weight_map from tensors to files")
   found: dict[str, Stored] = {}
@@ -139,15 +115,17 @@ def _indexed(index: pathlib.Path, reader) -> dict[str, Stored]:
       raise errors.CalmError(f"{index} names a file outside its folder: {file!r}")
     path = index.parent / file
     if not path.exists():
-      raise errors.CalmError(f"{index} names {file}, which is not there")
+      raise errors.CalmError(f"{index} names {file!r}, which is not there")
     there = reader(path)
     for name in (name for name, at in where.items() if at == file):
       if name not in there:
-        raise errors.CalmError(f"{index} says that {name} is in {file}, which has no such tensor")
+        raise errors.CalmError(
+          f"{index} says that {name!r} is in {file!r}, which has no such tensor"
+        )
       found[name] = there[name]
-    extra = sorted(there.keys() - where.keys())
+    extra = sorted(name for name in there if where.get(name) != file)
     if extra:
-      raise errors.CalmError(f"{path} holds {extra[0]}, which {index.name} does not name")
+      raise errors.CalmError(f"{path} holds {extra[0]!r}, which {index.name} does not put there")
   return found
 
 
@@ -205,34 +183,3 @@ def _write_shard(path: pathlib.Path, shard: list[Outgoing]) -> None:
           raise errors.CalmError(f"{path}: {name} does not read back as it was written")
   except (safetensors.SafetensorError, OSError) as error:
     raise errors.CalmError(f"can't write {path}: {error}") from error
-
-
-def require_local(path: str) -> None:
-  """Raises CalmError for a bucket's URL: folders of other frameworks are files here."""
-  if "://" in path:
-    raise errors.CalmError(f"{path} is no local folder: convert on a disk, then copy")
-
-
-@contextlib.contextmanager
-def new_folder(output: str) -> Iterator[pathlib.Path]:
-  """Gives a folder to write into that becomes `output` at the end, if nothing went wrong.
-
-  Raises:
-    CalmError: if `output` is there already or can't be written.
-  """
-  require_local(output)
-  target = pathlib.Path(output)
-  if target.exists():
-    raise errors.CalmError(f"{output} exists already: give a new --output")
-  partial = None
-  try:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    partial.chmod(0o755)
-    yield partial
-    partial.rename(target)
-  except OSError as error:
-    raise errors.CalmError(f"can't write --output={output}: {error}") from error
-  finally:
-    if partial and partial.exists():
-      shutil.rmtree(partial)

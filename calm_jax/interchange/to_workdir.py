@@ -4,21 +4,27 @@ import pathlib
 
 from etils import epath
 
-from calm_jax import errors, workdir
+from calm_jax import errors, files, workdir
 from calm_jax.data import tokenizer as tokenizer_lib
-from calm_jax.interchange import reading, tensors
+from calm_jax.interchange import destination, reading
 from calm_jax.training import checkpoint
 
-TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 LEAST_SHARE = 0.9  # Of a table's rows that its tokenizer uses; others are padding.
 
 
-def write(source: str, output: str, autoencoder: str = "", tokenizer: str = "") -> None:
+def write(
+  source: str,
+  output: str,
+  autoencoder: str = "",
+  tokenizer: str = "",
+  allow_nonfinite: bool = False,
+) -> None:
   """Writes the model in the folder `source` as the workdir `output`.
 
   Args:
     autoencoder: folder of a language model's autoencoder, where `source` has none.
     tokenizer: file of the tokenizer, where `source` has none.
+    allow_nonfinite: take NaN and infinite weights.
 
   Raises:
     CalmError: see `reading.read`; also for a tokenizer that is missing or has more
@@ -27,9 +33,9 @@ def write(source: str, output: str, autoencoder: str = "", tokenizer: str = "") 
   folder = pathlib.Path(source)
   if not (folder / "config.json").exists():
     raise errors.CalmError(f"--source={source} is no folder with a config.json")
-  imported = reading.read(folder, autoencoder)
+  imported = reading.read(folder, autoencoder, allow_nonfinite)
   loaded = _tokenizer(folder, tokenizer, imported)
-  with tensors.new_folder(output) as partial:
+  with destination.new_folder(output) as partial:
     codec = imported.autoencoder
     if codec:
       _write(str(partial / workdir.AUTOENCODER), codec, loaded)
@@ -40,19 +46,25 @@ def _tokenizer(
   folder: pathlib.Path, given: str, imported: reading.Imported
 ) -> tokenizer_lib.Tokenizer:
   """Returns the given tokenizer, or the one in the folder."""
-  found = [str(folder / name) for name in TOKENIZERS if (folder / name).exists()]
+  found = [str(folder / name) for name in reading.TOKENIZERS if (folder / name).exists()]
   if not given and not found:
     raise errors.CalmError(
-      f"{folder} holds no tokenizer ({' or '.join(TOKENIZERS)}): give --tokenizer=FILE, the one "
-      "that the model was trained with"
+      f"{folder} holds no tokenizer ({' or '.join(reading.TOKENIZERS)}): give --tokenizer=FILE, "
+      "the one that the model was trained with"
     )
   path = given or found[0]
+  files.require_regular(path)
   try:
     loaded = tokenizer_lib.load(path)
   except errors.CalmError:
     if imported.eos_id is None:
       raise
     loaded = tokenizer_lib.load(path, imported.eos_id)  # Its EOS has no well-known name.
+  if imported.eos_id is not None and not 0 <= imported.eos_id < loaded.vocab_size:
+    raise errors.CalmError(
+      f"{folder / 'config.json'} says eos_token_id = {imported.eos_id}, but {path} has "
+      f"{loaded.vocab_size} tokens: set the one that ends a text, or null"
+    )
   for model in (imported, imported.autoencoder):
     if model and model.vocab_size < loaded.vocab_size:
       raise errors.CalmError(

@@ -1,0 +1,118 @@
+"""A config.json of another framework -> its settings, each looked at before it is believed."""
+
+import math
+import pathlib
+from typing import Any
+
+from calm_jax import errors, files
+from calm_jax.interchange import tensors
+
+# What every model of ours has, and what another value would mean is not built here.
+_FIXED_VALUES = {
+  "rms_norm_eps": 1e-6,
+  "hidden_act": "silu",
+  "attention_bias": False,
+  "mlp_bias": False,
+  "rope_scaling": None,
+}
+_MOST = 2**31  # Sizes and counts are below it.
+_LONGEST_VALUE = 60  # Characters of a value in a message.
+
+
+def shown(value: Any) -> str:
+  """Returns a value for a message, cut where it is long."""
+  try:
+    text = repr(value)
+  except RecursionError:
+    return "a value nested too deep"
+  return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
+
+
+class Settings:
+  """A config.json, read with care."""
+
+  def __init__(self, folder: pathlib.Path):
+    self._path = folder / "config.json"
+    self._values = files.read_json(self._path)
+    for name, ours in _FIXED_VALUES.items():
+      value = self._values.get(name, ours)
+      if value != ours:
+        raise errors.CalmError(
+          f"{self._path}: {name} is {shown(value)}; only {ours!r} can be converted"
+        )
+    new = self._values.get("rope_parameters") or {}  # Where newer transformers keep them.
+    kind = new.get("rope_type", "default") if isinstance(new, dict) else new
+    if kind != "default":
+      raise errors.CalmError(
+        f"{self._path}: rope_type is {shown(kind)}; only 'default' can be converted"
+      )
+    self._values |= new
+
+  def number(self, name: str, default: int | float | None = None) -> Any:
+    """Returns a positive number; CalmError if it is none or is missing without a default."""
+    value = self._values.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+      raise errors.CalmError(f"{self._path}: {name} must be a number above 0, got {shown(value)}")
+    if isinstance(value, int) and value >= _MOST:
+      raise errors.CalmError(f"{self._path}: {name} must be below 2^31, got {shown(value)}")
+    return value
+
+  def whole(self, name: str, default: int | None = None) -> int:
+    """Returns a positive whole number; see `number`."""
+    value = self.number(name, default)
+    if not isinstance(value, int):
+      raise errors.CalmError(f"{self._path}: {name} must be a whole number, got {value!r}")
+    return value
+
+  def context(self, tokens: int = 1) -> int:
+    """Returns the tokens an example, of positions that are so many tokens each."""
+    name = "max_position_embeddings"
+    positions = self.whole(name, 2048)
+    if positions < 2 or positions * tokens >= _MOST:
+      raise errors.CalmError(
+        f"{self._path}: {name} must be at least 2, the second being predicted from the first, and "
+        f"below {_MOST // tokens}; got {positions}"
+      )
+    return positions * tokens
+
+  def text(self, name: str) -> str:
+    """Returns a string, empty if it is missing or none."""
+    value = self._values.get(name)
+    return value if isinstance(value, str) else ""
+
+  def has(self, name: str) -> bool:
+    """Tells whether the setting is there and not null."""
+    return self._values.get(name) is not None
+
+  @property
+  def tied(self) -> bool:
+    return bool(self._values.get("tie_word_embeddings", False))
+
+  @property
+  def eos_id(self) -> int | None:
+    """Returns the id that ends a document, the first where there are several."""
+    value = self._values.get("eos_token_id")
+    first = value[0] if isinstance(value, list) and value else value
+    return first if isinstance(first, int) and not isinstance(first, bool) else None
+
+  @property
+  def dtype(self) -> Any:
+    """Returns what the model is said to compute in, where that is one of ours."""
+    name = self.text("torch_dtype") or self.text("dtype")
+    return name if name in ("float32", "bfloat16") else "float32"
+
+  def require(self, **found: int) -> None:
+    """Raises CalmError where a named setting is there and is not what the weights have."""
+    for name, value in found.items():
+      stated = self._values.get(name)
+      if stated is not None and stated != value:
+        raise errors.CalmError(
+          f"{self._path} says {name} = {shown(stated)}, but its weights have {value!r}"
+        )
+
+  def vocab_size(self, name: str, table: tensors.Stored) -> int:
+    """Returns the rows of a token table, which may be padded by one beyond the setting."""
+    rows, stated = table.shape[0], self.whole("vocab_size", table.shape[0])
+    if rows not in (stated, stated + 1):
+      raise errors.CalmError(f"{self._path} says vocab_size = {stated}, but {name} has {rows} rows")
+    return rows
