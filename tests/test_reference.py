@@ -1,0 +1,103 @@
+"""Claims about what the reference gets: its loader, on our folders, has the model that we have.
+
+Its modules are told here as it builds them: the table of the decoder is a parameter of its
+own, tied to the encoder's when it is made, and random where a file is silent.
+"""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from folders import GOLDEN, VOCAB, agree
+
+from calm_jax import workdir
+from calm_jax.interchange import formats, tensors, to_workdir
+from calm_jax.models import calm, layers
+
+torch = pytest.importorskip("torch", reason="exported folders are opened by torch")
+transformers = pytest.importorskip("transformers", reason="they are opened by transformers")
+
+from calm_jax.interchange.torch_module import modeling_calm  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+  with torch.no_grad():
+    yield
+
+
+def untied(codec) -> None:
+  """Gives an autoencoder's decoder a table of its own, of noise, and lets it read by that."""
+  table = codec.encoder.embed_tokens.weight
+  codec.decoder.lm_head_weight = torch.nn.Parameter(torch.randn(table.shape))
+  codec.decode = lambda z_Z: torch.nn.functional.linear(
+    codec.decoder(z_Z), codec.decoder.lm_head_weight
+  )
+
+
+class Autoencoder(modeling_calm.CalmAutoencoder):
+  def __init__(self, config):
+    super().__init__(config)
+    untied(self)
+
+
+class LanguageModel(modeling_calm.CalmModel):
+  def __init__(self, config):
+    super().__init__(config)
+    untied(self.ae_model)
+
+
+def read_config(folder: pathlib.Path) -> dict:
+  return json.loads((folder / "config.json").read_text())
+
+
+def opened_autoencoder(folder: pathlib.Path):
+  config = modeling_calm.CalmAutoencoderConfig(**read_config(folder))
+  return Autoencoder.from_pretrained(folder, config=config).eval()
+
+
+def opened_language_model(folder: pathlib.Path, head: str):
+  values = read_config(folder)
+  inner = read_config(pathlib.Path(values["ae_path"]))
+  config = modeling_calm.CalmConfig(**values, head=head, autoencoder=inner)
+  return LanguageModel.from_pretrained(folder, config=config).eval()
+
+
+@pytest.fixture(params=[2**30, 20_000], ids=["one file", "shards"])
+def shard_bytes(request, monkeypatch):
+  monkeypatch.setattr(tensors, "SHARD_BYTES", request.param)
+
+
+@pytest.mark.parametrize("case", VOCAB)
+def test_an_autoencoder_decodes_the_same_there(case, shard_bytes, words, tmp_path):
+  source = str(GOLDEN / case / "autoencoder")
+  to_workdir.write(source, str(tmp_path / "in"), tokenizer=words(VOCAB[case]))
+  formats.convert(str(tmp_path / "in"), str(tmp_path / "out"), "reference")
+  here, there = workdir.load_autoencoder(str(tmp_path / "in")), opened_autoencoder(tmp_path / "out")
+  z_BZ = np.random.default_rng(0).normal(size=(50, here.run.model.latent)).astype(np.float32)
+  logits_BKV = layers.apply(here.module("float32"), here.params, z_BZ, method="decode")
+  found_BKV = there.decode(torch.from_numpy(z_BZ))
+  agree(found_BKV, logits_BKV)
+  np.testing.assert_array_equal(found_BKV.argmax(-1), np.argmax(logits_BKV, -1))
+
+
+@pytest.mark.parametrize("head", ["energy", "flow", "diffusion"])
+def test_a_language_model_writes_the_same_tokens_there(head: str, shard_bytes, words, tmp_path):
+  source = str(GOLDEN / "k4" / head)
+  to_workdir.write(source, str(tmp_path / "in"), tokenizer=words(VOCAB["k4"]))
+  formats.convert(str(tmp_path / "in"), str(tmp_path / "out"), "reference")
+  here = workdir.load_calm(str(tmp_path / "in"))
+  there = opened_language_model(tmp_path / "out", head)
+  token_BPK = np.random.default_rng(0).integers(0, 90, (3, 5, 4)).astype(np.int32)
+  hidden_BPD, _ = here.model.hidden(here.params, token_BPK)
+  agree(there.hidden_states(torch.from_numpy(token_BPK)), hidden_BPD)
+  noise = np.array(here.model.head.draw_noise(jax.random.key(0), (8, 3)))
+  sample_NBZ = here.model.samples(here.params, hidden_BPD[:, -1], noise)
+  token_NBK = calm.decode_tokens(here.model.autoencoder, here.autoencoder.params, sample_NBZ)
+  found_BPD = there.hidden_states(torch.from_numpy(token_BPK))
+  found_NBZ = there.samples(found_BPD[:, -1], torch.from_numpy(noise))
+  np.testing.assert_array_equal(there.next_tokens(found_NBZ), token_NBK)
+  inner = opened_autoencoder(tmp_path / "out/autoencoder")
+  np.testing.assert_array_equal(inner.decode(found_NBZ).argmax(-1), token_NBK)
