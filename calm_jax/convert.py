@@ -2,7 +2,8 @@
 
 Into a workdir (`--format=workdir`) from a folder of the reference, of Hugging Face's
 Llama or of ours for PyTorch; out of a workdir with any other format. The output is
-there whole at the end or not at all.
+there whole at the end or not at all. Folders that come out carry SHA256SUMS, as
+sha256sum(1) writes and checks it; one that goes in is held against it.
 """
 
 from calm_jax import interrupts

@@ -78,4 +78,4 @@ _AUTOENCODER_USE = """The folder is in the layout of the CALM reference implemen
 autoencoder class loads it."""
 _CALM_USE = """The folder is in the layout of the CALM reference implementation, whose classes load
 it. `ae_path` in config.json names the folder `autoencoder/` where it was written: change it if
-you move both."""
+you move both, and write SHA256SUMS anew with sha256sum."""
