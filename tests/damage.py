@@ -1,11 +1,11 @@
-"""Damages stores, workdirs and exported folders, and counts what the acts that read them make of it.
+"""Damages stores, workdirs and exported folders, and counts what those who read them make of it.
 
     python tests/damage.py --count=983 [--seed=0] [--kind=store,workdir,exported] [--output=FILE]
     python tests/damage.py --only=137,autoencoder_swapped
 
 Each case is a fresh copy of a toy, damaged in one place: by seed (flips, cuts, zeroes, emptying,
-removal, swaps with another file of its kind, wrong types), or by name (see targets.py). The cheapest
-act that reads the place runs on it, and what comes of it is
+removal, swaps with another file of its kind, wrong types), or by name (harm/*_targets.py).
+The cheapest act that reads the place runs on it, and what comes of it is
 
     told        one line and exit code 2, or the act went on and said so in a line
     harmless    the result is that of the undamaged one, bit for bit
@@ -13,7 +13,7 @@ act that reads the place runs on it, and what comes of it is
                 there is nothing to check it by
     silent      the result differs and nothing was said
     traceback   a traceback, or an exit code that stands for nothing
-    hang        nothing within --limit seconds
+    hang        nothing within --limit seconds and 20 times what the undamaged one takes
 
 Prints a table and the cases of the last three, each with the number or name for --only, and exits
 with 1 if there are any. Numbers hold for one --seed and one --cache, the folder of the toys: the
@@ -31,12 +31,20 @@ import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 
-import blows
-import forked
-import specimens
-import targets
-import workers
+from harm import (
+  blows,
+  exported_targets,
+  forked,
+  log_targets,
+  specimens,
+  store_targets,
+  targets,
+  workdir_targets,
+  workers,
+)
 
+# Importing them has entered their damages.
+TARGETED = (store_targets, workdir_targets, log_targets, exported_targets)
 KINDS = {
   "store": ("store", "parts"),
   "workdir": specimens.STAGES,
@@ -45,7 +53,14 @@ KINDS = {
 BAD = ("silent", "traceback", "hang")
 CLASSES = ("told", "harmless", "taken", *BAD)
 # Files that only tell what was: no act computes from them.
-LOGS = ("metrics.jsonl", "samples.jsonl", "evaluation.json", "temperature.json", "ledger/", "tensorb")
+LOGS = (
+  "metrics.jsonl",
+  "samples.jsonl",
+  "evaluation.json",
+  "temperature.json",
+  "ledger/",
+  "tensorb",
+)
 # Of the part of a specimen that begins so, the acts that read it; the cheapest more often.
 READERS: dict[str, Sequence[tuple[str, tuple[str, ...]]]] = {
   "store": (
@@ -142,17 +157,23 @@ class Bench:
     place.lay()
     return place
 
-  def _run(self, place: specimens.Place, name: str, before=lambda: None) -> forked.Ending:
+  def _run(
+    self, place: specimens.Place, name: str, limit: float, before=lambda: None
+  ) -> forked.Ending:
     act = specimens.ACTS[name]
     return forked.run(
-      act.command(place), self._folder, lambda said: act.result(place, said), before, self._limit
+      act.command(place), self._folder, lambda said: act.result(place, said), before, limit
     )
+
+  def _limit_of(self, undamaged: forked.Ending) -> float:
+    """A busy machine is slow at both."""
+    return self._limit + 20 * undamaged.seconds
 
   def undamaged(self, specimen: str, act: str) -> forked.Ending:
     """How an act ends on an undamaged specimen."""
     key = specimen, act
     if key not in self._undamaged:
-      ending = self._run(self._place(specimen), act)
+      ending = self._run(self._place(specimen), act, 10 * self._limit)
       assert ending.code == 0, (key, ending.said)
       self._undamaged[key] = ending
     return self._undamaged[key]
@@ -164,12 +185,10 @@ class Bench:
     undamaged = self.undamaged(blow.specimen, act)
     place = self._place(blow.specimen)
     what = blow.strike(place.case)
-    ending = self._run(place, act)
+    ending = self._run(place, act, self._limit_of(undamaged))
     found = outcome(ending, undamaged, blow.place.startswith(LOGS), must_tell=False)
     said = ending.said[-1000:]
-    return Outcome(
-      str(number), blow.specimen, blow.place, blow.damage, act, what, found, said
-    )
+    return Outcome(str(number), blow.specimen, blow.place, blow.damage, act, what, found, said)
 
   def targeted(self, name: str) -> list[Outcome]:
     """The case of a name, with each act that it is for."""
@@ -178,7 +197,8 @@ class Bench:
       undamaged = self.undamaged(target.specimen, act)
       place = self._place(target.specimen)
       # In the act's process: TensorStore works in no process forked from one that has used it.
-      ending = self._run(place, act, functools.partial(target.strike, place))
+      strike = functools.partial(target.strike, place)
+      ending = self._run(place, act, self._limit_of(undamaged), strike)
       found = outcome(ending, undamaged, target.taken, target.must_tell)
       where = target.specimen, target.strike.__doc__ or ""
       outcomes.append(
@@ -219,20 +239,16 @@ def table(outcomes: Sequence[Outcome]) -> str:
   for each in outcomes:
     for key in ((kind_of(each.specimen), each.damage), ("all", "")):
       counts.setdefault(key, collections.Counter())[each.outcome] += 1
-  rows = [("specimen", "damage", "cases", *CLASSES)]
-  for (kind, damage), found in sorted(counts.items(), key=lambda item: (item[0][0] == "all", item)):
-    rows.append((kind, damage, found.total(), *(found[name] for name in CLASSES)))
-  widths = [max(len(str(row[column])) for row in rows) for column in range(len(rows[0]))]
-  return "\n".join(
-    "  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows
-  )
+  return specimens.table(("specimen", "damage", "cases", *CLASSES), counts, CLASSES)
 
 
 def describe(each: Outcome) -> str:
   lines = each.said.strip().splitlines()
   last = lines[-1][:150] if lines and each.outcome != "silent" else ""
   place = f" {each.place}" if each.place else ""
-  return f"{each.outcome} --only={each.name}: {each.act} of {each.specimen}{place}: {each.what} {last}"
+  return (
+    f"{each.outcome} --only={each.name}: {each.act} of {each.specimen}{place}: {each.what} {last}"
+  )
 
 
 def main() -> int:
@@ -243,7 +259,7 @@ def main() -> int:
   parser.add_argument("--kind", default=",".join(KINDS), help="Of specimens, with commas between.")
   parser.add_argument("--targeted", default="all", help="Names with commas between, all or none.")
   parser.add_argument("--only", default="", help="Numbers and names, in place of all others.")
-  parser.add_argument("--limit", type=float, default=60, help="Seconds an act may take.")
+  parser.add_argument("--limit", type=float, default=20, help="Seconds an act may take, at least.")
   parser.add_argument("--jobs", type=int, default=2, help="Cases at once.")
   parser.add_argument("--cache", help="Folder of the toys, made if need be; else a temporary one.")
   parser.add_argument("--output", help="JSON file of all outcomes.")

@@ -147,9 +147,11 @@ def _of_its_kind(
   content, found = path.read_bytes(), []
   for specimen in (*specimens, "other_autoencoder", "other_store"):
     for other in _files(root / specimen):
-      same = other.name == path.name or (
-        other.suffix == path.suffix == "" and other.parent.name == path.parent.name
-      ) or other.suffix == path.suffix != ""
+      same = (
+        other.name == path.name
+        or (other.suffix == path.suffix == "" and other.parent.name == path.parent.name)
+        or other.suffix == path.suffix != ""
+      )
       if same and other.read_bytes() != content:
         found.append(other)
   return found

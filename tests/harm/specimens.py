@@ -1,5 +1,6 @@
 """Toy stores, workdirs and exported folders of every kind, and the acts that read them."""
 
+import collections
 import dataclasses
 import hashlib
 import json
@@ -7,10 +8,9 @@ import os
 import pathlib
 import shutil
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import forked
 import jax
 import numpy as np
 
@@ -19,6 +19,7 @@ from calm_jax.data import store as store_lib
 from calm_jax.interchange import tensors
 from calm_jax.reporting import records
 from calm_jax.training import reporter
+from harm import forked
 
 STAGES = ("autoencoder", "calm", "transformer")
 STEPS, STOPPED_AT = 5, 4
@@ -68,10 +69,7 @@ class Place:
   def lay(self) -> None:
     """Puts a fresh copy of the specimen here."""
     for path in (self.case, self.out):
-      if path.is_dir():
-        shutil.rmtree(path)
-      else:
-        path.unlink(missing_ok=True)
+      clear(path)
     shutil.copytree(self.root / self.specimen, self.case)
 
 
@@ -81,6 +79,27 @@ class Act:
 
   command: Callable[[Place], forked.Command]
   result: Result
+
+
+def clear(path: pathlib.Path) -> None:
+  """Removes a file, a folder or nothing."""
+  if path.is_dir():
+    shutil.rmtree(path)
+  else:
+    path.unlink(missing_ok=True)
+
+
+def table(
+  heading: Sequence[str],
+  counts: Mapping[tuple[str, str], collections.Counter[str]],
+  classes: Sequence[str],
+) -> str:
+  """Counts as lines of columns; those of all come last."""
+  rows = [tuple(heading)]
+  for names, found in sorted(counts.items(), key=lambda item: (item[0][0] == "all", item[0])):
+    rows.append((*names, str(found.total()), *(str(found[name]) for name in classes)))
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def sha(path: pathlib.Path) -> str:
@@ -218,7 +237,9 @@ ACTS: Mapping[str, Act] = {
     lambda place, printed: json.loads(printed),
   ),
   "generate": Act(
-    lambda place: _act("generate", f"--workdir={place.case}", "--prompt=The cats", "--max_tokens=8"),
+    lambda place: _act(
+      "generate", f"--workdir={place.case}", "--prompt=The cats", "--max_tokens=8"
+    ),
     _generated,
   ),
   "report": Act(

@@ -9,7 +9,10 @@ from typing import Any
 
 
 def spread(
-  one: Callable[[Any, pathlib.Path], list[dict]], cases: Sequence[Any], root: pathlib.Path, jobs: int
+  one: Callable[[Any, pathlib.Path], list[dict]],
+  cases: Sequence[Any],
+  root: pathlib.Path,
+  jobs: int,
 ) -> list[dict]:
   """Returns what `one` returns for each case, in order; a worker takes every jobs-th of them.
 

@@ -40,7 +40,7 @@ from calm_jax.interchange import formats  # noqa: F401
 from calm_jax.reporting import page, provenance, summary  # noqa: F401
 from calm_jax.training import program, reporter, train  # noqa: F401
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +50,13 @@ class Ending:
   Attributes:
     code: its exit code, negative for a signal, None where it was killed at its time limit.
     said: standard error. result: what `result` returned, None unless the code is 0.
+    seconds: what it took.
   """
 
   code: int | None
   said: str
   result: Any
+  seconds: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,14 +89,14 @@ def run(
     before: called there first, to change how things work.
     limit: seconds after which it is killed.
   """
-  pid = os.fork()
+  began, pid = time.monotonic(), os.fork()
   if not pid:
     _child(command, folder, result, before)
   code = _wait(pid, time.monotonic() + limit)
   said = (folder / "stderr").read_text(errors="replace")
   path = folder / "result"
   found = json.loads(path.read_text()) if code == 0 and path.exists() else None
-  return Ending(code, said, found)
+  return Ending(code, said, found, time.monotonic() - began)
 
 
 def _wait(pid: int, deadline: float) -> int | None:
