@@ -26,7 +26,6 @@ import dataclasses
 import functools
 import json
 import pathlib
-import re
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -43,12 +42,14 @@ from harm import (
   workers,
 )
 
+# A folder of another maker, whose weights alone have sums: those of a zip archive.
+FOREIGN, SUMMED = "llama_bin", "pytorch_model.bin"
 # Importing them has entered their damages.
 TARGETED = (store_targets, workdir_targets, log_targets, exported_targets)
 KINDS = {
   "store": ("store", "parts"),
   "workdir": specimens.STAGES,
-  "exported": (*specimens.EXPORTS, "llama_bin"),
+  "exported": (*specimens.EXPORTS, FOREIGN),
 }
 BAD = ("silent", "traceback", "hang")
 CLASSES = ("told", "harmless", "taken", *BAD)
@@ -110,19 +111,6 @@ def act_for(specimen: str, place: str, choice) -> str:
   return choice.choice(acts)
 
 
-def tells_more(ending: forked.Ending, undamaged: forked.Ending) -> bool:
-  """Whether an act said a line, or a page notes one, that it does not of the undamaged one."""
-
-  def told(one: forked.Ending) -> set[str]:
-    notes = one.result.get("notes", []) if isinstance(one.result, dict) else []
-    lines = [*one.said.splitlines(), *notes]
-    return {re.sub(r"\b[0-9a-f]{8,}\b|[\d.,]+", "#", line) for line in lines}
-
-  # Lines of progress come and go with the step that a run goes on from.
-  new = told(ending) - told(undamaged)
-  return any(not line.startswith(("train ", "evaluation ", "first step")) for line in new)
-
-
 def outcome(ending: forked.Ending, undamaged: forked.Ending, taken: bool, must_tell: bool) -> str:
   """The class of what became of a damage.
 
@@ -139,7 +127,7 @@ def outcome(ending: forked.Ending, undamaged: forked.Ending, taken: bool, must_t
     return "told" if len(lines) == 1 and ending.said.endswith(lines[0] + "\n") else "traceback"
   if ending.result == undamaged.result and not must_tell:
     return "harmless"
-  if tells_more(ending, undamaged):
+  if forked.tells_more(ending, undamaged):
     return "told"
   readable = "unreadable" not in (ending.result or {})
   return "taken" if taken and readable and not must_tell else "silent"
@@ -186,7 +174,8 @@ class Bench:
     place = self._place(blow.specimen)
     what = blow.strike(place.case)
     ending = self._run(place, act, self._limit_of(undamaged))
-    found = outcome(ending, undamaged, blow.place.startswith(LOGS), must_tell=False)
+    taken = blow.place.startswith(LOGS) or (blow.specimen == FOREIGN and blow.place != SUMMED)
+    found = outcome(ending, undamaged, taken, must_tell=False)
     said = ending.said[-1000:]
     return Outcome(str(number), blow.specimen, blow.place, blow.damage, act, what, found, said)
 

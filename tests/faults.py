@@ -7,7 +7,7 @@ For every n the n-th write, rename, fsync, read and mkdir of a toy act fails wit
 EACCES; see harm/injection.py for which calls those are. Then the same command runs again. An act
 may
 
-    told        end with 2 and one line, and the second run makes up for it
+    told        end with 2 and one line, or go on and say so; the second run makes up for it
     harmless    end with 0 and the result of an undisturbed run
     silent      end with 0 and another result
     spoilt      end well, but the second run does not end as an undisturbed one, bit for bit
@@ -179,7 +179,9 @@ def _first(ending: forked.Ending, whole: forked.Ending) -> str:
   if "Traceback" in ending.said or ending.code not in CODES:
     return "traceback"
   if ending.code == 0:
-    return "harmless" if ending.result == whole.result else "silent"
+    if ending.result == whole.result:
+      return "harmless"
+    return "told" if forked.tells_more(ending, whole) else "silent"
   lines = [line for line in ending.said.splitlines() if line.startswith("error: ")]
   return "told" if len(lines) == 1 or ending.code == 75 else "traceback"
 

@@ -21,6 +21,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import dataclasses
 import pathlib
+import re
 import runpy
 import signal
 import sys
@@ -97,6 +98,19 @@ def run(
   path = folder / "result"
   found = json.loads(path.read_text()) if code == 0 and path.exists() else None
   return Ending(code, said, found, time.monotonic() - began)
+
+
+def tells_more(ending: Ending, undisturbed: Ending) -> bool:
+  """Whether an act said a line, or a page notes one, that an undisturbed one does not."""
+
+  def told(one: Ending) -> set[str]:
+    notes = one.result.get("notes", []) if isinstance(one.result, dict) else []
+    lines = [*one.said.splitlines(), *notes]
+    return {re.sub(r"\b[0-9a-f]{8,}\b|[\d.,]+", "#", line) for line in lines}
+
+  # Lines of progress come and go with the step that a run goes on from.
+  new = told(ending) - told(undisturbed)
+  return any(not line.startswith(("train ", "evaluation ", "first step")) for line in new)
 
 
 def _wait(pid: int, deadline: float) -> int | None:
