@@ -16,8 +16,7 @@ The cheapest act that reads the place runs on it, and what comes of it is
     hang        nothing within --limit seconds and 20 times what the undamaged one takes
 
 Prints a table and the cases of the last three, each with the number or name for --only, and exits
-with 1 if there are any. Numbers hold for one --seed and one --cache, the folder of the toys: the
-names of files in checkpoints are random.
+with 1 if there are any. Numbers hold for one --seed, --kind and version of the toys.
 """
 
 import argparse

@@ -38,7 +38,7 @@ ACTS = {
 BAD = ("silent", "spoilt", "left", "traceback", "hang")
 CLASSES = ("told", "harmless", *BAD)
 OPERATIONS = (*injection.ERRORS, injection.SIZE)
-OUTPUTS = ("stdout", "stderr", "result", "trace")
+OUTPUTS = ("result", "trace")
 # Exit codes that stand for something: done, bad input, start again.
 CODES = (0, 2, 75)
 

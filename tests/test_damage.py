@@ -39,6 +39,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 def outcomes(tool: str, cache: pathlib.Path, *flags: str) -> list[dict]:
   path = cache / "outcomes.json"
+  path.unlink(missing_ok=True)
   command = [sys.executable, f"tests/{tool}", f"--cache={cache}", f"--output={path}", *flags]
   # On one device, which is quicker than the eight of other tests.
   environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}

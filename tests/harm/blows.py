@@ -136,8 +136,14 @@ def _places(value: Any, at: tuple = ()):
 
 
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:
+  """Returns files in an order that random names have no part in."""
   found = (pathlib.Path(base, name) for base, _, names in os.walk(folder) for name in names)
-  return sorted(path for path in found if not path.name.startswith("events.out"))
+
+  def key(path: pathlib.Path) -> tuple:
+    random_name = path.parent.name == "d"  # TensorStore's.
+    return path.parent, path.stat().st_size if random_name else 0, path.name
+
+  return sorted((path for path in found if not path.name.startswith("events.out")), key=key)
 
 
 def _of_its_kind(

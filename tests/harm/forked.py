@@ -19,7 +19,9 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
+import contextlib
 import dataclasses
+import io
 import pathlib
 import re
 import runpy
@@ -42,6 +44,11 @@ from calm_jax.reporting import page, provenance, summary  # noqa: F401
 from calm_jax.training import program, reporter, train  # noqa: F401
 
 ROOT = pathlib.Path(__file__).parents[2]
+# How lines begin that come and go: those of progress, and what libtpu says where it finds no TPU.
+NO_WORD = (
+  "train ", "evaluation ", "first step", "WARNING:", "E#", "Failed to find host", "===", "learning/",
+)  # fmt: skip
+NOT_BEGUN = 70  # The exit code where what comes before an act failed, which is a bug of the tool.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,17 +91,19 @@ def run(
   """Runs an act and returns how it ended.
 
   Args:
-    folder: for its output; must exist.
+    folder: for its result; must exist.
     result: called in the act's process after exit code 0, with standard output; returns
       what JSON can hold. Where it fails, the result is {"unreadable": why}.
     before: called there first, to change how things work.
     limit: seconds after which it is killed.
   """
+  hear, tell = os.pipe()  # No file: files may be what fails.
   began, pid = time.monotonic(), os.fork()
   if not pid:
-    _child(command, folder, result, before)
-  code = _wait(pid, time.monotonic() + limit)
-  said = (folder / "stderr").read_text(errors="replace")
+    _child(command, folder, result, before, tell)
+  os.close(tell)
+  code, said = _wait(pid, began + limit, hear)
+  assert code != NOT_BEGUN, said
   path = folder / "result"
   found = json.loads(path.read_text()) if code == 0 and path.exists() else None
   return Ending(code, said, found, time.monotonic() - began)
@@ -108,50 +117,53 @@ def tells_more(ending: Ending, undisturbed: Ending) -> bool:
     lines = [*one.said.splitlines(), *notes]
     return {re.sub(r"\b[0-9a-f]{8,}\b|[\d.,]+", "#", line) for line in lines}
 
-  # Lines of progress come and go with the step that a run goes on from.
-  new = told(ending) - told(undisturbed)
-  return any(not line.startswith(("train ", "evaluation ", "first step")) for line in new)
+  return any(not line.startswith(NO_WORD) for line in told(ending) - told(undisturbed))
 
 
-def _wait(pid: int, deadline: float) -> int | None:
-  """Returns the exit code of a child, None for one that had to be killed."""
-  while time.monotonic() < deadline:
+def _wait(pid: int, deadline: float, hear: int) -> tuple[int | None, str]:
+  """Returns the exit code of a child, None for one that had to be killed, and what it said."""
+  os.set_blocking(hear, False)
+  heard, done, status = bytearray(), 0, 0
+  while not done and time.monotonic() < deadline:
     done, status = os.waitpid(pid, os.WNOHANG)
-    if done:
-      return os.waitstatus_to_exitcode(status)
-    time.sleep(0.005)
-  os.killpg(pid, signal.SIGKILL)
-  os.waitpid(pid, 0)
-  return None
+    with contextlib.suppress(BlockingIOError):
+      while block := os.read(hear, 2**16):
+        heard += block
+    time.sleep(0 if done else 0.005)
+  if not done:
+    os.killpg(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+  os.close(hear)
+  return os.waitstatus_to_exitcode(status) if done else None, heard.decode(errors="replace")
 
 
-def _child(command: Command, folder: pathlib.Path, result, before) -> None:
+def _child(command: Command, folder: pathlib.Path, result, before, tell: int) -> None:
   """Runs the act and ends the process."""
   code = 1
   try:
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     (folder / "result").unlink(missing_ok=True)
-    for stream, name in ((1, "stdout"), (2, "stderr")):
-      os.dup2(os.open(folder / name, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o644), stream)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for stream, end in ((0, nothing), (1, nothing), (2, tell)):
+      os.dup2(end, stream)
+    sys.stdout = printed = io.StringIO()
     os.chdir(ROOT)
     if jax.config.values["jax_compilation_cache_dir"] is None:
       jax.config.update("jax_compilation_cache_dir", str(folder.parent / "compiled"))
     calm_jax.STARTED = time.time()
     provenance.commit = lambda: None  # It would change when a file of the checkout does.
+    code = NOT_BEGUN
     before()
     code = _code(command)
-    sys.stdout.flush()
     if code == 0:
       try:
-        found = result((folder / "stdout").read_text())
+        found = result(printed.getvalue())
       except Exception as error:
         found = {"unreadable": repr(error)}
       (folder / "result").write_text(json.dumps(found))
   except BaseException:
     traceback.print_exc()
-    code = 1
   finally:
     sys.stderr.flush()
     os._exit(code)
