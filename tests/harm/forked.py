@@ -46,7 +46,8 @@ from calm_jax.training import program, reporter, train  # noqa: F401
 ROOT = pathlib.Path(__file__).parents[2]
 # How lines begin that come and go: those of progress, and what libtpu says where it finds no TPU.
 NO_WORD = (
-  "train ", "evaluation ", "first step", "WARNING:", "E#", "Failed to find host", "===", "learning/",
+  "train ", "evaluation ", "first step",
+  "WARNING:", "E#", "Failed to find host", "===", "learning/",
 )  # fmt: skip
 NOT_BEGUN = 70  # The exit code where what comes before an act failed, which is a bug of the tool.
 
