@@ -110,10 +110,14 @@ def exit_code(codes: Sequence[int]) -> int:
 
 @contextlib.contextmanager
 def _recorded(received: list[int]) -> Iterator[None]:
-  """Appends SIGTERM and SIGINT to `received` in place of acting on them."""
+  """Appends SIGTERM and SIGINT to `received` in place of acting on them.
+
+  A SIGINT that is ignored, as in a background job, stays so.
+  """
   before = {
     number: signal.signal(number, lambda number, _: received.append(number))
     for number in (signal.SIGTERM, signal.SIGINT)
+    if number != signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN
   }
   try:
     yield

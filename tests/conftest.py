@@ -23,10 +23,12 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import atexit
 import dataclasses
+import gc
 import json
 import pathlib
 import shutil
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 
 import folders
 import jax
@@ -39,6 +41,8 @@ from calm_jax.models import calm
 
 atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Background jobs, cron and some CI start with SIGINT ignored: what tests start would inherit it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 OPTIMIZER = config.Optimizer(learning_rate=3e-3, warmup_steps=2, schedule="cosine")
 ONE_DEVICE = config.Mesh(fsdp=1)
@@ -51,6 +55,14 @@ TRAINING = config.Training(
   eval_blocks=6,
   checkpoint_every=2,
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_programs_left() -> Iterator[None]:
+  """Frees the programs that a file's tests compiled: a worker that kept them all took over 5 GB."""
+  yield
+  jax.clear_caches()
+  gc.collect()
 
 
 @pytest.fixture(scope="session")

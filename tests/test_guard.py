@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import time
 import numpy as np
 import pytest
 from etils import epath
-from processes import finish, start
+from processes import ROOT, finish, start
 
 from calm_jax import config, errors
 from calm_jax.data import pipeline
@@ -68,6 +69,30 @@ def test_a_stop_is_noted_once_and_the_next_signal_acts_as_before():
     with pytest.raises(KeyboardInterrupt):
       signal.raise_signal(signal.SIGINT)
   assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_sigint_that_was_ignored_at_the_start_stays_ignored():
+  before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+  try:
+    with stopping.Stop() as stop:
+      signal.raise_signal(signal.SIGINT)
+      assert stop.signal is None
+      signal.raise_signal(signal.SIGTERM)
+      assert stop.signal is signal.SIGTERM
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+  finally:
+    signal.signal(signal.SIGINT, before)
+
+
+def test_children_of_tests_heed_sigint_however_the_tests_were_started():
+  """As in a background job of a script: what pytest collects restores the signal first."""
+  code = (
+    "import signal, conftest; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+  )
+  ignoring = f"trap '' INT; exec {shlex.quote(sys.executable)} -c {shlex.quote(code)}"
+  environment = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+  code, said, errors = finish(start("bash", "-c", ignoring, **environment))
+  assert (code, said) == (0, "True\n"), errors
 
 
 def attempt(folder: pathlib.Path, number: int, steps, times, **seconds) -> None:

@@ -123,6 +123,15 @@ def test_a_dry_run_of_local_processes_prints_every_command(tmp_path: pathlib.Pat
   assert words[1][-2:] == ["--num_processes=2", "--process_id=1"]
 
 
+def test_a_sigint_that_was_ignored_at_the_start_stays_ignored():
+  """As in a background job of a script; the processes that it starts inherit that."""
+  code = "import signal; print(signal.getsignal(signal.SIGINT) is signal.SIG_IGN)"
+  words = (*LOCAL, "--processes=1", "--", PYTHON, "-c", code)
+  ignoring = "trap '' INT; exec " + shlex.join(map(str, words))
+  code, output, errors = finish(start("bash", "-c", ignoring))
+  assert code == 0 and "True" in output, errors
+
+
 @pytest.mark.parametrize(
   ("words", "told"),
   [

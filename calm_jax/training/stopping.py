@@ -15,6 +15,9 @@ class Stop:
 
   While nothing is unsaved the process ends at once instead, whatever it is in the
   middle of: a thread hears of the signal even while the compiler has the main one.
+
+  A SIGINT that was ignored when the process began stays ignored, as the shell means it that
+  starts a job in the background: Ctrl-C is for what runs in front. SIGTERM is always heeded.
   """
 
   def __init__(self):
@@ -28,7 +31,8 @@ class Stop:
     self._told = told
     self._previous_fd = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
     for number in CODES:
-      self._previous[number] = signal.signal(number, self._note)
+      if number != signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
+        self._previous[number] = signal.signal(number, self._note)
     self._thread = threading.Thread(target=self._watch, name="signals", daemon=True)
     self._thread.start()
     return self

@@ -1,0 +1,1 @@
+"""Toys, what harms them, and the acts that meet the harm: for damage.py and faults.py."""
