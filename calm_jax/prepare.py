@@ -17,8 +17,8 @@ import tqdm
 from absl import flags
 from etils import epath
 
-from calm_jax import cli, errors, files, lease
-from calm_jax.data import holdout, manifest, seal, sources, store
+from calm_jax import cli, errors, files, lease, sealed_json
+from calm_jax.data import holdout, manifest, sources, store
 from calm_jax.data import parts as parts_lib
 from calm_jax.data import tokenizer as tokenizer_lib
 
@@ -197,7 +197,7 @@ def _finished(output: str, plan: dict[str, str]) -> store.TokenStore | None:
 def _work_folder(output: str, plan: dict[str, str]) -> epath.Path:
   """Makes the folder for the parts of this plan, and removes those of other plans."""
   root = epath.Path(output) / _WORK
-  work = root / seal.digest(plan)[:16]
+  work = root / sealed_json.digest(plan)[:16]
   work.mkdir(parents=True, exist_ok=True)
   for other in root.iterdir():
     if other.name != work.name:

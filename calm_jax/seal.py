@@ -8,13 +8,12 @@ refused. A seal finds damage, mistakes and swapped parts, not malice.
 
 import dataclasses
 import hashlib
-import json
 import uuid
 from typing import Any
 
 from etils import epath
 
-from calm_jax import distributed, errors, files
+from calm_jax import distributed, errors, files, sealed_json
 
 FILE = "seal.json"
 # Of a workdir; 1 had no seal.
@@ -40,22 +39,17 @@ class Seal:
   @property
   def bound(self) -> str:
     """One hash over all that never changes."""
-    return of_values([self.run, self.origin, self.tokenizer, self.autoencoder])
+    return sealed_json.digest([self.run, self.origin, self.tokenizer, self.autoencoder])
 
   def to_json(self) -> str:
     values = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
     values["config"] = list(self.config)
-    return files.to_json({**values, "hash": of_values(values)})
+    return files.to_json(sealed_json.sealed(values))
 
 
 def of_bytes(content: bytes) -> str:
   """Returns the SHA-256 of bytes, as hexadecimal digits."""
   return hashlib.sha256(content).hexdigest()
-
-
-def of_values(values: Any) -> str:
-  """Returns the SHA-256 of JSON values, whatever the order of their names."""
-  return of_bytes(json.dumps(values, sort_keys=True).encode())
 
 
 def make(directory: str, config: str, origin: str, tokenizer: epath.PathLike) -> Seal:
@@ -98,10 +92,12 @@ def read(directory: str) -> Seal:
     _require_format(directory, _format_of_origin(directory))
     raise errors.CalmError(f"{path} is missing, which binds the workdir's parts: put it back")
   values = files.read_json(path)
-  found = values.pop("hash", None)
-  if found != of_values(values):
-    raise errors.CalmError(f"{path} was changed since it was written: put back the one of the run")
-  _require_format(directory, values.pop("format_version"))
+  _require_format(directory, values.get("format_version"))
+  try:
+    values = sealed_json.unsealed(values, str(path))
+  except errors.CalmError as error:
+    raise errors.CalmError(f"{error}: put back the one of the run") from error
+  del values["format_version"]
   return Seal(**{**values, "config": tuple(values["config"])})
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 
-from calm_jax import errors
-from calm_jax.training import checkpoint, meta
+from calm_jax import errors, sealed_json
+from calm_jax.training import checkpoint
 
 SIZE = 5000
 
@@ -177,7 +177,9 @@ def edit_meta(directory: pathlib.Path, step: int, edit, rehash: bool = False) ->
   values = json.loads(path.read_text())
   edit(values)
   if rehash:
-    values = meta.hashed({name: value for name, value in values.items() if name != "hash"})
+    values = sealed_json.sealed(
+      {name: x for name, x in values.items() if name != sealed_json.FIELD}
+    )
   path.write_text(json.dumps(values))
 
 

@@ -62,7 +62,7 @@ SWAPS = {
   ),
   "seal": (
     lambda copy: edit(copy / "seal.json", lambda x: x.update(run="mine")),
-    r"copy/seal.json was changed since it was written: put back",
+    r"copy/seal.json is damaged: .*: put back",
   ),
   "no seal": (lambda copy: (copy / "seal.json").unlink(), r"seal.json is missing.*: put it back"),
   "the autoencoder's config": (

@@ -11,8 +11,8 @@ import shutil
 import numpy as np
 import pytest
 
-from calm_jax import errors
-from calm_jax.data import arrays, seal
+from calm_jax import errors, sealed_json
+from calm_jax.data import arrays
 from calm_jax.data import manifest as manifest_lib
 from calm_jax.data import store as store_lib
 from calm_jax.data import tokenizer as tokenizer_lib
@@ -214,7 +214,7 @@ def test_a_manifest_with_the_right_hash_and_wrong_types_is_told(
   store: store_lib.TokenStore, name: str, change
 ):
   values = dataclasses.asdict(store.manifest) | {name: change}
-  (pathlib.Path(store.path) / "manifest.json").write_text(json.dumps(seal.sealed(values)))
+  (pathlib.Path(store.path) / "manifest.json").write_text(json.dumps(sealed_json.sealed(values)))
   with pytest.raises(errors.CalmError, match=r"can't read .*manifest\.json") as caught:
     store_lib.TokenStore.open(store.path)
   assert "\n" not in str(caught.value)

@@ -7,8 +7,7 @@ from typing import Any
 
 from etils import epath
 
-from calm_jax import errors, files
-from calm_jax.data import seal
+from calm_jax import errors, files, sealed_json
 
 FORMAT_VERSION = 2
 SPLITS = ("train", "heldout")
@@ -84,7 +83,7 @@ class Manifest:
 
   def to_json(self) -> str:
     """Returns the text of the file, with its hash."""
-    return files.to_json(seal.sealed(dataclasses.asdict(self)))
+    return files.to_json(sealed_json.sealed(dataclasses.asdict(self)))
 
   @classmethod
   def from_mapping(cls, values: Mapping[str, Any], where: str) -> "Manifest":
@@ -98,7 +97,7 @@ class Manifest:
       raise errors.CalmError(
         f"can't read {where}: format {version!r}, this version reads {FORMAT_VERSION}"
       )
-    values = seal.unsealed(values, where)
+    values = sealed_json.unsealed(values, where)
     try:
       manifest = _typed(cls, values)
       manifest._require_sound()
@@ -126,7 +125,7 @@ class Manifest:
     read = {name: values[name] for name in ("appends_eos", "dtype", "splits")}
     tokenizer = self.tokenizer
     read["tokenizer"] = [tokenizer.sha256, tokenizer.vocab_size, tokenizer.eos_id]
-    return seal.digest(read)[:16]
+    return sealed_json.digest(read)[:16]
 
 
 def read(path: str) -> Manifest | None:

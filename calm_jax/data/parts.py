@@ -23,8 +23,8 @@ from typing import IO
 import numpy as np
 from etils import epath
 
-from calm_jax import errors, files
-from calm_jax.data import holdout, manifest, seal, sources, store
+from calm_jax import errors, files, sealed_json
+from calm_jax.data import holdout, manifest, sources, store
 from calm_jax.data import tokenizer as tokenizer_lib
 
 Counts = collections.Counter[str]  # "train.tokens", "heldout.documents", "0.bytes", ...
@@ -63,7 +63,9 @@ class Job:
   def digest(self, spans: Sequence[sources.Span]) -> str:
     """Returns a hash of all that the content of a part of these spans follows from."""
     values = dataclasses.asdict(self) | {"spans": [dataclasses.astuple(span) for span in spans]}
-    return seal.digest({**values, "directory": "", "tokenizer": ""})  # Not of where they lie.
+    return sealed_json.digest(
+      {**values, "directory": "", "tokenizer": ""}
+    )  # Not of where they lie.
 
   def file(self, part: int, name: str) -> epath.Path:
     """Returns the path of a part's file."""
@@ -96,7 +98,7 @@ def read_part(job: Job, part: int, spans: Sequence[sources.Span]) -> Part | None
   """Returns a part that was made before, of the same, and is whole; else None."""
   path = job.file(part, "json")
   try:
-    values = seal.unsealed(files.read_json(path), str(path))
+    values = sealed_json.unsealed(files.read_json(path), str(path))
     if values["made_of"] != job.digest(spans):
       return None
     found = Part(collections.Counter(values["counts"]), values["files"])
@@ -122,7 +124,7 @@ def make_part(job: Job, part: int, spans: Sequence[sources.Span]) -> Part:
     for name in _FILES:
       files.sync(job.file(part, name))
     values = {"made_of": job.digest(spans), "counts": dict(counts), "files": sums}
-    files.write(job.file(part, "json"), files.to_json(seal.sealed(values)))
+    files.write(job.file(part, "json"), files.to_json(sealed_json.sealed(values)))
   except OSError as error:  # Those of sources are CalmErrors by now.
     raise errors.CalmError(f"can't write {job.directory}: {error}") from error
   return Part(counts, sums)

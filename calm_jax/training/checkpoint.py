@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax import numpy as jnp
 
-from calm_jax import distributed, errors, files
+from calm_jax import distributed, errors, files, sealed_json
 from calm_jax.training import failures, fingerprint, meta, metrics, reread
 
 DIRECTORY = "checkpoints"
@@ -152,7 +152,7 @@ class Checkpoints:
     lines = {name: fingerprint.lines(tree) for name, tree in trees.items()}
     prints = {f"{name}_fingerprint": fingerprint.digest(found) for name, found in lines.items()}
     args = ocp.args.Composite(
-      meta=ocp.args.JsonSave(meta.hashed({**record, "step": step, **prints})),
+      meta=ocp.args.JsonSave(sealed_json.sealed({**record, "step": step, **prints})),
       **{name: ocp.args.StandardSave(tree) for name, tree in trees.items()},
     )
     self.wait()

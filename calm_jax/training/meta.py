@@ -6,12 +6,7 @@ from typing import Any
 
 from etils import epath
 
-from calm_jax import errors, seal
-
-
-def hashed(values: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns JSON values with a hash over them."""
-  return {**values, "hash": seal.of_values(values)}
+from calm_jax import errors, sealed_json
 
 
 def require(values: Any, place: epath.Path, bound: str = "") -> None:
@@ -27,8 +22,10 @@ def require(values: Any, place: epath.Path, bound: str = "") -> None:
   """
   if not isinstance(values, dict):
     raise ValueError("its meta holds no object")
-  if values != hashed({name: value for name, value in values.items() if name != "hash"}):
-    raise ValueError("its meta was changed since it was saved")
+  try:
+    sealed_json.unsealed(values, "its meta")
+  except errors.CalmError as error:
+    raise ValueError("its meta was changed since it was saved") from error
   if bound and values.get("seal") != bound:
     raise errors.CalmError(f"{place} is a checkpoint of another run: put back this run's own")
   if str(values["step"]) != place.name:

@@ -10,8 +10,8 @@ from calm_jax import errors
 FIELD = "sha256"
 
 
-def digest(values: Mapping[str, Any]) -> str:
-  """Returns the SHA-256 of values in canonical JSON, as hexadecimal digits.
+def digest(values: Any) -> str:
+  """Returns the SHA-256 of JSON values in canonical form, as hexadecimal digits.
 
   Canonical is: keys sorted, no spaces, letters beyond ASCII escaped.
   """
