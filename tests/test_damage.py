@@ -18,7 +18,7 @@ BAD = ("silent", "traceback", "hang", "spoilt", "left")
 TARGETED = (
   "manifest_checksum", "manifest_nested", "plan_list", "plan_fifo", "store_tokens_zeroed",
   "part_counts_empty_object", "part_tokens_zeroed", "part_tokens_cut", "checkpoint_swapped",
-  "checkpoints_removed", "config_part_is_a_list", "metrics_list_line", "samples_torn",
+  "checkpoints_removed", "metrics_list_line", "samples_torn",
   "rubbish_lease_of_store", "rubbish_lease_of_parts", "weights_nan_of_llama", "weight_changed",
   "bin_deflated", "import_config_nested", "import_million_layers", "index_nested",
 )  # fmt: skip
@@ -26,8 +26,6 @@ OPERATIONS = ("write", "rename", "fsync", "read")
 FAULTS = (
   *(f"prepare/{operation}/{number}" for operation in OPERATIONS for number in (1, 3)),
   "export/write/2",
-  "import/rename/2",
-  "train/write/8",
 )
 
 

@@ -130,7 +130,7 @@ def test_lines_that_are_no_reports_are_put_aside_and_told_once(path, capsys):
 class Board:
   """What TensorBoard reads of the event files of all attempts, in place of tensorboardX's writer.
 
-  As that, it keeps events to itself for a while: what `lose` counts is gone at a kill.
+  As that, it keeps events to itself for a while: what `lose` names is gone at a kill.
   """
 
   shown: ClassVar[dict[str, dict[int, float]]] = {}
@@ -145,9 +145,9 @@ class Board:
     self.shown.setdefault(name, {})[step] = value
 
   @classmethod
-  def lose(cls, first: int) -> None:
+  def lose(cls, first: int, last: int) -> None:
     for points in cls.shown.values():
-      for step in [step for step in points if step >= first]:
+      for step in [step for step in points if first <= step <= last]:
         del points[step]
 
 
@@ -159,7 +159,7 @@ def test_tensorboard_has_all_points_after_a_kill(path, monkeypatch):
   first = metrics.Writer(epath.Path(path), 100, 0)
   for step in range(10, 60, 10):
     first.write("train", step, {"loss": float(step), "note": "text"})
-  Board.lose(30)
+  Board.lose(30, 40)
   second = metrics.Writer(epath.Path(path), 100, 40)
   assert Board.shown == {"train/loss": {10: 10.0, 20: 20.0, 30: 30.0, 40: 40.0}}
   second.write("train", 50, {"loss": 51.0})
