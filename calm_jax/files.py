@@ -46,7 +46,8 @@ def write(path: epath.PathLike, content: str | bytes) -> None:
   """
   require_regular(path)
   target = epath.Path(path)
-  temporary = target.parent / f"{target.name}.tmp"
+  # Of this process: another one may be writing the same file.
+  temporary = target.parent / f"{target.name}.{os.getpid()}.tmp"
   try:
     temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     sync(temporary)
@@ -133,15 +134,15 @@ def read_json(path: epath.PathLike) -> dict[str, Any]:
 
 
 def append(path: epath.PathLike, content: str) -> None:
-  """Appends to a file, which may not be there yet.
+  """Appends to a file, which may not be there yet, in one piece: no other's lies in between.
 
   Raises:
     CalmError: if it can't be written, or is a device or a pipe, which could wait for ever.
   """
   require_regular(path)
   try:
-    with epath.Path(path).open("a") as file:
-      file.write(content)
+    with epath.Path(path).open("ab") as file:
+      file.write(content.encode())
   except OSError as error:
     raise errors.CalmError(f"can't write {path}: {error}") from error
 

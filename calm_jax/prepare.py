@@ -140,6 +140,11 @@ def _check(settings: Settings) -> None:
     raise errors.CalmError(f"--workers={settings.workers} is negative")
   if not settings.output or not all(settings.input) or not settings.input:
     raise errors.CalmError("--input and --output must not be empty")
+  if files.is_local(settings.output) and "\\" in files.absolute(settings.output):
+    raise errors.CalmError(
+      f"--output={settings.output}: a token store can't lie in a path that holds a backslash, which "
+      "TensorStore reads as a slash; give another"
+    )
   if settings.tokenizer.startswith(TRAIN):
     if not settings.tokenizer.removeprefix(TRAIN).isdecimal():
       raise errors.CalmError(f"--tokenizer={settings.tokenizer} names no size, as train:1024 does")

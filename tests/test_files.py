@@ -1,5 +1,6 @@
 """Claims about files: whole or not at all, never waited for, and JSON told in one line."""
 
+import concurrent.futures
 import hashlib
 import os
 import pathlib
@@ -35,7 +36,7 @@ def test_a_written_file_and_its_folder_are_on_the_disk(
 
   monkeypatch.setattr(os, "fsync", note)
   files.write(tmp_path / "x", b"content")
-  assert synced == [f"{tmp_path}/x.tmp", str(tmp_path)]
+  assert synced == [f"{tmp_path}/x.{os.getpid()}.tmp", str(tmp_path)]
 
 
 @pytest.mark.parametrize("reader", [files.read, files.digest, files.read_json])
@@ -73,3 +74,16 @@ def test_json_that_is_no_object_is_told_with_its_place(
   (tmp_path / "x.json").write_bytes(text)
   with pytest.raises(errors.CalmError, match=f"x.json (is )?{reason}"):
     files.read_json(tmp_path / "x.json")
+
+
+def test_long_lines_of_two_writers_do_not_mix(tmp_path: pathlib.Path):
+  """A line beyond a buffer's 8 KB went out in pieces."""
+  path, lines = tmp_path / "x", [letter * 100_000 + "\n" for letter in "ab"]
+
+  def write(line: str) -> None:
+    for _ in range(50):
+      files.append(path, line)
+
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    list(pool.map(write, lines))
+  assert set(path.read_text().splitlines(keepends=True)) == set(lines)
