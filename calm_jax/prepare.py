@@ -142,8 +142,8 @@ def _check(settings: Settings) -> None:
     raise errors.CalmError("--input and --output must not be empty")
   if files.is_local(settings.output) and "\\" in files.absolute(settings.output):
     raise errors.CalmError(
-      f"--output={settings.output}: a token store can't lie in a path that holds a backslash, which "
-      "TensorStore reads as a slash; give another"
+      f"--output={settings.output}: a token store can't lie in a path that holds a backslash, "
+      "which TensorStore reads as a slash; give another"
     )
   if settings.tokenizer.startswith(TRAIN):
     if not settings.tokenizer.removeprefix(TRAIN).isdecimal():
