@@ -261,7 +261,9 @@ def _store_of(run: config.Run, directory: str, allow_change: bool) -> store_lib.
     bool(run.data.path),
     "config.data.path is empty: give --config.data.path=DIR, written by calm_jax.prepare",
   )
-  return synthetic.open_store(run.data.path)
+  store = synthetic.open_store(run.data.path)
+  store.require_tokenizer()  # It is copied, and written with from then on.
+  return store
 
 
 def _built(run: config.Run, directory: str, allow_change: bool) -> tuple[Built, Any]:

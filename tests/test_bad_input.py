@@ -73,6 +73,14 @@ def test_a_store_without_a_held_out_split_where_evaluations_are_due(
   assert "the train split of" in told and "fewer than 20" in told and "heldout split" not in told
 
 
+def test_a_store_whose_tokenizer_was_swapped(autoencoder_run, tokens, tmp_path):
+  store = shutil.copytree(tokens, tmp_path / "store")
+  with (store / "tokenizer.model").open("ab") as file:
+    file.write(b"x")
+  run = changed(autoencoder_run, data={"path": str(store)})
+  refused(run, tmp_path / "new", "tokenizer.model is damaged")
+
+
 def test_splits_of_few_blocks_are_warned_of(tokens):
   store = store_lib.TokenStore.open(tokens)
   heldout = store.num_tokens("heldout")

@@ -152,6 +152,13 @@ def test_a_damaged_book_is_put_aside_and_its_number_not_used_again(
   assert len(ledger.attempts(epath.Path(tmp_path))) == 2
 
 
+def test_a_file_in_the_place_of_the_ledger_is_put_aside(tmp_path: pathlib.Path):
+  (tmp_path / ledger.FOLDER).write_text("torn")
+  ledger.Ledger().open(epath.Path(tmp_path), first_step=0)
+  assert (tmp_path / f"{ledger.FOLDER}.unreadable").read_text() == "torn"
+  assert len(ledger.attempts(epath.Path(tmp_path))) == 1
+
+
 @pytest.fixture
 def batches(tokens: str) -> pipeline.TrainingBatches:
   return pipeline.TrainingBatches(store_lib.TokenStore.open(tokens), 32, 8, seed=0)

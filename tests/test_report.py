@@ -14,6 +14,7 @@ import pytest
 
 from calm_jax import config, errors, seal, workdir
 from calm_jax.reporting import page, provenance, records, summary, tables
+from calm_jax.training import ledger
 
 AUTOENCODER = config.AutoencoderRun(training=config.Training(steps=40))
 CALM = config.CalmRun(training=config.Training(steps=40))
@@ -382,6 +383,13 @@ def test_figures_that_can_t_be_read_are_told_and_left_out(calm: pathlib.Path, na
   (note,) = [note for note in account.notes if note.startswith("Figures that are left out")]
   assert str(calm / name) in note and note.endswith("evaluate again.")
   assert "<html" in render(calm)
+
+
+def test_books_that_can_t_be_read_are_told(calm: pathlib.Path):
+  (calm / ledger.FOLDER).mkdir()
+  (calm / ledger.FOLDER / "0001.json").write_text("")
+  notes = records.read(str(calm)).notes
+  assert "Attempts whose seconds can't be read and are left out: 1." in notes
 
 
 def test_a_torn_text_costs_neither_the_report_nor_the_next_text(calm: pathlib.Path):

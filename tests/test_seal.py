@@ -157,6 +157,8 @@ def test_checkpoints_that_are_gone_are_not_begun_anew(
   shutil.rmtree(copy / ledger.FOLDER)
   (copy / "checkpoints").rmdir()
   refused(lambda: main.train_run(autoencoder_run, str(copy)), "trained to step 6 or further")
+  (copy / "checkpoints").write_text("")
+  refused(lambda: main.train_run(autoencoder_run, str(copy)), "checkpoints is a file, where")
   assert (copy / workdir.METRICS).read_bytes() == figures
 
 

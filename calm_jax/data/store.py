@@ -105,7 +105,7 @@ class TokenStore:
     """
     yield MANIFEST, self._check_manifest
     yield PLAN, self._check_plan
-    yield self.manifest.tokenizer.file, self._check_tokenizer
+    yield self.manifest.tokenizer.file, self.require_tokenizer
     for split in SPLITS:
       yield f"{split}/tokens", functools.partial(self._check_tokens, split)
       yield f"{split}/offsets", functools.partial(self._check_offsets, split)
@@ -123,8 +123,12 @@ class TokenStore:
     require_digest(epath.Path(self.path) / PLAN, self.manifest.plan)
     return "SHA-256 of its bytes"
 
-  def _check_tokenizer(self) -> str:
-    """Returns a line on the tokenizer's copy; CalmError if it is not the one written with."""
+  def require_tokenizer(self) -> str:
+    """Returns a line on the tokenizer's copy.
+
+    Raises:
+      CalmError: if it is not the one that the tokens were written with.
+    """
     info = self.manifest.tokenizer
     path = epath.Path(self.path) / info.file
     require_digest(path, info.sha256)

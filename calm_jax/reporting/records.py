@@ -8,6 +8,7 @@ import numpy as np
 from etils import epath
 
 from calm_jax import config, errors, files, workdir
+from calm_jax.training import ledger
 
 Record = Mapping[str, Any]
 
@@ -98,8 +99,11 @@ def read(directory: str) -> Account:
     notes=(),
   )
   broken_lines = {workdir.METRICS: broken, workdir.SAMPLES: broken_samples}
+  books = ledger.unreadable(path)
+  no_books = [f"Attempts whose seconds can't be read and are left out: {books}."] if books else []
   return dataclasses.replace(
-    account, notes=[*_state(account), *_broken(broken_lines), *no_evaluation, *no_tradeoff]
+    account,
+    notes=[*_state(account), *_broken(broken_lines), *no_evaluation, *no_tradeoff, *no_books],
   )
 
 

@@ -301,10 +301,16 @@ class Checkpoints:
 
 
 def steps_in(workdir: str) -> list[int]:
-  """Returns the steps that a workdir has folders of, oldest first."""
+  """Returns the steps that a workdir has folders of, oldest first.
+
+  Raises:
+    CalmError: if there is something else in the place of the checkpoints.
+  """
   folder = epath.Path(workdir) / DIRECTORY
   if not folder.exists():
     return []
+  if not folder.is_dir():
+    raise errors.CalmError(f"{folder} is a file, where checkpoints should be: put the folder back")
   return sorted(int(place.name) for place in folder.iterdir() if place.name.isdecimal())
 
 

@@ -65,13 +65,13 @@ class Ledger:
   def open(self, directory: epath.Path, first_step: int) -> None:
     """Gives the attempt its file in a workdir's ledger: a number after the last one's."""
     folder = directory / FOLDER
+    if folder.exists() and not folder.is_dir():
+      _set_aside(folder)
     folder.mkdir(parents=True, exist_ok=True)
     numbers = [int(path.stem) for path in _paths(directory)]
     for path in _paths(directory):
       if _read(path) is None:
-        aside = folder / f"{path.name}{metrics.UNREADABLE}"
-        path.replace(aside)
-        metrics.show(f"{path} can't be read: moved to {aside}")
+        _set_aside(path)
     self._path = folder / f"{max(numbers, default=0) + 1:04d}.json"
     self._steps = (first_step, first_step)
     self.write(first_step)
@@ -100,9 +100,15 @@ class Ledger:
     }
 
 
+def _set_aside(path: epath.Path) -> None:
+  aside = path.parent / f"{path.name}{metrics.UNREADABLE}"
+  path.replace(aside)
+  metrics.show(f"{path} can't be read: moved to {aside}")
+
+
 def _paths(directory: epath.Path) -> list[epath.Path]:
   folder = directory / FOLDER
-  if not folder.exists():
+  if not folder.is_dir():
     return []
   books = [path for path in folder.iterdir() if path.suffix == ".json" and path.stem.isdecimal()]
   return sorted(books, key=lambda path: int(path.stem))
@@ -129,6 +135,11 @@ def _read(path: epath.Path) -> dict[str, Any] | None:
 def attempts(directory: epath.Path) -> list[dict[str, Any]]:
   """Returns the books of all attempts that can be read, in order."""
   return [book for path in _paths(directory) if (book := _read(path)) is not None]
+
+
+def unreadable(directory: epath.Path) -> int:
+  """Returns how many books of attempts can't be read."""
+  return sum(_read(path) is None for path in _paths(directory))
 
 
 def goodput(directory: epath.Path) -> dict[str, Any] | None:

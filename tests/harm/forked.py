@@ -37,7 +37,7 @@ import jax
 import calm_jax
 
 # Everything but the acts themselves, whose flags have the same names.
-from calm_jax import cli, run_flags, workdir  # noqa: F401
+from calm_jax import cli, lease, run_flags, workdir  # noqa: F401
 from calm_jax.generation import decode, prompts, session  # noqa: F401
 from calm_jax.interchange import formats  # noqa: F401
 from calm_jax.reporting import page, provenance, summary  # noqa: F401
@@ -153,6 +153,7 @@ def _child(command: Command, folder: pathlib.Path, result, before, tell: int) ->
     if jax.config.values["jax_compilation_cache_dir"] is None:
       jax.config.update("jax_compilation_cache_dir", str(folder.parent / "compiled"))
     calm_jax.STARTED = time.time()
+    lease.HEARTBEAT, lease.EXPIRE = 0.5, 2.0  # A damaged one is waited for.
     provenance.commit = lambda: None  # It would change when a file of the checkout does.
     code = NOT_BEGUN
     before()

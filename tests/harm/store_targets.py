@@ -145,13 +145,13 @@ def part_counts_list(place):
 @target("parts", "prepare")
 def part_counts_text(place):
   """A count of a part is text."""
-  edit(_part(place, "json"), **{"train.tokens": "many"})
+  edit(_part(place, "json"), **{"counts__train.tokens": "many"})
 
 
 @target("parts", "prepare")
 def part_counts_changed(place):
   """A part counts two tokens fewer than it has."""
-  edit(_part(place, "json"), **{"train.tokens": lambda count: count - 2})
+  edit(_part(place, "json"), **{"counts__train.tokens": lambda count: count - 2})
 
 
 @target("parts", "prepare")
