@@ -286,6 +286,14 @@ def test_a_newer_folder_in_the_way_of_a_save_is_set_aside(tmp_path: pathlib.Path
   assert "moved the checkpoint of step 9" in said[0]
 
 
+def test_a_file_in_the_place_of_a_checkpoint_is_told(tmp_path: pathlib.Path):
+  saved(tmp_path, 1)
+  (tmp_path / "checkpoints/9").write_text("")
+  found, said = restored(tmp_path)
+  assert_step(found, 1)
+  assert said == [f"{tmp_path}/checkpoints/9 is a file, and no checkpoint"]
+
+
 def test_a_save_that_orbax_leaves_out_has_failed(tmp_path, monkeypatch):
   monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "save", lambda *args, **named: False)
   said: list[str] = []

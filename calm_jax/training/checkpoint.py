@@ -227,6 +227,9 @@ class Checkpoints:
         of another run, or can't be read now and may be whole.
     """
     steps, damaged = self._shared_steps(), []
+    for step in steps_in(str(self._workdir)):
+      if self._place(step).is_file():  # Orbax passes it by without a word.
+        self._report(f"{self._place(step)} is a file, and no checkpoint")
     while left := [step for step in steps if step not in damaged]:
       found, problem = None, ""
       try:

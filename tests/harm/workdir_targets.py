@@ -275,7 +275,8 @@ def tokenizer_swapped_before_a_restart(place):
 @target("transformer", "generate", "export", "resume")
 def tokenizer_and_its_hash_swapped(place):
   """Tokenizer and its hash in origin.json are another's."""
-  other = json.loads((place.root / "other_store/manifest.json").read_text())["tokenizer"]["hash"]
+  manifest = json.loads((place.root / "other_store/manifest.json").read_text())
+  other = manifest["tokenizer"]["sha256"][:16]
   replace(place.case / "tokenizer.model", place.root / "other_store/tokenizer.model")
   edit(place.case / "origin.json", tokenizer_hash=other)
 
