@@ -10,7 +10,7 @@
 
 A block of 512 or of 8192 tokens takes one request, whatever its start. Opening checks the
 manifest's hash and that arrays of the right size are there; reading checks the CRC-32C of what
-is read; `TokenStore.checks` check everything.
+is read, and the sums of offsets; `TokenStore.checks` check everything.
 """
 
 import dataclasses
@@ -94,8 +94,14 @@ class TokenStore:
     return arrays.read(self._tokens[split][start:stop], self.path).astype(np.int32)
 
   def offsets(self, split: str) -> np.ndarray:
-    """Returns the start of each document and the end of the last, int64 [documents + 1]."""
-    return arrays.read(self._offsets[split], self.path)
+    """Returns the start of each document and the end of the last, int64 [documents + 1].
+
+    Raises:
+      CalmError: if they are lost, or not those that were written.
+    """
+    sums = self.manifest.splits[split].offset_shards
+    blocks = arrays.verified(self._offsets[split], self.path, f"{split}/offsets", sums)
+    return np.concatenate([np.zeros(0, OFFSET_DTYPE), *blocks])
 
   def checks(self) -> Iterator[tuple[str, Callable[[], str]]]:
     """Yields the name of each thing that can be checked, and its check.
