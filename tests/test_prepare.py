@@ -422,7 +422,7 @@ def test_the_files_of_a_part_are_on_the_disk_before_its_counts(
   raw = {
     f"00000.{split}.{name}" for split in ("train", "heldout") for name in ("tokens", "lengths")
   }
-  assert raw <= set(synced[: synced.index("00000.json.tmp")])
+  assert raw <= set(synced[: synced.index(f"00000.json.{os.getpid()}.tmp")])
 
 
 def test_parts_of_other_settings_are_not_taken(settings: prepare.Settings):

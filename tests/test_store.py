@@ -335,9 +335,9 @@ def test_a_written_store_and_its_folders_are_on_the_disk_before_its_manifest(
 
   monkeypatch.setattr(os, "fsync", note)
   write(tmp_path / "store", tokenizer, [np.arange(5)])
-  assert synced[-2:] == ["store/manifest.json.tmp", "store"]
+  assert synced[-2:] == [f"store/manifest.json.{os.getpid()}.tmp", "store"]
   folders = {".", "store", "store/train", "store/heldout", "store/train/tokens"}
-  assert folders < set(synced[:-2]) and "store/tokenizer.model.tmp" in synced[:-2]
+  assert folders < set(synced[:-2]) and f"store/tokenizer.model.{os.getpid()}.tmp" in synced[:-2]
 
 
 def test_a_lost_array_or_one_of_other_size_is_told_at_once(
