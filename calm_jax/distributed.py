@@ -178,25 +178,30 @@ def describe(config_hash: str) -> str:
   )
 
 
-def exchange(name: str, value: str) -> list[str]:
+def everywhere(name: str, true: bool) -> bool:
+  """Tells whether something is true on all processes. All must call it, in the same order."""
+  return all(told == "True" for told in exchange(name, str(true)))
+
+
+def exchange(name: str, value: str, seconds: float = ANSWER_SECONDS) -> list[str]:
   """Returns the value of every process, by its number. All must call it, in the same order.
 
   Raises:
-    CalmError: if one has not told its own within ANSWER_SECONDS.
+    CalmError: if one has not told its own within so many seconds.
   """
   if count() == 1:
     return [value]
   turn = _turns[name] = _turns.get(name, 0) + 1
   client, key = _client(), f"calm_jax/{name}/{turn}"
   client.key_value_set(f"{key}/{index()}", value or " ")  # An empty value can't be stored.
-  deadline, found = time.monotonic() + ANSWER_SECONDS, []
+  deadline, found = time.monotonic() + seconds, []
   for process in range(count()):
     left = max(1, int(1000 * (deadline - time.monotonic())))
     try:
       found.append(client.blocking_key_value_get(f"{key}/{process}", left).strip())
     except jax.errors.JaxRuntimeError as error:
       raise errors.CalmError(
-        f"process {process} of {count()} has not come to '{name}' within {ANSWER_SECONDS} s: look "
+        f"process {process} of {count()} has not come to '{name}' within {seconds:.0f} s: look "
         "at what it printed"
       ) from error
   return found

@@ -1,6 +1,7 @@
 """Files that are there whole or not at all, logs, and JSON that every reader takes."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -31,9 +32,15 @@ def sync(path: epath.PathLike) -> None:
   """
   if not is_local(path):
     return
-  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    descriptor = os.open(path, os.O_RDONLY)
+  except PermissionError:  # A folder that can't be listed can't be synced.
+    return
   try:
     os.fsync(descriptor)
+  except OSError as error:
+    if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # Of systems that sync no folders.
+      raise
   finally:
     os.close(descriptor)
 
@@ -167,7 +174,11 @@ def to_json(values: Mapping[str, Any]) -> str:
 def require_reachable(path: str) -> None:
   """Raises CalmError where it can't even be told whether there is a file or folder at `path`."""
   try:
-    epath.Path(path).exists()
+    if is_local(path):  # Its `exists` takes what it may not look at for missing.
+      with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        os.stat(path)
+    else:
+      epath.Path(path).exists()
   except Exception as error:  # A bucket's client raises errors of its own.
     reason = " ".join(str(error).split()) or type(error).__name__
     advice = ": pip install 'etils[epath-gcs]'" if isinstance(error, ImportError) else ""

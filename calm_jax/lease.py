@@ -102,6 +102,8 @@ class Lease:
     found = self._read()
     if found.state == "value":
       holder = Holder.parse(found.value)
+      if holder and holder.token == self._holder.token:  # Written, and the answer was lost.
+        return self._begin(found.stamp.generation)
       runs = holder.runs() if holder else None
       if runs:
         raise self._refused(holder)
@@ -118,6 +120,11 @@ class Lease:
       self._failed = True  # A folder may have gone with another one's lease: once more.
     if not self._generation:
       return HEARTBEAT / 100  # Another process was faster: see which.
+    return self._begin(self._generation)
+
+  def _begin(self, generation: bytes) -> float:
+    """Keeps the lease alive from now on; returns 0."""
+    self._generation = generation
     atexit.register(self.release)
     self._thread.start()
     return 0

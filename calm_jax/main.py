@@ -257,6 +257,10 @@ def _store_of(run: config.Run, directory: str, allow_change: bool) -> store_lib.
     workdir.require_trainable(directory)
     resuming.require_checkpoints(directory)
     _require_same_config(run, directory, allow_change)
+  elif checkpoint.steps_in(directory):
+    raise errors.CalmError(
+      f"{directory} holds checkpoints, but no config.json: put it back, or give a new --workdir"
+    )
   config.require(
     bool(run.data.path),
     "config.data.path is empty: give --config.data.path=DIR, written by calm_jax.prepare",
@@ -333,12 +337,12 @@ def next_command(run: config.Run, directory: str, size: str) -> str:
       f"next: python -m calm_jax.evaluate --workdir={place}\n"
       f"      python -m calm_jax.generate --workdir={place} --prompt=TEXT"
     )
-  k, usual = run.model.patch_size, config.CalmRun()
-  other = f" --config.model.patch_size={k} --config.data.context={usual.data.context // 4 * k}"
+  k = run.model.patch_size
+  other = f" --config.model.patch_size={k}" if k != config.Backbone.patch_size else ""
   return (
     f"next: python -m calm_jax.main --config=configs/calm.py:{size} "
     f"--config.data.path={shlex.quote(run.data.path)} --config.autoencoder={place}"
-    f"{other if k != usual.model.patch_size else ''} --workdir=DIR"
+    f"{other} --workdir=DIR"
   )
 
 

@@ -121,8 +121,7 @@ def _make(
     )
     made = _make_parts(job, parts, settings.workers or os.cpu_count() or 1, held)
     sources.require_unchanged(spans)
-    written = _write(settings, job, tokenizer, made, names, plan)
-    held.require_held()
+    written = _write(settings, job, tokenizer, made, names, plan, held)
     _remove_work(settings.output)
   except OSError as error:
     raise errors.CalmError(f"can't write {settings.output}: {error}") from error
@@ -315,6 +314,7 @@ def _write(
   made: Sequence[parts_lib.Part],
   names: Sequence[str],
   plan: dict[str, str],
+  held: lease.Lease,
 ) -> store.TokenStore:
   dtype = store.token_dtype(tokenizer.vocab_size)
   total = functools.reduce(lambda a, b: a + b, (part.counts for part in made))
@@ -333,6 +333,7 @@ def _write(
     heldout_by=job.division.by,
     skipped_lines=total[parts_lib.SKIPPED],
     plan=plan,
+    proceed=held.require_held,
   )
 
 

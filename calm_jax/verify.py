@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 from etils import epath
 
-from calm_jax import cli, errors, files, workdir, workdir_checks
+from calm_jax import cli, errors, files, seal, workdir_checks
 from calm_jax.data import store
 from calm_jax.interchange import checking
 
@@ -28,24 +28,28 @@ class Kind(NamedTuple):
   checks: Callable[[str], Checks]
 
 
+def _holds(path: str, *names: str) -> bool:
+  return any((epath.Path(path) / name).exists() for name in names)
+
+
 def _exported(path: str) -> Checks:
   for name, check in checking.CHECKS.items():
     yield name, lambda check=check: check(pathlib.Path(path))
 
 
-# In the order in which they are told: an exported folder may hold the same files as a workdir.
+# In the order in which they are asked: a workdir may hold an exported folder's files too.
 KINDS = (
   Kind(
     "token store",
-    lambda path: (epath.Path(path) / store.MANIFEST).exists(),
+    lambda path: _holds(path, store.MANIFEST),
     lambda path: store.TokenStore.open(path).checks(),
   ),
+  Kind("workdir", lambda path: _holds(path, seal.FILE, "origin.json"), workdir_checks.checks),
   Kind(
     "exported folder",
     lambda path: files.is_local(path) and checking.is_exported(pathlib.Path(path)),
     _exported,
   ),
-  Kind("workdir", workdir.exists, workdir_checks.checks),
 )
 
 
@@ -56,7 +60,7 @@ def verify(path: str, show: Callable[[str], None] = print) -> None:
     CalmError: at the first thing that is not as it was written, or where `path` is none
       of KINDS.
   """
-  files.require_reachable(path)
+  files.require_reachable(str(epath.Path(path) / seal.FILE))
   kind = next((kind for kind in KINDS if kind.tells(path)), None)
   if kind is None:
     there = "holds" if epath.Path(path).exists() else "is not there:"

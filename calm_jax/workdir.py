@@ -199,14 +199,7 @@ def read_run(workdir: str) -> config.Run:
   Raises:
     CalmError: if there is none, or it can't be read.
   """
-  values, own = _read_json(workdir, "config.json"), str(epath.Path(workdir) / AUTOENCODER)
-  run = config.from_mapping(values)
-  if isinstance(run, config.CalmRun) and "patch_size" not in values.get("model", {}):
-    codec = read_run(own) if exists(own) else None
-    if isinstance(codec, config.AutoencoderRun):  # Written before it was stage two's setting too.
-      sizes = dataclasses.replace(run.model, patch_size=codec.model.patch_size)
-      return dataclasses.replace(run, model=sizes)
-  return run
+  return config.from_mapping(_read_json(workdir, "config.json"))
 
 
 def read_origin(workdir: str) -> Origin:
@@ -427,8 +420,8 @@ def write_weights(
   few = checkpoint.few_gb(params)
   made = sealed(target, run, origin, tokenizer)
   checkpoints = checkpoint.Checkpoints(target, keep_latest=1, concurrent_gb=few)
-  saved = checkpoints.save(step, params, None, {"seal": made.bound}) and checkpoints.wait()
-  if not saved:
+  saved = checkpoints.save(step, params, None, {"seal": made.bound})
+  if not distributed.everywhere("weights saved", checkpoints.wait() and saved):
     checkpoints.close()
     raise errors.CalmError(f"can't write the weights to {target}")
   checkpoints.prove()
@@ -444,8 +437,15 @@ def copy_autoencoder(trained: TrainedAutoencoder, source: str, target: str) -> N
   """
 
   def clear() -> None:
-    if epath.Path(target).exists():  # Left by a start that was cut short.
-      epath.Path(target).rmtree()
+    path = epath.Path(target)
+    trained_there = any((path / name).exists() for name in (METRICS, "ledger"))
+    if trained_there or os.path.realpath(source) == os.path.realpath(target):
+      raise errors.CalmError(
+        f"{target}, where a copy of the autoencoder would lie, is a workdir of its own: give "
+        "another --workdir"
+      )
+    if path.exists():  # Left by a start that was cut short.
+      path.rmtree()
 
   distributed.on_first("clear", clear)
   tokenizer = epath.Path(source) / trained.origin.tokenizer_file

@@ -88,7 +88,7 @@ def _verified(workdir: str, step: int, bound: str) -> Mapping[str, Any]:
   Raises:
     CalmError: if it is not, or can't be read.
   """
-  place = epath.Path(workdir) / checkpoint.DIRECTORY / str(step)
+  place = epath.Path(files.absolute(workdir)) / checkpoint.DIRECTORY / str(step)
   try:
     found = ocp.JsonCheckpointHandler().restore(place / "meta")
     meta.require(found, place, bound)
@@ -105,7 +105,12 @@ def _verified(workdir: str, step: int, bound: str) -> Mapping[str, Any]:
 
 
 def _checkpoint(directory: str, step: int) -> str:
-  found = _verified(directory, step, seal.read(directory).bound)
+  try:
+    found = _verified(directory, step, seal.read(directory).bound)
+  except errors.CalmError:
+    if step in checkpoint.steps_in(directory):
+      raise
+    return "removed meanwhile by the run"
   names = [name for name in ("params", "rest") if f"{name}_fingerprint" in found]
   return f"whole: {', '.join(names)}, meta"
 

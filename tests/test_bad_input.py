@@ -134,20 +134,6 @@ def test_a_run_written_for_another_k_names_both_and_the_flags(calm_run, tmp_path
   assert "\n" not in str(caught.value) and not (tmp_path / "new").exists()
 
 
-def test_a_workdir_older_than_stage_twos_k_has_its_autoencoders(trained_calm, tmp_path):
-  shutil.copytree(trained_calm, tmp_path / "old")
-  whole = workdir.read_run(str(trained_calm))
-  own, inner = tmp_path / "old/config.json", tmp_path / "old/autoencoder/config.json"
-  for path, model in ((own, {"patch_size": None}), (inner, {"patch_size": 2})):
-    values = json.loads(path.read_text())
-    sizes = values["model"] | model
-    values["model"] = {name: size for name, size in sizes.items() if size is not None}
-    path.write_text(json.dumps(values))
-  assert workdir.read_run(str(tmp_path / "old")) == changed(whole, model={"patch_size": 2})
-  shutil.rmtree(tmp_path / "old/autoencoder")
-  assert workdir.read_run(str(tmp_path / "old")) == whole
-
-
 @pytest.mark.parametrize(("case", "k"), [("k4", 4), ("k2_gqa", 2)])
 def test_an_imported_model_is_written_for_the_k_of_its_autoencoder(case: str, k: int):
   run = reading.read(folders.GOLDEN / case / "energy").run

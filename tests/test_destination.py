@@ -99,3 +99,16 @@ def test_an_exception_leaves_nothing(tmp_path):
     (folder / "half").write_text("")
     raise KeyError
   assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_that_cant_be_put_in_place_leaves_nothing(tmp_path, monkeypatch):
+  def fails(self, target):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(pathlib.Path, "rename", fails)
+  with (
+    pytest.raises(errors.CalmError, match="can't write --output=.*No space left"),
+    destination.new_folder(str(tmp_path / "out")),
+  ):
+    pass
+  assert not list(tmp_path.iterdir())

@@ -51,6 +51,18 @@ def test_a_pipe_a_device_and_a_folder_are_refused_and_not_waited_for(
     reader(tmp_path / "missing")
 
 
+def test_what_may_not_be_looked_at_is_not_taken_for_missing(
+  tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+  def locked(path):
+    raise PermissionError(13, "Permission denied", path)
+
+  files.require_reachable(str(tmp_path / "missing"))
+  monkeypatch.setattr(os, "stat", locked)
+  with pytest.raises(errors.CalmError, match=r"can't reach .*x: .*Permission denied"):
+    files.require_reachable(str(tmp_path / "x"))
+
+
 def test_a_digest_is_that_of_the_bytes(tmp_path: pathlib.Path):
   content = bytes(range(256)) * 8192
   (tmp_path / "x").write_bytes(content)

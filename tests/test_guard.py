@@ -152,6 +152,14 @@ def test_a_damaged_book_is_put_aside_and_its_number_not_used_again(
   assert len(ledger.attempts(epath.Path(tmp_path))) == 2
 
 
+def test_times_that_no_clock_shows_make_a_book_unreadable(tmp_path: pathlib.Path):
+  attempt(tmp_path / ledger.FOLDER, 1, (0, 10), (1000, int("9" * 400)), startup=25)
+  assert not ledger.attempts(epath.Path(tmp_path))
+  attempt(tmp_path / ledger.FOLDER, 2, (0, 0), (1000, 1000), startup=0)
+  found = ledger.goodput(epath.Path(tmp_path))
+  assert found is not None and found["goodput"] == 0
+
+
 def test_a_file_in_the_place_of_the_ledger_is_put_aside(tmp_path: pathlib.Path):
   (tmp_path / ledger.FOLDER).write_text("torn")
   ledger.Ledger().open(epath.Path(tmp_path), first_step=0)

@@ -248,6 +248,22 @@ def stop_between_beats(process: subprocess.Popen, folder: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("ended", [False, True], ids=["holds it", "gave it back"])
+def test_a_lease_that_was_written_without_an_answer_is_ones_own(
+  tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+  held, write = of(tmp_path), lease.Lease._write
+
+  def lost(self, content, generation):
+    monkeypatch.setattr(lease.Lease, "_write", write)
+    write(self, content, generation)
+    raise errors.CalmError("no answer")
+
+  monkeypatch.setattr(lease.Lease, "_write", lost)
+  with held:
+    held.require_held()
+  assert not list(tmp_path.iterdir())
+
+
 def test_a_process_that_stood_still_is_told_that_another_took_over(
   ended: bool, tmp_path: pathlib.Path
 ):

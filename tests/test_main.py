@@ -59,7 +59,7 @@ def test_after_an_autoencoder_comes_the_language_model_of_its_k():
     "--config.autoencoder=runs/my ae", "--workdir=DIR",
   ])  # fmt: skip
   long = dataclasses.replace(run, model=config.Autoencoder(patch_size=8))
-  flags = "--config.model.patch_size=8 --config.data.context=16384 --workdir=DIR"
+  flags = "--config.model.patch_size=8 --workdir=DIR"
   assert main.next_command(long, "ae", "m").endswith(flags)
 
 

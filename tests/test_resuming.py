@@ -3,13 +3,14 @@
 import dataclasses
 import pathlib
 import re
+import shutil
 import signal
 
 import jax.numpy as jnp
 import pytest
 from test_resume import at_step
 
-from calm_jax import config, errors, main
+from calm_jax import config, errors, main, verify, workdir
 from calm_jax.training import autoencoder_stage, checkpoint, resuming
 
 
@@ -103,6 +104,26 @@ def test_a_run_whose_last_steps_were_skipped_has_not_ended_well(run, tmp_path, m
   spoil(monkeypatch, first=11)
   stopped(run, tmp_path, "step 12 is not saved, as the 2 before it were skipped; the checkpoint of")
   assert steps(tmp_path) == [6, 8]
+
+
+def test_a_workdir_may_be_named_from_where_the_run_starts(
+  calm_run, trained_autoencoder, tmp_path, monkeypatch
+):
+  """Orbax reads absolute paths alone: the first save was read back as damaged."""
+  monkeypatch.chdir(tmp_path)
+  shutil.copytree(trained_autoencoder, "ae")
+  training = dataclasses.replace(calm_run.training, steps=2, eval_every=0)
+  main.train_run(dataclasses.replace(calm_run, autoencoder="ae", training=training), "runs/lm")
+  assert workdir.load("runs/lm").step == 2
+  shown: list[str] = []
+  verify.verify("runs/lm", shown.append)
+  assert shown[-1].endswith("checks, all as written")
+
+
+def test_a_save_that_failed_is_not_told_as_saved(run, tmp_path, monkeypatch):
+  monkeypatch.setattr(checkpoint.Checkpoints, "save", lambda *args: False)
+  at_step(monkeypatch, 2, lambda: signal.raise_signal(signal.SIGTERM))
+  stopped(run, tmp_path, "step 2 could not be saved")
 
 
 def test_a_stop_while_steps_are_skipped_saves_nothing(run, tmp_path, monkeypatch):

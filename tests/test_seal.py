@@ -162,6 +162,28 @@ def test_checkpoints_that_are_gone_are_not_begun_anew(
   assert (copy / workdir.METRICS).read_bytes() == figures
 
 
+def test_a_workdir_that_lost_its_config_is_not_begun_anew(
+  autoencoder_run, trained_autoencoder, tmp_path
+):
+  copy = shutil.copytree(trained_autoencoder, tmp_path / "copy")
+  content = (copy / "config.json").read_bytes()
+  (copy / "config.json").unlink()
+  reason = "holds checkpoints, but no config.json: put it back"
+  refused(lambda: main.train_run(autoencoder_run, str(copy)), reason)
+  (copy / "config.json").write_bytes(content)
+  assert workdir.load(str(copy)).step == 6
+
+
+def test_a_folder_in_whose_place_an_autoencoder_would_be_copied_is_not_removed(
+  calm_run, trained_autoencoder, tmp_path
+):
+  own = shutil.copytree(trained_autoencoder, tmp_path / "runs/autoencoder")
+  for given in (own, trained_autoencoder):
+    run = dataclasses.replace(calm_run, autoencoder=str(given))
+    refused(lambda run=run: main.train_run(run, str(tmp_path / "runs")), "a workdir of its own")
+  assert workdir.load(str(own)).step == 6
+
+
 def test_a_position_that_does_not_follow_from_the_steps_is_refused(
   autoencoder_run, trained_autoencoder, tmp_path
 ):

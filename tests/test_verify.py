@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
-from calm_jax import errors, verify
+from calm_jax import errors, verify, workdir_checks
 from calm_jax.interchange import formats
+from calm_jax.training import checkpoint
 
 
 @pytest.fixture
@@ -73,6 +74,26 @@ def test_the_first_lie_is_named(
   with pytest.raises(errors.CalmError, match=named) as caught:
     lines(places[kind])
   assert "\n" not in str(caught.value)
+
+
+def test_a_workdir_with_sums_of_some_files_is_still_checked_as_one(
+  places: dict[str, pathlib.Path],
+):
+  (places["workdir"] / "SHA256SUMS").write_text("")
+  assert lines(places["workdir"])[0].startswith("workdir")
+
+
+def test_a_checkpoint_that_its_run_removes_meanwhile_is_no_lie(
+  places: dict[str, pathlib.Path], monkeypatch: pytest.MonkeyPatch
+):
+  steps_in = checkpoint.steps_in
+  once = [[3, *steps_in(str(places["workdir"]))]]
+  monkeypatch.setattr(
+    workdir_checks.checkpoint,
+    "steps_in",
+    lambda path: once.pop() if once and path == str(places["workdir"]) else steps_in(path),
+  )
+  assert "removed meanwhile by the run" in "\n".join(lines(places["workdir"]))
 
 
 def test_a_folder_of_no_kind_is_refused(tmp_path: pathlib.Path):

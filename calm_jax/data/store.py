@@ -209,11 +209,13 @@ def write(
   heldout_by: str,
   skipped_lines: int,
   plan: Mapping[str, Any] | None = None,
+  proceed: Callable[[], None] = lambda: None,
 ) -> TokenStore:
   """Writes a store, reads it back, writes its manifest last, and returns it.
 
   Args:
     plan: what it is made from, to be kept beside it; None for a store made otherwise.
+    proceed: called before each part that is written; raises to write no more.
 
   Raises:
     CalmError: if it can't be written, or what is read back is not what was written.
@@ -233,7 +235,10 @@ def write(
     text = files.to_json(plan) if plan is not None else ""
     if text:
       files.write(root / PLAN, text)
-    splits = {name: _write_split(path, name, contents[name], dtype) for name in SPLITS}
+    splits = {}
+    for name in SPLITS:
+      proceed()
+      splits[name] = _write_split(path, name, contents[name], dtype)
     arrays.sync_folders(path)
     manifest = manifest_lib.Manifest(
       tokenizer=manifest_lib.TokenizerInfo(
@@ -248,6 +253,7 @@ def write(
       splits=splits,
       plan=hashlib.sha256(text.encode()).hexdigest() if text else "",
     )
+    proceed()
     files.write(root / MANIFEST, manifest.to_json())
   except errors.CalmError:
     raise

@@ -118,6 +118,9 @@ def _check_graph(path: pathlib.Path) -> None:
     if not facts:
       continue
     beside = path.parent / pathlib.PurePath(facts.get("location", "")).name
-    end = int(facts.get("offset", 0)) + int(facts.get("length", 0))
+    try:
+      end = int(facts.get("offset", 0)) + int(facts.get("length", 0))
+    except ValueError as error:
+      raise errors.CalmError(f"{path}: {tensor.name} lies nowhere: {error}") from error
     if not beside.is_file() or beside.stat().st_size < end:
       raise errors.CalmError(f"{path}: {tensor.name} lies in {beside}, which is missing or short")

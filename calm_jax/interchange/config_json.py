@@ -4,7 +4,7 @@ import math
 import pathlib
 from typing import Any
 
-from calm_jax import errors, files
+from calm_jax import config, errors, files
 from calm_jax.interchange import tensors
 
 # What every model of ours has, and what another value would mean is not built here.
@@ -16,16 +16,6 @@ _FIXED_VALUES = {
   "rope_scaling": None,
 }
 _MOST = 2**31  # Sizes and counts are below it.
-_LONGEST_VALUE = 60  # Characters of a value in a message.
-
-
-def shown(value: Any) -> str:
-  """Returns a value for a message, cut where it is long."""
-  try:
-    text = repr(value)
-  except RecursionError:
-    return "a value nested too deep"
-  return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
 
 
 class Settings:
@@ -38,23 +28,25 @@ class Settings:
       value = self._values.get(name, ours)
       if value != ours:
         raise errors.CalmError(
-          f"{self._path}: {name} is {shown(value)}; only {ours!r} can be converted"
+          f"{self._path}: {name} is {config.shown(value)}; only {ours!r} can be converted"
         )
     new = self._values.get("rope_parameters") or {}  # Where newer transformers keep them.
     kind = new.get("rope_type", "default") if isinstance(new, dict) else new
     if kind != "default":
       raise errors.CalmError(
-        f"{self._path}: rope_type is {shown(kind)}; only 'default' can be converted"
+        f"{self._path}: rope_type is {config.shown(kind)}; only 'default' can be converted"
       )
-    self._values |= new
+    self._values |= new if isinstance(new, dict) else {}
 
   def number(self, name: str, default: int | float | None = None) -> Any:
     """Returns a positive number; CalmError if it is none or is missing without a default."""
     value = self._values.get(name, default)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-      raise errors.CalmError(f"{self._path}: {name} must be a number above 0, got {shown(value)}")
+      raise errors.CalmError(
+        f"{self._path}: {name} must be a number above 0, got {config.shown(value)}"
+      )
     if isinstance(value, int) and value >= _MOST:
-      raise errors.CalmError(f"{self._path}: {name} must be below 2^31, got {shown(value)}")
+      raise errors.CalmError(f"{self._path}: {name} must be below 2^31, got {config.shown(value)}")
     return value
 
   def whole(self, name: str, default: int | None = None) -> int:
@@ -107,7 +99,7 @@ class Settings:
       stated = self._values.get(name)
       if stated is not None and stated != value:
         raise errors.CalmError(
-          f"{self._path} says {name} = {shown(stated)}, but its weights have {value!r}"
+          f"{self._path} says {name} = {config.shown(stated)}, but its weights have {value!r}"
         )
 
   def vocab_size(self, name: str, table: tensors.Stored) -> int:

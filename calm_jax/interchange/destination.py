@@ -71,8 +71,10 @@ def _remove(place: pathlib.Path) -> None:
   for _ in range(_TRIES):
     with contextlib.suppress(FileNotFoundError):  # Removed already.
       for path in place.iterdir():
-        if path.name != _LOCK:
+        if path.is_dir():
           shutil.rmtree(path, ignore_errors=True)
+        elif path.name != _LOCK:
+          path.unlink()
       if any(path.name != _LOCK for path in place.iterdir()):
         time.sleep(_PAUSE_SECONDS)  # After Ctrl-C threads that save may still be writing.
         continue

@@ -12,7 +12,7 @@ import numpy as np
 
 from calm_jax import config, errors
 from calm_jax.interchange import checksums, names, tensors
-from calm_jax.interchange.config_json import Settings, shown
+from calm_jax.interchange.config_json import Settings
 from calm_jax.models import autoencoder, calm, transformer
 
 Params = Any
@@ -148,8 +148,8 @@ def _find_autoencoder(
     raise errors.CalmError(
       f"--autoencoder={given} is no folder with a config.json"
       if given
-      else f"{folder} holds no autoencoder, and its ae_path {shown(path)} leads nowhere: give "
-      "--autoencoder=DIR"
+      else f"{folder} holds no autoencoder, and its ae_path {config.shown(path)} leads nowhere: "
+      "give --autoencoder=DIR"
     )
   checksums.check(place, USED)
   found = _read_autoencoder(place, tensors.open_folder(place), Settings(place), take)

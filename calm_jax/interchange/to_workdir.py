@@ -32,6 +32,7 @@ def write(
   """
   checkpoint.require_writable_name(output)
   folder = pathlib.Path(source)
+  files.require_reachable(str(folder / "config.json"))
   if not (folder / "config.json").exists():
     raise errors.CalmError(f"--source={source} is no folder with a config.json")
   imported = reading.read(folder, autoencoder, allow_nonfinite)

@@ -90,7 +90,7 @@ def read(directory: str) -> Account:
   account = Account(
     directory=directory,
     run=run,
-    patch_size=_patch_size(directory, run),
+    patch_size=_patch_size(run),
     train=train,
     evaluations=[record for record in metrics if record["kind"] == "evaluation"],
     evaluation=evaluation,
@@ -216,12 +216,8 @@ def _wrong_tradeoff(record: Record) -> str:
   return ""
 
 
-def _patch_size(directory: str, run: config.Run) -> int | None:
-  if isinstance(run, config.AutoencoderRun):
-    return run.model.patch_size
-  own = str(epath.Path(directory) / workdir.AUTOENCODER)
-  frozen = workdir.read_run(own) if workdir.exists(own) else None
-  return frozen.model.patch_size if isinstance(frozen, config.AutoencoderRun) else None
+def _patch_size(run: config.Run) -> int | None:
+  return None if isinstance(run, config.TransformerRun) else run.model.patch_size
 
 
 def _state(account: Account) -> list[str]:

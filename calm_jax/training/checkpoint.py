@@ -24,6 +24,8 @@ from calm_jax.training import failures, fingerprint, meta, metrics, reread
 
 DIRECTORY = "checkpoints"
 UNREADABLE = "checkpoints_unreadable"
+# Processes may read their shares at different speeds.
+PROOF_SECONDS = 1800
 
 # Marks a problem for which no older checkpoint is taken.
 _REFUSED = "refused: "
@@ -103,7 +105,7 @@ class Checkpoints:
       CalmError: if they can't be written there.
     """
     _ignore_stragglers()
-    self._workdir = epath.Path(workdir)
+    self._workdir = epath.Path(files.absolute(workdir))  # Orbax reads no other.
     self._last: tuple[int, dict[str, dict[str, str]]] = (0, {})
     self._report = report
     reads = keep_latest is None
@@ -128,7 +130,7 @@ class Checkpoints:
     }
     try:
       self._manager = ocp.CheckpointManager(
-        files.absolute(self._workdir / DIRECTORY), options=options, item_handlers=handlers
+        self._workdir / DIRECTORY, options=options, item_handlers=handlers
       )
     except Exception as error:  # A bucket's client raises errors of its own.
       reason = failures.first_line(error)
@@ -202,7 +204,8 @@ class Checkpoints:
       problem = ""
     except Exception as error:
       problem = failures.first_line(error)
-    problem = next(filter(None, distributed.exchange("proved", problem)), "")
+    told = distributed.exchange("proved", problem, PROOF_SECONDS)
+    problem = next(filter(None, told), "")
     if problem:
       self.set_aside_after(step - 1)
       raise errors.CalmError(
@@ -314,7 +317,13 @@ def steps_in(workdir: str) -> list[int]:
     return []
   if not folder.is_dir():
     raise errors.CalmError(f"{folder} is a file, where checkpoints should be: put the folder back")
-  return sorted(int(place.name) for place in folder.iterdir() if place.name.isdecimal())
+
+  def begun_only(place: epath.Path) -> bool:
+    """In a bucket a step has its name from the first file on, and a mark when it is whole."""
+    return not files.is_local(place) and not (place / "commit_success.txt").exists()
+
+  named = [place for place in folder.iterdir() if place.name.isdecimal()]
+  return sorted(int(place.name) for place in named if not begun_only(place))
 
 
 def require_writable_name(path: epath.PathLike) -> None:

@@ -4,7 +4,6 @@ A book that can't be read is left out, and by the next attempt put aside.
 """
 
 import contextlib
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -126,8 +125,8 @@ def _read(path: epath.Path) -> dict[str, Any] | None:
   if not isinstance(seconds, Mapping):
     return None
   times += [seconds.get(kind) for kind in KINDS]
-  whole = all(type(x) is int for x in steps) and all(
-    isinstance(x, int | float) and math.isfinite(x) for x in times
+  whole = all(type(x) is int and 0 <= x < 2**63 for x in steps) and all(
+    isinstance(x, int | float) and 0 <= x < 1e15 for x in times
   )
   return record if whole else None
 
@@ -170,4 +169,4 @@ def goodput(directory: epath.Path) -> dict[str, Any] | None:
   total = sum(result.values())
   seconds = {name: round(x, 3) for name, x in result.items()}
   return {"attempts": len(books), "total": round(total, 3), **seconds,
-          "goodput": round(result["productive"] / total, 4)}  # fmt: skip
+          "goodput": round(result["productive"] / total, 4) if total else 0.0}  # fmt: skip

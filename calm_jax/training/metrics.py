@@ -15,7 +15,7 @@ from typing import Any
 from etils import epath
 from tqdm import tqdm
 
-from calm_jax import distributed, errors, files
+from calm_jax import config, distributed, errors, files
 
 # What is put aside is named so.
 UNREADABLE = ".unreadable"
@@ -153,7 +153,7 @@ class Writer:
     self, kind: str, step: int, values: Mapping[str, Any], time_: float | None = None
   ) -> None:
     for name, value in values.items():
-      if isinstance(value, (int, float)):
+      if isinstance(value, (int, float)) and not abs(value) > config.FLOATS[1]:
         self._board.add_scalar(f"{kind}/{name}", value, step, time_)
 
   def has(self, kind: str, step: int) -> bool:

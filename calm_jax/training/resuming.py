@@ -21,7 +21,7 @@ def require_checkpoints(directory: str) -> None:
     return
   attempts = ledger.attempts(epath.Path(directory))
   saved = max((max(one["first_step"], one.get("saved", 0)) for one in attempts), default=0)
-  if not saved and not folder.exists():  # The trainer makes it before anything is reported.
+  if not attempts:
     saved = metrics.last_step(epath.Path(directory) / workdir.METRICS)
   if saved:
     raise errors.CalmError(

@@ -245,6 +245,7 @@ class Trainer:
     told = f"step {done} is not saved, as the {skipping} before it were skipped"
     if at_end:
       raise resuming.NonFinite(told, done - skipping)
+    self._saved_at = time.monotonic()
     metrics.show(told)
 
   def _save(
@@ -260,9 +261,13 @@ class Trainer:
       taken = self._taken.after(done - self._begun, self._examples_a_step)
       data = {**position, "taken": taken.to_json()}
       saved = self._checkpoints.save(done, params, rest, {**self._record, "data": data})
-      self._saved, self._saved_at = done, time.monotonic()
-      if not self._proved and (saved := saved and self._checkpoints.wait()):
-        self._prove(done)
+      self._saved_at = time.monotonic()
+      if not self._proved:
+        saved = distributed.everywhere("saved", self._checkpoints.wait() and saved)
+        if saved:
+          self._prove(done)
+      if saved:
+        self._saved = done
     if wait and not (self._checkpoints.wait() and saved):
       raise errors.CalmError(
         f"step {done} could not be saved in {self._directory}: make room there and run the same "
