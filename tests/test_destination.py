@@ -107,7 +107,7 @@ def test_a_lock_that_cant_be_put_in_place_leaves_nothing(tmp_path, monkeypatch):
 
   monkeypatch.setattr(pathlib.Path, "rename", fails)
   with (
-    pytest.raises(errors.CalmError, match="can't write --output=.*No space left"),
+    pytest.raises(errors.CalmError, match=r"can't write --output=.*No space left"),
     destination.new_folder(str(tmp_path / "out")),
   ):
     pass

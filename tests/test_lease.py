@@ -247,7 +247,6 @@ def stop_between_beats(process: subprocess.Popen, folder: pathlib.Path) -> None:
     process.send_signal(signal.SIGCONT)
 
 
-@pytest.mark.parametrize("ended", [False, True], ids=["holds it", "gave it back"])
 def test_a_lease_that_was_written_without_an_answer_is_ones_own(
   tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -264,6 +263,7 @@ def test_a_lease_that_was_written_without_an_answer_is_ones_own(
   assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("ended", [False, True], ids=["holds it", "gave it back"])
 def test_a_process_that_stood_still_is_told_that_another_took_over(
   ended: bool, tmp_path: pathlib.Path
 ):
