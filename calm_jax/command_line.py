@@ -173,8 +173,8 @@ def _wrong_value(shown: str, value: str | None, parser: flags.ArgumentParser) ->
     if isinstance(parser, flags.EnumParser):
       return f"{shown} is {value!r}: {config.nearest(value, parser.enum_values)}"
     expected = "true or false" if isinstance(parser, flags.BooleanParser) else parser.syntactic_help
-    if isinstance(parser, flags.IntegerParser | flags.FloatParser):
-      expected = f"{parser.number_article} {expected}"
+    if expected.startswith(("integer", "number")):
+      expected = f"{'an' if expected[0] == 'i' else 'a'} {expected}"
     return f"{shown}={value} must be {expected}" if expected else f"{shown}={value}: {error}"
   return ""
 

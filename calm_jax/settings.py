@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from ml_collections.config_flags import config_flags
 
-from calm_jax import config, errors
+from calm_jax import config, errors, files
 
 WIDTH = 100
 CONFIGS = pathlib.Path("configs")
@@ -101,6 +101,7 @@ def load(flag: str, file: str) -> Mapping[str, Any]:
   Raises:
     CalmError: where it can't be loaded; whatever its code raised is in the message.
   """
+  files.require_regular(file.partition(":")[0])
   try:
     found: Any = config_flags.ConfigFileFlagParser(flag).parse(file)
     config.require(found is not None, "its get_config returns nothing")
@@ -132,6 +133,8 @@ def likeness(given: str, known: str) -> float:
     return 0.9
   if set(words) <= set(theirs) or set(theirs) <= set(words):  # warmup, batch_size
     return 1.0 if given == known else 0.85
+  if sorted(given) == sorted(known):  # Letters that changed places.
+    return 0.85
   return difflib.SequenceMatcher(None, given, known).ratio()
 
 

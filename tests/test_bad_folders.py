@@ -266,7 +266,7 @@ BAD: dict[str, tuple[Callable[[pathlib.Path], None], str]] = {
   "big vocabulary": (config_of(vocab_size=2**31), "vocab_size must be below 2.31, got 2147483648"),
   "big K": (config_of(patch_size=2**31), "patch_size = 2147483648, but its weights have 4"),
   "many heads": (config_of(num_attention_heads=2**31), "num_attention_heads must be below 2.31"),
-  "more heads": (config_of(num_attention_heads=2**30), "width must be a multiple of 2 . heads"),
+  "more heads": (config_of(num_attention_heads=2**30), r"heads must lie in \[1, 1048576\], got"),
   "many groups": (config_of(num_key_value_heads=2**31), "num_key_value_heads must be below 2.31"),
   "many samples": (config_of(num_samples=2**31), "num_samples must be below 2.31"),
   "many steps": (config_of(sampling_steps=2**31), "sampling_steps must be below 2.31"),

@@ -198,10 +198,10 @@ def test_draws_that_end_unsettled_are_told_or_an_error():
 @pytest.mark.parametrize(
   ("wish", "reason"),
   [
-    ({"temperature": 0.0}, "above 0, got 0"),
+    ({"temperature": 0.0}, "above 0 and finite, got 0"),
     ({"temperature": 1.5}, r"\(0, 1\], got 1.5"),
     ({"temperature": 0.25, "num_candidates": 3}, "at least 1/temperature = 4, got 3"),
-    ({"max_tokens": 0}, "at least 1, got 0"),
+    ({"max_tokens": 0}, r"must lie in \[1, 1073741824\], got 0"),
     ({"seed": -1}, "got -1"),
     ({"stop": ("",)}, "stop string is empty"),
   ],

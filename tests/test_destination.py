@@ -22,8 +22,8 @@ WRITES = HEARS + textwrap.dedent("""
   interrupts.end_at_once()
 
   def save(folder):
-    while True:
-      os.makedirs(folder / "checkpoints", exist_ok=True)
+    os.mkdir(folder / "checkpoints")
+    while folder.exists():
       (folder / f"checkpoints/{time.time()}").write_text("")
 
   with destination.new_folder(sys.argv[1]) as folder:
