@@ -133,9 +133,8 @@ def likeness(given: str, known: str) -> float:
     return 0.9
   if set(words) <= set(theirs) or set(theirs) <= set(words):  # warmup, batch_size
     return 1.0 if given == known else 0.85
-  if sorted(given) == sorted(known):  # Letters that changed places.
-    return 0.85
-  return difflib.SequenceMatcher(None, given, known).ratio()
+  swapped = 0.85 if sorted(given) == sorted(known) else 0.0  # Letters that changed places.
+  return max(swapped, difflib.SequenceMatcher(None, given, known).ratio())
 
 
 def nearest(given: str, known: Iterable[str]) -> list[str]:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from etils import epath
 from folders import (
   GOLDEN,
   Weights,
@@ -241,7 +240,7 @@ BAD: dict[str, tuple[Callable[[pathlib.Path], None], str]] = {
   "config no text": (config_text("\x00\x01"), "config.json is no valid JSON"),
   "config a pipe": (pipe("config.json"), "config.json is a pipe, a device or a socket"),
   "config a device": (device("config.json"), "config.json is a pipe, a device or a socket"),
-  "long list": (config_of(rope_parameters=[1] * 999), r"rope_type is \[1, 1.*\.\.\.; only"),
+  "long list": (config_of(rope_parameters=[1] * 999), r"rope_type is \[1, 1.*\.\.\.\]; only"),
   "list for a number": (config_of(num_attention_heads=[4]), "must be a number above 0, got .4."),
   "list for a size": (config_of(vocab_size=[]), "vocab_size must be a number above 0"),
   "index too deep": (index_of(NESTED), "index.json is no valid JSON: nested too deep"),
@@ -272,8 +271,8 @@ BAD: dict[str, tuple[Callable[[pathlib.Path], None], str]] = {
   "many steps": (config_of(sampling_steps=2**31), "sampling_steps must be below 2.31"),
   "long context": (config_of(max_position_embeddings=2**30), "and below 536870912; got 1073741824"),
   "one position": (config_of(max_position_embeddings=1), "must be at least 2, .* got 1"),
-  "huge number": (config_of(num_attention_heads=10**4000), r"must be below 2.31, got 10{59}\.\.\."),
-  "huge base": (config_of(rope_theta=10**400), r"rope_theta must be below 2.31, got 10{59}\.\.\."),
+  "huge number": (config_of(num_attention_heads=10**4000), r"must be below 2.31, got 10+\.\.\.0+"),
+  "huge base": (config_of(rope_theta=10**400), r"rope_theta must be below 2.31, got 10+\.\.\.0+"),
   "infinite base": (config_of(rope_theta=float("inf")), "rope_theta must be a number .* got inf"),
   "no base": (config_of(rope_theta=float("nan")), "rope_theta must be a number above 0, got nan"),
   "EOS outside": (config_of(eos_token_id=101), "eos_token_id = 101, but .* has 101 tokens: set"),
@@ -344,7 +343,12 @@ def test_what_cant_be_looked_at_is_told(folder, tmp_path, monkeypatch):
     patch.setattr(tensors, "open_folder", refuse)
     with pytest.raises(errors.CalmError, match=r"can't read .*energy: .*Permission denied"):
       converted(folder)
-  monkeypatch.setattr(type(epath.Path()), "exists", refuse)
+  look = os.stat
+
+  def refuse_config(path, *args, **more):
+    return refuse(path) if str(path).endswith("config.json") else look(path, *args, **more)
+
+  monkeypatch.setattr(os, "stat", refuse_config)
   with pytest.raises(errors.CalmError, match=r"can't reach .*config.json: .*Permission denied"):
     formats.convert(str(folder), str(tmp_path / "out"), "workdir")
 
