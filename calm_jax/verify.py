@@ -69,7 +69,7 @@ def verify(path: str, show: Callable[[str], None] = print) -> None:
   show(f"{kind.name} {path}")
   count = 0
   for name, check in kind.checks(path):
-    show(f"  {name:24} {check()}")
+    show(f"  {name:32} {check()}")
     count += 1
   show(f"{count} checks, all as written")
 
