@@ -137,12 +137,17 @@ def test_random_damages_are_told_or_harmless(exported, tmp_path):
 # What `calm_jax.verify` asks of a folder.
 
 
-@pytest.mark.parametrize("stage", ["autoencoder", "calm", "transformer"])
-@pytest.mark.parametrize("kind", ["reference", "llama", "torch", "stablehlo"])
+@pytest.mark.parametrize(
+  ("kind", "stage"),
+  [
+    (kind, stage)
+    for kind, writers in formats.WRITERS.items()
+    if kind != "onnx"
+    for stage in writers
+  ],
+)
 def test_every_check_passes_on_what_we_write(kind, stage, request, tmp_path):
   source = request.getfixturevalue(f"trained_{stage}")
-  if stage not in formats.WRITERS[kind]:
-    pytest.skip(f"{kind} has no {stage}")
   formats.convert(str(source), str(tmp_path / "out"), kind)
   assert checking.is_exported(tmp_path / "out") and not checking.is_exported(source)
   told = {name: check(tmp_path / "out") for name, check in checking.CHECKS.items()}
