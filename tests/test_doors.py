@@ -188,10 +188,14 @@ def test_a_file_that_can_not_be_read_is_told_in_one_line(
 def test_a_folder_that_may_not_be_looked_into_is_told_in_one_line(
   tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ):
-  def fail(path: epath.Path) -> bool:
-    raise PermissionError(errno.EACCES, "Permission denied", os.fspath(path))
+  look = os.stat
 
-  monkeypatch.setattr(type(epath.Path("/")), "exists", fail)
+  def fail(path, *args, **more):
+    if str(path).startswith(f"{tmp_path}/"):
+      raise PermissionError(errno.EACCES, "Permission denied", os.fspath(path))
+    return look(path, *args, **more)
+
+  monkeypatch.setattr(os, "stat", fail)
   for act in (
     lambda: workdir.read_run(str(tmp_path)),
     lambda: prompts.written(f"{tmp_path}/texts", []),
