@@ -19,7 +19,7 @@ from calm_jax.models import calm, layers
 torch = pytest.importorskip("torch", reason="exported folders are opened by torch")
 transformers = pytest.importorskip("transformers", reason="they are opened by transformers")
 
-from calm_jax.interchange.torch_module import modeling_calm  # noqa: E402
+modeling_calm = pytest.importorskip("calm_jax.interchange.torch_module.modeling_calm")
 
 
 @pytest.fixture(autouse=True)

@@ -95,7 +95,7 @@ class Kept:
 def test_only_a_checkpoint_with_no_finite_step_after_it_is_set_aside(kept, good, left, told):
   checkpoints = Kept(*kept)
   error = resuming.NonFinite("", good)
-  found = resuming.step_back(checkpoints, error, 0.5)  # pyright: ignore[reportArgumentType]
+  found = resuming.step_back(checkpoints, error, 0.5)
   assert re.search(told, found) and "learning_rate below 0.5" in found
   assert checkpoints.found == left
 

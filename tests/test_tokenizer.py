@@ -191,7 +191,7 @@ def test_a_panic_of_the_library_is_told_in_one_line(
 ):
   path = hugging_face(tmp_path / "tokenizer.json", ["</s>"])
   loaded = tokenizer_lib.load(path)
-  loaded._model = types.SimpleNamespace(encode=panic)  # pyright: ignore
+  loaded._model = types.SimpleNamespace(encode=panic)
   with pytest.raises(errors.CalmError, match="can't encode a text: index out of bounds"):
     loaded.encode("a")
   monkeypatch.setattr(tokenizers, "Tokenizer", types.SimpleNamespace(from_str=panic))

@@ -154,7 +154,8 @@ def _typed(kind: Any, value: Any) -> Any:
     hints = typing.get_type_hints(kind)
     if value.keys() - hints.keys():
       raise ValueError(f"unknown fields {sorted(value.keys() - hints.keys())}")
-    return kind(**{name: _typed(hints[name], value[name]) for name in hints})  # pyright: ignore[reportCallIssue]
+    make: Any = kind
+    return make(**{name: _typed(hints[name], value[name]) for name in hints})
   origin, inner = typing.get_origin(kind), typing.get_args(kind)
   if origin is tuple and isinstance(value, list):
     return tuple(_typed(inner[0], item) for item in value)

@@ -21,6 +21,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import contextlib
 import dataclasses
+import importlib
 import io
 import pathlib
 import re
@@ -35,13 +36,16 @@ from typing import Any
 import jax
 
 import calm_jax
+from calm_jax import cli, lease
+from calm_jax.reporting import provenance
 
-# Everything but the acts themselves, whose flags have the same names.
-from calm_jax import cli, lease, run_flags, workdir  # noqa: F401
-from calm_jax.generation import decode, prompts, session  # noqa: F401
-from calm_jax.interchange import formats  # noqa: F401
-from calm_jax.reporting import page, provenance, summary  # noqa: F401
-from calm_jax.training import program, reporter, train  # noqa: F401
+# What acts import: everything but the acts themselves, whose flags have the same names.
+for _name in (
+  "run_flags", "workdir", "generation.decode", "generation.prompts", "generation.session",
+  "interchange.formats", "reporting.page", "reporting.summary", "training.program",
+  "training.reporter", "training.train",
+):  # fmt: skip
+  importlib.import_module(f"calm_jax.{_name}")
 
 ROOT = pathlib.Path(__file__).parents[2]
 # How lines begin that come and go: those of progress, and what libtpu says where it finds no TPU.
