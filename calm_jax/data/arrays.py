@@ -75,7 +75,7 @@ def verified(array: Any, path: str, name: str, sums: Iterable[str]) -> Iterator[
     found = hashlib.sha256()
     begin, end = shard * _SHARD, min((shard + 1) * _SHARD, array.shape[0])
     for start in range(begin, end, _READ):
-      block = read(array[start : min(start + _READ, end)], path)
+      block = result(array[start : min(start + _READ, end)].read(), path)
       found.update(block.astype(_stored(block.dtype), copy=False).data)
       yield block
     if found.hexdigest() != expected:
@@ -85,14 +85,14 @@ def verified(array: Any, path: str, name: str, sums: Iterable[str]) -> Iterator[
       )
 
 
-def read(array: Any, path: str) -> np.ndarray:
-  """Returns the elements of an array or a range of one.
+def result(pending: Any, path: str) -> np.ndarray:
+  """Returns the elements of a read that was started, TensorStore's future.
 
   Raises:
     CalmError: if they are lost or damaged.
   """
   try:
-    return array.read().result()
+    return pending.result()
   except ValueError as error:
     raise errors.CalmError(f"can't read the token store {path}: {_reason(error)}") from error
 

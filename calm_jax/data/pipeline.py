@@ -1,8 +1,8 @@
-"""Tokens -> batches: fixed blocks in a global shuffle, by grain; the position is one integer."""
+"""Token store -> batches: fixed blocks in grain's global shuffle; the position is one integer."""
 
-import sys
+import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import grain
 import numpy as np
@@ -10,7 +10,50 @@ import numpy as np
 from calm_jax import errors
 from calm_jax.data import store as store_lib
 
+# One array a field, one row an example.
 Batch = Mapping[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+  """One field of an example: the shape of its row and its type."""
+
+  shape: tuple[int, ...]
+  dtype: np.dtype
+
+
+class Source(Protocol):
+  """Endless batches for the loop, of which every process reads its own rows.
+
+  `TrainingBatches` reads them from a token store. A stage whose targets come from
+  elsewhere, as from generation, passes a source of its own. It is read by one thread
+  that is not the loop's, up to two batches ahead of it.
+
+  Attributes:
+    fields: those of an example. `index` is one of them: the example's number in the
+      whole stream, which all its noise is keyed by.
+  """
+
+  @property
+  def fields(self) -> Mapping[str, Field]: ...
+
+  def __next__(self) -> Batch:
+    """Returns this process's rows of the next batch."""
+    ...
+
+  def get_state(self) -> dict[str, Any]:
+    """Returns the position of the next batch, for JSON; the same on all processes."""
+    ...
+
+  def set_state(self, state: Mapping[str, Any]) -> None:
+    """Moves to a position that `get_state` returned."""
+    ...
+
+
+def fields(context: int) -> dict[str, Field]:
+  """Returns the fields of a block of `context` tokens."""
+  int32 = np.dtype(np.int32)
+  return {"tokens": Field((context,), int32), "index": Field((), int32)}
 
 
 FEW_BLOCKS = 20  # Figures on fewer vary much.
@@ -57,33 +100,19 @@ class Blocks:
   def __len__(self) -> int:
     return self._count
 
-  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-    start = int(index) * self._context
-    return {"tokens": self._store.read(self._split, start, start + self._context)}
-
-
-class _Rows:
-  """Some rows of every batch of a stream, one after the other, from a position on."""
-
-  def __init__(self, stream: grain.MapDataset, start: int, batch: int, rows: np.ndarray):
-    self._stream, self._start, self._batch, self._rows = stream, start, batch, rows
-
-  def __len__(self) -> int:
-    return sys.maxsize
-
-  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-    number, row = divmod(int(index), len(self._rows))
-    found = self._stream[self._start + number * self._batch + int(self._rows[row])]
-    assert found is not None
-    return found
+  def batch(self, blocks: np.ndarray, index: np.ndarray) -> Batch:
+    """Returns a batch of these blocks, read in parallel, whose examples are numbered `index`."""
+    starts = (blocks * self._context).tolist()
+    tokens = self._store.read_rows(self._split, starts, self._context)
+    return {"tokens": tokens, "index": index.astype(np.int32)}
 
 
 class TrainingBatches:
-  """Endless batches {"tokens": int32 [b, S], "index": int32 [b]} of the training split.
+  """Endless batches of the training split, with `fields` of a block; see `Source`.
 
-  `index` counts examples of the whole stream; every epoch is shuffled anew. Of each
-  batch only `rows`, by default all B, are read. The position is one integer, the next
-  batch's first index, whatever the batch size and the number of processes.
+  Every epoch is shuffled anew. Of each batch only `rows`, by default all of them, are
+  read. The position is the next batch's first index, whatever the batch size and the
+  number of processes.
   """
 
   def __init__(
@@ -94,48 +123,43 @@ class TrainingBatches:
     seed: int,
     rows: np.ndarray | None = None,
   ):
-    blocks = Blocks(store, "train", context)
-    stream = grain.MapDataset.source(blocks).seed(seed).shuffle().repeat()
-    self._stream = stream.map_with_index(lambda i, block: {**block, "index": np.int32(i % 2**31)})
+    self.fields = fields(context)
+    self._blocks = Blocks(store, "train", context)
+    self._order = grain.MapDataset.range(len(self._blocks)).seed(seed).shuffle().repeat()
     self._batch, self._rows = batch, np.arange(batch) if rows is None else rows
     self._next_index = 0
-    self._iterator: Iterator[Batch] | None = None
 
   def __next__(self) -> Batch:
-    if self._iterator is None:
-      own = _Rows(self._stream, self._next_index, self._batch, self._rows)
-      count = len(self._rows)
-      ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4 * count)
-      examples = grain.MapDataset.source(own).to_iter_dataset(ahead)
-      self._iterator = iter(examples.batch(count))
-    batch = next(self._iterator)
+    positions = self._next_index + self._rows
+    blocks = np.array([self._order[int(position)] for position in positions])
+    batch = self._blocks.batch(blocks, positions % 2**31)
     self._next_index += self._batch
     return batch
 
   def get_state(self) -> dict[str, Any]:
-    """Returns the position, to be stored as JSON."""
+    """Returns the position, for JSON."""
     return {"global_next_index": self._next_index}
 
   def set_state(self, state: Mapping[str, Any]) -> None:
-    """Goes to a stored position."""
-    self._next_index, self._iterator = state["global_next_index"], None
+    """Moves to a position that `get_state` returned."""
+    self._next_index = state["global_next_index"]
 
 
 def heldout_batches(
   store: store_lib.TokenStore, context: int, batch: int, limit: int, rows: np.ndarray | None = None
 ) -> Iterator[tuple[Batch, int]]:
-  """Yields (batch, rows of the whole one that count) over `limit` held-out blocks, 0 for all.
+  """Yields (batch, number of its rows that count) over `limit` held-out blocks; 0 for all.
 
-  They come from all over the split; `index` numbers them. The last batch is filled
-  up with its first block, so that all have one shape. Of each only `rows` are read.
+  Batches have the `fields` of a block. The blocks are spread evenly over the split;
+  `index` numbers them. The last batch is filled up with its first block, so that all
+  batches have one shape. Of each batch only `rows`, by default all of them, are read.
   """
   blocks = Blocks(store, "heldout", context)
   count = min(len(blocks), limit) if limit else len(blocks)
   for start in range(0, count, batch):
     index = start + (np.arange(batch) if rows is None else rows)
-    read = np.where(index < count, index, start) * len(blocks) // count
-    tokens = np.stack([blocks[i]["tokens"] for i in read])
-    yield {"tokens": tokens, "index": index.astype(np.int32)}, min(batch, count - start)
+    numbers = np.where(index < count, index, start) * len(blocks) // count
+    yield blocks.batch(numbers, index), min(batch, count - start)
 
 
 def heldout_tokens(store: store_lib.TokenStore, context: int, limit: int) -> np.ndarray:

@@ -16,7 +16,7 @@ is read, and the sums of offsets; `TokenStore.checks` check everything.
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -89,9 +89,23 @@ class TokenStore:
     Raises:
       ValueError: if the split does not hold them; CalmError if they are lost or damaged.
     """
-    if not 0 <= start <= stop <= self.num_tokens(split):
-      raise ValueError(f"{split} has tokens [0, {self.num_tokens(split)}), not [{start}, {stop})")
-    return arrays.read(self._tokens[split][start:stop], self.path).astype(np.int32)
+    return self.read_rows(split, [start], stop - start)[0]
+
+  def read_rows(self, split: str, starts: Sequence[int], length: int) -> np.ndarray:
+    """Returns tokens [start, start + length) of each start, int32 [starts, length].
+
+    The rows are read in parallel.
+
+    Raises:
+      ValueError: if the split does not hold them; CalmError if they are lost or damaged.
+    """
+    size, tokens = self.num_tokens(split), self._tokens[split]
+    for start in starts:
+      if not 0 <= start <= start + length <= size:
+        raise ValueError(f"{split} has tokens [0, {size}), not [{start}, {start + length})")
+    pending = [tokens[start : start + length].read() for start in starts]
+    rows = [arrays.result(row, self.path) for row in pending]
+    return np.stack(rows, dtype=np.int32)
 
   def offsets(self, split: str) -> np.ndarray:
     """Returns the start of each document and the end of the last, int64 [documents + 1].
