@@ -6,7 +6,6 @@ from calm_jax import config
 from calm_jax.training import step
 
 SETTINGS = config.Optimizer(learning_rate=0.1, warmup_steps=0, weight_decay=0.0)
-SIGNALS = jnp.zeros((2, len(step.SIGNALS)), jnp.int32)
 
 
 def loss(params, frozen, batch, key):
@@ -36,9 +35,7 @@ def test_accumulation_weighs_parts_by_their_tokens():
 
 def test_a_step_goes_against_the_gradient_by_the_learning_rate():
   state = step.new_state({"w": jnp.float32(5.0)}, SETTINGS)
-  state, metrics = step.make_step(loss, SETTINGS, config.Training(steps=10))(
-    state, {}, batch(), SIGNALS
-  )
+  state, metrics = step.make_step(loss, SETTINGS, config.Training(steps=10))(state, {}, batch())
   np.testing.assert_allclose(state.params["w"], 4.9, rtol=1e-6)
   np.testing.assert_allclose(metrics["learning_rate"], 0.1, rtol=1e-6)
   np.testing.assert_allclose(metrics["update_norm"], 0.1, rtol=1e-5)
@@ -48,10 +45,10 @@ def test_a_step_goes_against_the_gradient_by_the_learning_rate():
 def test_a_non_finite_step_changes_nothing_but_the_counters():
   state = step.new_state({"w": jnp.float32(5.0)}, SETTINGS)
   take = step.make_step(loss, SETTINGS, config.Training(steps=10))
-  state, _ = take(state, {}, batch(), SIGNALS)
+  state, _ = take(state, {}, batch())
   for bad in (jnp.nan, jnp.inf):
     before = state
-    state, metrics = take(state, {}, batch() | {"x": jnp.full((4,), bad)}, SIGNALS)
+    state, metrics = take(state, {}, batch() | {"x": jnp.full((4,), bad)})
     assert not metrics["finite"]
     jax.tree.map(
       np.testing.assert_array_equal,
@@ -59,5 +56,22 @@ def test_a_non_finite_step_changes_nothing_but_the_counters():
       (before.params, before.optimizer),
     )
   assert (int(state.step), int(state.skipped), int(state.skipped_in_a_row)) == (3, 2, 2)
-  state, _ = take(state, {}, batch(), SIGNALS)
+  state, _ = take(state, {}, batch())
   assert (int(state.step), int(state.skipped), int(state.skipped_in_a_row)) == (4, 2, 0)
+
+
+def test_a_void_step_leaves_the_state_unchanged():
+  take = step.with_signals(step.make_step(loss, SETTINGS, config.Training(steps=10)))
+  before = step.new_state({"w": jnp.float32(5.0)}, SETTINGS)
+  after, metrics = take(before, {}, batch(), jnp.array([[0, 0, 0], [0, 0, 1]]))
+  jax.tree.map(np.testing.assert_array_equal, after, before)
+  assert [int(metrics[name]) for name in step.SIGNALS] == [0, 0, 1]
+
+
+def test_a_signal_of_any_device_is_returned_and_the_step_is_the_plain_one():
+  plain = step.make_step(loss, SETTINGS, config.Training(steps=10))
+  before = step.new_state({"w": jnp.float32(5.0)}, SETTINGS)
+  expected, _ = plain(before, {}, batch())
+  after, metrics = step.with_signals(plain)(before, {}, batch(), jnp.array([[1, 0, 0], [0, 1, 0]]))
+  jax.tree.map(np.testing.assert_array_equal, after, expected)
+  assert [int(metrics[name]) for name in step.SIGNALS] == [1, 1, 0]

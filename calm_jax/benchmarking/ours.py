@@ -55,7 +55,7 @@ class Steps:
       self._attention = attention.choose(run.execution.attention, positions, dtype)
     self._state = self._program.initial()
     start = time.perf_counter()
-    self._step = self._program.compiled_step()
+    self._step = self._program.compiled_plain_step()
     self._compile_seconds = time.perf_counter() - start
     self._save_seconds = self._saved()
     self._matmul_flops = matmul_rate() if jax.default_backend() == "cpu" else None
@@ -65,7 +65,6 @@ class Steps:
       store, run.data.context, run.training.batch, run.training.seed, rows
     )
     self._feed = feed.Feed(batches, self._program.mesh, run.training.batch, rows)
-    self._signals = self._program.place_signals()
     self._waited, self._count, self._loss = 0.0, 0, float("nan")
 
   def dispatch(self) -> Callable[[], None] | None:
@@ -75,7 +74,7 @@ class Steps:
     self._count += 1
     if self._count > contenders.WARM_UP:
       self._waited += time.perf_counter() - start
-    self._state, figures = self._step(self._state, self._stage.frozen, fed.arrays, self._signals)
+    self._state, figures = self._step(self._state, self._stage.frozen, fed.arrays)
     if jax.default_backend() != "cpu":
       return functools.partial(self._wait, figures)
     self._wait(figures)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -120,12 +120,22 @@ class Program:
     return made(key)
 
   def compiled_step(self) -> jax.stages.Compiled:
-    """Returns the step: (state, frozen, batch, signals) -> (state, metrics)."""
+    """Returns the loop's step: (state, frozen, batch, signals) -> (state, metrics)."""
     return self.lowered_step().compile()
 
   def lowered_step(self) -> jax.stages.Lowered:
-    """Returns the step before it is compiled."""
-    take = step.make_step(self.stage.loss, self.run.optimizer, self.run.training)
+    """Returns the loop's step before it is compiled."""
+    take = step.with_signals(self._take)
+    return self._jitted(take).lower(self.state, self.frozen, self.batch, self.signals)
+
+  def compiled_plain_step(self) -> jax.stages.Compiled:
+    """Returns the step without signals: (state, frozen, batch) -> (state, metrics)."""
+    return self._jitted(self._take).lower(self.state, self.frozen, self.batch).compile()
+
+  @property
+  def _take(self) -> step.Step:
+    return step.make_step(self.stage.loss, self.run.optimizer, self.run.training)
+
+  def _jitted(self, take: Callable[..., Any]) -> jax.stages.Wrapped:
     places = jax.tree.map(lambda x: x.sharding, self.state)
-    jitted = jax.jit(take, out_shardings=(places, self._everywhere), donate_argnums=0)
-    return jitted.lower(self.state, self.frozen, self.batch, self.signals)
+    return jax.jit(take, out_shardings=(places, self._everywhere), donate_argnums=0)

@@ -88,31 +88,20 @@ def accumulated_gradients(
   return grads, metrics
 
 
-# What processes tell each other with every step, by its column in the signals: each is
-# raised where any device's is.
-SIGNALS = ("stop", "save", "void")
+# (state, frozen, batch) -> (state, metrics).
+Step = Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]
 
 
-def make_step(
-  loss: Loss, settings: config.Optimizer, training: config.Training
-) -> Callable[[TrainState, Params, Batch, jax.Array], tuple[TrainState, Metrics]]:
-  """Returns the pure step function (state, frozen, batch, signals) -> (state, metrics).
+def make_step(loss: Loss, settings: config.Optimizer, training: config.Training) -> Step:
+  """Returns the pure function that takes an optimizer step.
 
-  `signals` are int32 [devices, 3], a row a device, columns as in SIGNALS; the largest
-  of each column comes back with the metrics, equal on all processes. A void step
-  changes nothing and is not counted: a process that has no batch takes part by it.
-
-  Where the loss or the gradient norm is not finite, parameters and optimizer
-  stay as they were; the step and the skip are counted.
+  Where the loss or the gradient norm is not finite, parameters and optimizer state are
+  left unchanged; the step is counted as taken and as skipped.
   """
   tx = optimizer.transformation(settings)
   rate = optimizer.schedule(settings, training.steps)
 
-  def step(
-    state: TrainState, frozen: Params, batch: Batch, signals: jax.Array
-  ) -> tuple[TrainState, Metrics]:
-    told = dict(zip(SIGNALS, jnp.max(signals, axis=0), strict=True))
-    counted = 1 - told["void"]
+  def take(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
     key = jax.random.key(training.seed)
     grads, metrics = accumulated_gradients(
       loss, state.params, frozen, batch, key, training.accumulation
@@ -123,30 +112,51 @@ def make_step(
     learning_rate = rate(state.step)
     updates = jax.tree.map(lambda u: -learning_rate * u, directions)
     new_params = optax.apply_updates(state.params, updates)
-
-    taken = finite & (counted > 0)
-
-    def keep(new, old):
-      return jax.tree.map(lambda a, b: jnp.where(taken, a, b), new, old)
-
-    metrics |= {
+    new_state = TrainState(
+      params=_where(finite, new_params, state.params),
+      optimizer=_where(finite, new_optimizer, state.optimizer),
+      step=state.step + 1,
+      skipped=state.skipped + jnp.where(finite, 0, 1),
+      skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
+    )
+    return new_state, metrics | {
       "finite": finite,
       "gradient_norm": gradient_norm,
       "parameter_norm": optax.tree.norm(state.params),
       "update_norm": optax.tree.norm(updates),
       "learning_rate": learning_rate,
+      "skipped": new_state.skipped,
+      "skipped_in_a_row": new_state.skipped_in_a_row,
     }
-    new_state = TrainState(
-      params=keep(new_params, state.params),
-      optimizer=keep(new_optimizer, state.optimizer),
-      step=state.step + counted,
-      skipped=state.skipped + jnp.where(finite, 0, counted),
-      skipped_in_a_row=jnp.where(taken, 0, state.skipped_in_a_row + jnp.where(finite, 0, counted)),
-    )
-    metrics |= {"skipped": new_state.skipped, "skipped_in_a_row": new_state.skipped_in_a_row}
-    return new_state, metrics | told
 
-  return step
+  return take
+
+
+def _where(condition: jax.Array, new: Any, old: Any) -> Any:
+  return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
+
+
+# What a process can signal to all others with a step, in the order of the columns.
+SIGNALS = ("stop", "save", "void")
+
+
+def with_signals(take: Step) -> Callable[..., tuple[TrainState, Metrics]]:
+  """Returns a step by which processes agree: (state, frozen, batch, signals) -> (state, metrics).
+
+  `signals` is int32 [devices, 3], with the columns SIGNALS: 1 where the process of a
+  device raises one. The maximum of each column is returned among the metrics, equal on
+  all processes. A void step leaves the state unchanged, so a process that has no batch
+  can take part in it; its other metrics have no meaning.
+  """
+
+  def agree(
+    state: TrainState, frozen: Params, batch: Batch, signals: jax.Array
+  ) -> tuple[TrainState, Metrics]:
+    raised = dict(zip(SIGNALS, jnp.max(signals, axis=0), strict=True))
+    new_state, metrics = take(state, frozen, batch)
+    return _where(raised["void"] > 0, state, new_state), metrics | raised
+
+  return agree
 
 
 def parts(state: TrainState) -> tuple[Params, dict[str, Any]]:
