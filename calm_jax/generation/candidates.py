@@ -1,5 +1,6 @@
-"""Hidden states -> one patch a row: candidates drawn in rounds until every row is settled."""
+"""Hidden states -> one patch a row, from candidates drawn in rounds until each row is settled."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,24 +10,24 @@ from jax import numpy as jnp
 
 from calm_jax.generation import choosers, rules
 
-# The largest round, in candidates of all rows together, and the smallest that is worth it:
-# fewer take as long, as the weights must be read anyway.
+# Candidates of a round, of all rows together: at most ROUND and at least FEWEST. Fewer take
+# as long, as the weights must be read anyway.
 ROUND, FEWEST = 64, 8
 
-# The uses of a row's key.
+# What a row's key is used for.
 DRAW, _RULE, _CHOICE, POSTERIOR = range(4)
 
 
 class Wanted(NamedTuple):
-  """What each of B rows asks for.
+  """The patches that B rows want.
 
   Attributes:
-    key_B: of its draws; a row's i-th draw depends on nothing but this key and i.
+    key_B: key of the row's draws; draw i of a row depends on this key and i alone.
     power_B: s = 1/T.
-    limit_B: N, draws that a rule sees at most.
-    attempts_B: candidates drawn at most, those too that do not begin with the tail.
-    tail_BK, length_B: tokens that the patch must begin with, and how many they are.
-    active_B: rows that want a patch at all.
+    limit_B: N, the most draws that a rule sees.
+    attempts_B: the most candidates drawn, including those that do not begin with the tail.
+    tail_BK, length_B: tokens that the patch must begin with, and their number.
+    active_B: whether the row wants a patch at all.
   """
 
   key_B: jax.Array
@@ -39,22 +40,24 @@ class Wanted(NamedTuple):
 
 
 class Candidate(NamedTuple):
-  """Tokens, and the latent they were decoded from where somebody reads it."""
+  """A patch's tokens, and the latent that they were decoded from if the model reads latents."""
 
   token_K: jax.Array
   latent_Z: jax.Array | None
 
 
 class Choice(NamedTuple):
-  """The next patch of each row, and what it took.
+  """The next patch of each of B rows, and the draws that it took.
 
   Attributes:
-    patch: of B rows.
-    settled_B: by the rule; else the draws ended before, and one was chosen from them all.
-    drawn_B: candidates made. agreed_B: those of them that begin with the whole tail.
-    seen_B: those of these that the rule saw before it was settled.
-    longest_B: tokens of the tail that the patch begins with: where it is not all of it, no
-      candidate did better.
+    patch: the patch.
+    settled_B: whether the rule settled it; otherwise the draws ended first, and the
+      chooser took one of them.
+    drawn_B: candidates drawn.
+    agreed_B: those of them that begin with the complete tail.
+    seen_B: those of these that the rule saw before it settled.
+    longest_B: tokens of the tail that the patch begins with. If fewer than the tail has,
+      no candidate matched more.
   """
 
   patch: Candidate
@@ -66,11 +69,13 @@ class Choice(NamedTuple):
 
 
 class _Pool(NamedTuple):
-  """Draws that begin with their row's tail, in order, and what became of them.
+  """Draws that begin with their row's tail, in order, and the rule's progress on them.
 
   Attributes:
-    held: candidates [B, N, ...], held_B of them. seen_B: how many the rule has seen.
-    best: of the candidates that do not begin with the tail the one that does longest.
+    held: candidates [B, N, ...], of which the first held_B are set.
+    drawn_B, agreed_B, seen_B: see `Choice`.
+    best, longest_B: the candidate that matches most tokens of its tail, and how many.
+    rounds: rounds taken so far.
   """
 
   held: Candidate
@@ -85,19 +90,19 @@ class _Pool(NamedTuple):
 
 
 def keys_of(key_B: jax.Array, use: int, number_B: jax.Array) -> jax.Array:
-  """Returns the keys of some rows for one of the uses of randomness, and a number each."""
+  """Returns a key for each row, for one of the uses of randomness and a number."""
   return jax.vmap(lambda key, number: jax.random.fold_in(jax.random.fold_in(key, use), number))(
     key_B, number_B
   )
 
 
 def round_sizes(rows: int, least: int, most: int) -> list[int]:
-  """Returns the candidates of each round, of all rows together; the last one repeats.
+  """Returns the number of candidates of each round, of all rows together; the last repeats.
 
-  The first is about as many as a sure model needs, each further one twice as many.
+  The first round has about as many as a confident model needs; each further one doubles.
 
   Args:
-    least, most: draws that a row takes.
+    least, most: the fewest and the most draws of a row.
   """
   largest = min(max(ROUND, rows), rows * most)
   sizes = [min(max(rows * least, FEWEST), largest)]
@@ -106,8 +111,157 @@ def round_sizes(rows: int, least: int, most: int) -> list[int]:
   return sizes
 
 
-def _rows(tree: Candidate, index: Any) -> Candidate:
+def _at(tree: Candidate, index: Any) -> Candidate:
   return jax.tree.map(lambda x: x[index], tree)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Race:
+  """Rounds of draws for a batch, in which rows drop out as they are settled.
+
+  Attributes:
+    wanted, draw, rule, slots: see `choose`.
+    uniform_BN: a number in [0, 1) for each draw, which the rule may use.
+  """
+
+  wanted: Wanted
+  draw: Callable[[jax.Array, jax.Array], Candidate]
+  rule: rules.Rule
+  slots: int
+  uniform_BN: jax.Array
+
+  @property
+  def _every_B(self) -> jax.Array:
+    return jnp.arange(len(self.wanted.length_B))
+
+  def start(self) -> _Pool:
+    """Returns a pool without candidates."""
+    batch, zeros_B = len(self.wanted.length_B), jnp.zeros_like(self.wanted.length_B)
+    candidate = jax.eval_shape(self.draw, self._every_B, self._every_B)
+    empty = jax.tree.map(lambda x: jnp.zeros((batch, self.slots, *x.shape[1:]), x.dtype), candidate)
+    return _Pool(
+      held=empty,
+      held_B=zeros_B,
+      drawn_B=zeros_B,
+      agreed_B=zeros_B,
+      seen_B=zeros_B,
+      progress=rules.Progress.start(batch),
+      best=_at(empty, (self._every_B, 0)),
+      longest_B=zeros_B - 1,
+      rounds=jnp.int32(0),
+    )
+
+  def open_rows(self, pool: _Pool) -> jax.Array:
+    """Returns which rows take further draws, bool [B]."""
+    wanted = self.wanted
+    more_B = (pool.drawn_B < wanted.attempts_B) & (pool.held_B < wanted.limit_B)
+    return wanted.active_B & ~pool.progress.settled_B & more_B
+
+  def _spread(self, pool: _Pool, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Spreads `size` draws over the open rows: their rows and numbers, and which count, [S]."""
+    open_B = self.open_rows(pool)
+    order_B, slot_S = jnp.argsort(~open_B), jnp.arange(size)
+    count = jnp.maximum(jnp.sum(open_B), 1)
+    row_S = order_B[slot_S % count]
+    more_S = slot_S // count
+    number_S = pool.drawn_B[row_S] + more_S
+    counts_S = open_B[row_S] & (number_S < self.wanted.attempts_B[row_S])
+    counts_S &= more_S < (self.wanted.limit_B - pool.held_B)[row_S]
+    return row_S, number_S, counts_S
+
+  def _matched(self, row_S: jax.Array, token_SK: jax.Array) -> jax.Array:
+    """Returns how many tokens of its row's tail each candidate begins with, int [S]."""
+    tail_SK, length_S = self.wanted.tail_BK[row_S], self.wanted.length_B[row_S]
+    in_tail_SK = jnp.arange(tail_SK.shape[1])[None] < length_S[:, None]
+    return jnp.sum(jnp.cumprod((token_SK == tail_SK) & in_tail_SK, axis=1), axis=1)
+
+  def fill(self, pool: _Pool, size: int) -> _Pool:
+    """Draws `size` candidates and holds those that begin with their row's tail."""
+    row_S, number_S, counts_S = self._spread(pool, size)
+    drawn = self.draw(row_S, number_S)
+    matched_S = self._matched(row_S, drawn.token_K)
+    agrees_S = counts_S & (matched_S == self.wanted.length_B[row_S])
+    counts_SB = (row_S[:, None] == self._every_B[None]) & counts_S[:, None]
+    agrees_SB = counts_SB & agrees_S[:, None]
+    agreed_B = jnp.sum(agrees_SB, axis=0)
+    place_S = pool.held_B[row_S] + jnp.cumsum(agrees_SB, axis=0)[jnp.arange(size), row_S] - 1
+    place_S = jnp.where(agrees_S, place_S, self.slots)  # Out of bounds: dropped.
+    best, longest_B = _better(pool, drawn, jnp.where(counts_SB, matched_S[:, None], -1))
+    return pool._replace(
+      held=jax.tree.map(
+        lambda x, new: x.at[row_S, place_S].set(new, mode="drop"), pool.held, drawn
+      ),
+      held_B=jnp.minimum(pool.held_B + agreed_B, self.wanted.limit_B),
+      drawn_B=pool.drawn_B + jnp.sum(counts_SB, axis=0),
+      agreed_B=pool.agreed_B + agreed_B,
+      best=best,
+      longest_B=longest_B,
+      rounds=pool.rounds + 1,
+    )
+
+  def unseen_rows(self, pool: _Pool) -> jax.Array:
+    """Returns which unsettled rows hold a draw that the rule has not seen, bool [B]."""
+    return (pool.seen_B < pool.held_B) & ~pool.progress.settled_B
+
+  def look(self, pool: _Pool) -> _Pool:
+    """Shows the rule the next draw of every row that has one."""
+    new_B, index_B = self.unseen_rows(pool), jnp.minimum(pool.seen_B, self.slots - 1)
+    token_BNK, every_B = pool.held.token_K, self._every_B
+    same_BN = jnp.all(token_BNK == token_BNK[every_B, index_B][:, None], axis=-1)
+    same_BN &= jnp.arange(self.slots)[None] <= index_B[:, None]
+    uniform_B = self.uniform_BN[every_B, index_B]
+    draw = rules.Draw(index_B, same_BN, self.wanted.power_B, uniform_B)
+    after = self.rule(pool.progress, draw)
+    progress = jax.tree.map(lambda x, new: jnp.where(new_B, new, x), pool.progress, after)
+    return pool._replace(seen_B=pool.seen_B + new_B, progress=progress)
+
+  def advance(self, pool: _Pool, sizes: list[int]) -> _Pool:
+    """Takes one round: fills the pool, then shows the rule all that it has not seen."""
+    number = jnp.minimum(pool.rounds, len(sizes) - 1)
+    fills = [functools.partial(self.fill, size=size) for size in sizes]
+    pool = jax.lax.switch(number, fills, pool)
+    return jax.lax.while_loop(lambda pool: jnp.any(self.unseen_rows(pool)), self.look, pool)
+
+
+def _better(pool: _Pool, drawn: Candidate, matched_SB: jax.Array) -> tuple[Candidate, jax.Array]:
+  """Returns the candidate of each row that matches its tail longest, and how long, [B].
+
+  Args:
+    matched_SB: tokens of the row's tail that a new draw begins with; -1 for other rows' draws.
+  """
+  longest_B, number_B = jnp.max(matched_SB, axis=0), jnp.argmax(matched_SB, axis=0)
+  better_B1 = (longest_B > pool.longest_B)[:, None]
+  best = jax.tree.map(lambda old, new: jnp.where(better_B1, new[number_B], old), pool.best, drawn)
+  return best, jnp.maximum(pool.longest_B, longest_B)
+
+
+def _uniforms(wanted: Wanted, slots: int) -> jax.Array:
+  """Returns the rule's numbers in [0, 1), [B, N]; zeros where no row has a second stage."""
+  zeros_B = jnp.zeros_like(wanted.length_B)
+
+  def drawn() -> jax.Array:
+    key_B = keys_of(wanted.key_B, _RULE, zeros_B)
+    return jax.vmap(lambda key: jax.random.uniform(key, (slots,)))(key_B)
+
+  return jax.lax.cond(
+    jnp.any(wanted.power_B != jnp.floor(wanted.power_B)),
+    drawn,
+    lambda: jnp.zeros((len(zeros_B), slots)),
+  )
+
+
+def _chosen(pool: _Pool, wanted: Wanted, chooser: choosers.Chooser) -> jax.Array:
+  """Returns the number of each row's draw that is taken: the rule's, else the chooser's, [B]."""
+  star_B, settled_B = pool.progress.star_B, pool.progress.settled_B
+
+  def by_chooser() -> jax.Array:
+    has_draw_BN = jnp.arange(pool.held.token_K.shape[1])[None] < pool.held_B[:, None]
+    key_B = keys_of(wanted.key_B, _CHOICE, jnp.zeros_like(pool.held_B))
+    return chooser(pool.held.token_K, has_draw_BN, wanted.power_B, key_B)
+
+  left_B = wanted.active_B & ~settled_B & (pool.held_B > 0)
+  chosen_B = jax.lax.cond(jnp.any(left_B), by_chooser, lambda: star_B)
+  return jnp.where(settled_B, star_B, chosen_B)
 
 
 def choose(
@@ -118,116 +272,26 @@ def choose(
   slots: int,
   sizes: list[int],
 ) -> Choice:
-  """Returns a patch for each active row; what it returns for others means nothing.
+  """Returns a patch for each active row; what is returned for the others has no meaning.
 
-  Candidates go to rows that are not settled, so that no row waits for the draws of
-  another and a settled one costs nothing.
+  Each round draws for the rows that are not settled, so that no row waits for the draws
+  of another and a settled row costs nothing.
 
   Args:
-    draw: for rows [S] and the numbers of their draws [S], the candidates [S, ...].
-    chooser: what takes one of a row's draws where they end before the rule has settled.
+    draw: (rows [S], numbers of their draws [S]) -> candidates [S, ...].
+    chooser: takes one of a row's draws where they end before the rule settles.
     slots: N of the row that has most.
     sizes: see `round_sizes`.
   """
-  batch = wanted.length_B.shape[0]
-  every_B = jnp.arange(batch)
-
-  def open_rows(pool: _Pool) -> jax.Array:
-    more_B = (pool.drawn_B < wanted.attempts_B) & (pool.held_B < wanted.limit_B)
-    return wanted.active_B & ~pool.progress.settled_B & more_B
-
-  def fill(pool: _Pool, size: int) -> _Pool:
-    """Draws `size` candidates, spread over the open rows."""
-    open_B = open_rows(pool)
-    order_B, slot_S = jnp.argsort(~open_B), jnp.arange(size)
-    count = jnp.maximum(jnp.sum(open_B), 1)
-    row_S = order_B[slot_S % count]
-    more_S = slot_S // count
-    number_S = pool.drawn_B[row_S] + more_S
-    used_S = open_B[row_S] & (number_S < wanted.attempts_B[row_S])
-    used_S &= more_S < (wanted.limit_B - pool.held_B)[row_S]
-    drawn = draw(row_S, number_S)
-    within_SK = jnp.arange(wanted.tail_BK.shape[1])[None] < wanted.length_B[row_S][:, None]
-    met_SK = jnp.cumprod((drawn.token_K == wanted.tail_BK[row_S]) & within_SK, axis=1)
-    met_S = jnp.sum(met_SK, axis=1)
-    kept_S = used_S & (met_S == wanted.length_B[row_S])
-    used_SB = (row_S[:, None] == every_B[None]) & used_S[:, None]
-    kept_SB = used_SB & kept_S[:, None]
-    place_S = pool.held_B[row_S] + jnp.cumsum(kept_SB, axis=0)[slot_S, row_S] - 1
-    place_S = jnp.where(kept_S, place_S, slots)  # Out of bounds: dropped.
-
-    reach_SB = jnp.where(used_SB, met_S[:, None], -1)
-    longest_B, at_B = jnp.max(reach_SB, axis=0), jnp.argmax(reach_SB, axis=0)
-    better_B = longest_B > pool.longest_B
-
-    def improved(old: jax.Array, new: jax.Array) -> jax.Array:
-      return jnp.where(better_B[:, None], new[at_B], old)
-
-    kept_B = jnp.sum(kept_SB, axis=0)
-    return pool._replace(
-      held=jax.tree.map(
-        lambda x, new: x.at[row_S, place_S].set(new, mode="drop"), pool.held, drawn
-      ),
-      held_B=jnp.minimum(pool.held_B + kept_B, wanted.limit_B),
-      drawn_B=pool.drawn_B + jnp.sum(used_SB, axis=0),
-      agreed_B=pool.agreed_B + kept_B,
-      best=jax.tree.map(improved, pool.best, drawn),
-      longest_B=jnp.maximum(pool.longest_B, longest_B),
-      rounds=pool.rounds + 1,
-    )
-
-  def unseen(pool: _Pool) -> jax.Array:
-    return (pool.seen_B < pool.held_B) & ~pool.progress.settled_B
-
-  def look(pool: _Pool) -> _Pool:
-    """Shows the rule the next draw of every row that has one."""
-    new_B, index_B = unseen(pool), jnp.minimum(pool.seen_B, slots - 1)
-    token_BNK = pool.held.token_K
-    same_BN = jnp.all(token_BNK == token_BNK[every_B, index_B][:, None], axis=-1)
-    same_BN &= jnp.arange(slots)[None] <= index_B[:, None]
-    uniform_B = uniform_BN[every_B, index_B]
-    after = rule(pool.progress, rules.Draw(index_B, same_BN, wanted.power_B, uniform_B))
-    progress = jax.tree.map(lambda x, new: jnp.where(new_B, new, x), pool.progress, after)
-    return pool._replace(seen_B=pool.seen_B + new_B, progress=progress)
-
-  def advance(pool: _Pool) -> _Pool:
-    number = jnp.minimum(pool.rounds, len(sizes) - 1)
-    pool = jax.lax.switch(number, [functools.partial(fill, size=size) for size in sizes], pool)
-    return jax.lax.while_loop(lambda pool: jnp.any(unseen(pool)), look, pool)
-
-  def uniforms() -> jax.Array:
-    key_B = keys_of(wanted.key_B, _RULE, zeros_B)
-    return jax.vmap(lambda key: jax.random.uniform(key, (slots,)))(key_B)
-
-  zeros_B = jnp.zeros((batch,), jnp.int32)
-  # Only a second stage asks for them.
-  uniform_BN = jax.lax.cond(
-    jnp.any(wanted.power_B != jnp.floor(wanted.power_B)),
-    uniforms,
-    lambda: jnp.zeros((batch, slots)),
+  race = _Race(wanted, draw, rule, slots, _uniforms(wanted, slots))
+  pool = jax.lax.while_loop(
+    lambda pool: jnp.any(race.open_rows(pool)),
+    lambda pool: race.advance(pool, sizes),
+    race.start(),
   )
-  nothing = jax.eval_shape(draw, every_B, every_B)
-  empty = jax.tree.map(lambda x: jnp.zeros((batch, slots, *x.shape[1:]), x.dtype), nothing)
-  pool = _Pool(
-    held=empty, held_B=zeros_B, drawn_B=zeros_B, agreed_B=zeros_B, seen_B=zeros_B,
-    progress=rules.Progress.start(batch), best=_rows(empty, (every_B, 0)), longest_B=zeros_B - 1,
-    rounds=jnp.int32(0),
-  )  # fmt: skip
-  pool = jax.lax.while_loop(lambda pool: jnp.any(open_rows(pool)), advance, pool)
+  every_B = jnp.arange(len(pool.held_B))
+  patch = _at(pool.held, (every_B, _chosen(pool, wanted, chooser)))
+  none_B1 = (pool.held_B == 0)[:, None]
+  patch = jax.tree.map(lambda x, best: jnp.where(none_B1, best, x), patch, pool.best)
   settled_B = pool.progress.settled_B
-  left_B = wanted.active_B & ~settled_B & (pool.held_B > 0)
-  chosen_B = jax.lax.cond(
-    jnp.any(left_B), lambda: _chosen(pool, wanted, chooser), lambda: pool.progress.star_B
-  )
-  chosen_B = jnp.where(settled_B, pool.progress.star_B, chosen_B)
-  patch = _rows(pool.held, (every_B, chosen_B))
-  nothing_B = pool.held_B == 0
-  patch = jax.tree.map(lambda x, y: jnp.where(nothing_B[:, None], y, x), patch, pool.best)
   return Choice(patch, settled_B, pool.drawn_B, pool.agreed_B, pool.seen_B, pool.longest_B)
-
-
-def _chosen(pool: _Pool, wanted: Wanted, chooser: choosers.Chooser) -> jax.Array:
-  """Returns the draw of each row that is chosen among all it holds: [B]."""
-  here_BN = jnp.arange(pool.held.token_K.shape[1])[None] < pool.held_B[:, None]
-  key_B = keys_of(wanted.key_B, _CHOICE, jnp.zeros_like(pool.held_B))
-  return chooser(pool.held.token_K, here_BN, wanted.power_B, key_B)

@@ -1,13 +1,13 @@
-"""Held-out text -> accuracy and collision of what is taken at each temperature.
+"""Held-out text -> accuracy and collision of the patches chosen at each temperature.
 
-Accuracy is how often the first n tokens taken are the text's, collision how often those
-of two independent choices are equal: the first is to be high, the second tells what it
-costs in diversity. A temperature moves a model along a curve of the two.
+Accuracy is how often the first n tokens chosen are the text's; higher is better. Collision
+is how often those of two independent choices are equal; lower is more diverse. A
+temperature moves a model along a curve of the two.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -25,7 +25,7 @@ ROWS = 16
 
 
 def _figures(right_Pn: np.ndarray, equal_Pn: np.ndarray) -> dict[str, Any]:
-  """Returns means over patches in percent and their standard errors, n = 1, 2, ... a list."""
+  """Returns means over patches and their standard errors in percent, each a list over n."""
 
   def error(x_Pn: np.ndarray) -> list[float]:
     return (100 * x_Pn.std(axis=0) / max(len(x_Pn) - 1, 1) ** 0.5).tolist()
@@ -39,23 +39,114 @@ def _figures(right_Pn: np.ndarray, equal_Pn: np.ndarray) -> dict[str, Any]:
 
 
 def _blocks(
-  store: store_lib.TokenStore, context: int, patches: int, a_block: int
+  store: store_lib.TokenStore, context: int, patches: int, per_block: int
 ) -> Iterator[np.ndarray]:
-  """Yields held-out blocks [1, S] until they hold so many predicted patches."""
-  limit = -(-patches // a_block)
+  """Yields held-out blocks [1, S] until they hold `patches` predicted ones, `per_block` each."""
+  limit = -(-patches // per_block)
   for block, _ in pipeline.heldout_batches(store, context, 1, limit, np.arange(1)):
     yield block["tokens"]
 
 
+class _Setting(NamedTuple):
+  """A row of the result: a sampler at a temperature, with N candidates at most."""
+
+  sampler: requests.Sampler
+  temperature: float
+  num_candidates: int
+
+
+def _settings(
+  samplers: Sequence[requests.Sampler], temperatures: Sequence[float], numbers: Sequence[int]
+) -> list[_Setting]:
+  """Returns every combination; at temperature 1, where one draw decides, N is 1."""
+  return [
+    _Setting(sampler, value, number)
+    for sampler in samplers
+    for value in temperatures
+    for number in (numbers if value != 1 else [1])
+  ]
+
+
+class _Sampled(NamedTuple):
+  """Up to ROWS predicted patches, filled up to ROWS rows, with their draws.
+
+  Attributes:
+    target_RK: the text's tokens, of those patches that count.
+    pool_2BNK: two independent pools of draws. key_2B: a key for each choice from them.
+  """
+
+  target_RK: np.ndarray
+  pool_2BNK: jax.Array
+  key_2B: jax.Array
+
+
+def _hidden_of(trained: workdir.TrainedCalm) -> Callable[..., jax.Array]:
+  """Returns (tokens [1, P, K], key) -> hidden states [P, D]."""
+  model, frozen = trained.model, trained.autoencoder.params
+
+  @jax.jit
+  def hidden(token_1PK, key):
+    latent_1PZ = None
+    if trained.run.model.reads_latents:
+      mean_1PZ, log_std_1PZ = layers.apply(model.autoencoder, frozen, token_1PK, method="encode")
+      latent_1PZ = calm.posterior_draws(key, mean_1PZ, log_std_1PZ, 1)[0]
+    return model.hidden(trained.params, token_1PK, latent_1PZ)[0][0]
+
+  return hidden
+
+
+def _pools_of(trained: workdir.TrainedCalm, draws: int) -> Callable[..., jax.Array]:
+  """Returns (hidden [B, D], key) -> two pools of N = `draws` patches a row, [2, B, N, K]."""
+  model = trained.model
+
+  @jax.jit
+  def pools(hidden_BD, key):
+    z_NBZ = model.sample(trained.params, hidden_BD, key, 2 * draws)
+    token_NBK = calm.decode_tokens(model.autoencoder, trained.autoencoder.params, z_NBZ)
+    return jnp.moveaxis(token_NBK.reshape(2, draws, *token_NBK.shape[1:]), 2, 1)
+
+  return pools
+
+
+def _samples(
+  trained: workdir.TrainedCalm, store: store_lib.TokenStore, draws: int, patches: int, seed: int
+) -> Iterator[_Sampled]:
+  """Yields `patches` predicted patches from all over the held-out text, with their draws."""
+  hidden, pools = _hidden_of(trained), _pools_of(trained, draws)
+  size, context = trained.model.autoencoder.sizes.patch_size, trained.run.data.context
+  predicted = context // size - 1
+  per_block, left = min(predicted, 4 * ROWS), patches
+  for number, token_1S in enumerate(_blocks(store, context, patches, per_block)):
+    token_1PK = token_1S.reshape(1, -1, size)
+    block_key = jax.random.fold_in(jax.random.key(seed), number)
+    hidden_PD = hidden(token_1PK, jax.random.fold_in(block_key, 0))
+    places = np.linspace(0, predicted - 1, min(per_block, left)).astype(int)
+    for begin in range(0, len(places), ROWS):
+      chunk = places[begin : begin + ROWS]
+      filled = np.resize(chunk, ROWS)  # Chunks of one shape share one program.
+      key = jax.random.fold_in(block_key, begin + 1)
+      yield _Sampled(
+        token_1PK[0, chunk + 1],
+        pools(hidden_PD[filled], jax.random.fold_in(key, 0)),
+        jax.random.split(jax.random.fold_in(key, 1), (2, ROWS)),
+      )
+    left -= len(places)
+
+
 @functools.partial(jax.jit, static_argnames=("sampler", "slots"))
-def _taken(pool_BNK, power, key_B, sampler: requests.Sampler, slots: int):
-  """Returns what is taken of each row's draws, at most `slots` of them."""
+def _chosen(pool_BNK, power, key_B, sampler: requests.Sampler, slots: int) -> candidates.Choice:
+  """Returns the choice among each row's draws, at most `slots` of them."""
   rows, _, size = pool_BNK.shape
   ones_B = jnp.ones(rows, jnp.int32)
   wanted = candidates.Wanted(
-    key_B=key_B, power_B=power * ones_B, limit_B=slots * ones_B, attempts_B=slots * ones_B,
-    tail_BK=jnp.zeros((rows, size), jnp.int32), length_B=0 * ones_B, active_B=ones_B > 0,
-  )  # fmt: skip
+    key_B=key_B,
+    power_B=power * ones_B,
+    limit_B=slots * ones_B,
+    attempts_B=slots * ones_B,
+    tail_BK=jnp.zeros((rows, size), jnp.int32),
+    length_B=0 * ones_B,
+    active_B=ones_B > 0,
+  )
 
   def draw(row_S, number_S):
     return candidates.Candidate(pool_BNK[row_S, number_S], None)
@@ -64,8 +155,38 @@ def _taken(pool_BNK, power, key_B, sampler: requests.Sampler, slots: int):
   return candidates.choose(wanted, draw, rule, chooser, slots, [rows])
 
 
+def _pair(setting: _Setting, sampled: _Sampled) -> list[candidates.Choice]:
+  """Returns a choice from each of the two pools, on the host, for the patches that count."""
+  power, rows = temperature.power(setting.temperature), len(sampled.target_RK)
+  pair = [
+    _chosen(pool_BNK, power, key_B, setting.sampler, setting.num_candidates)
+    for pool_BNK, key_B in zip(sampled.pool_2BNK, sampled.key_2B, strict=True)
+  ]
+  return jax.tree.map(lambda x: np.asarray(x)[:rows], pair)
+
+
 def _equal_so_far(a_PK: np.ndarray, b_PK: np.ndarray) -> np.ndarray:
-  return np.cumprod(a_PK == b_PK, axis=-1)
+  """Returns whether the first n tokens are equal, for n = 1, 2, ..., int [P, n]."""
+  return np.cumprod(a_PK == b_PK, axis=-1)[:, : brier.ORDERS]
+
+
+def _row(
+  setting: _Setting, pairs: list[list[candidates.Choice]], target_PK: np.ndarray
+) -> dict[str, Any]:
+  """Returns the figures of a setting's pairs of choices."""
+  first, second = jax.tree.map(lambda *x: np.concatenate(x), *pairs)
+  right = [_equal_so_far(choice.patch.token_K, target_PK) for choice in (first, second)]
+  equal_Pn = _equal_so_far(first.patch.token_K, second.patch.token_K)
+  return {
+    "rule": setting.sampler.rule,
+    "at_limit": setting.sampler.at_limit,
+    "temperature": setting.temperature,
+    "num_candidates": setting.num_candidates,
+    "patches": len(target_PK),
+    "draws": float(first.seen_B.mean()),
+    "settled": float(first.settled_B.mean()),
+    **_figures(np.mean(right, axis=0), equal_Pn),
+  }
 
 
 def of_calm(
@@ -80,75 +201,16 @@ def of_calm(
   """Returns a row for each sampler, temperature and N, all on the same draws and patches.
 
   Args:
-    patches: predicted ones that are used, from all over the held-out text.
+    patches: the number of predicted patches, from all over the held-out text.
   """
-  model, most = trained.model, max(num_candidates)
-  size = model.autoencoder.sizes.patch_size
-  key = jax.random.key(seed)
-
-  @jax.jit
-  def hidden(token_1PK, key):
-    latent_1PZ = None
-    if trained.run.model.reads_latents:
-      codec, frozen = model.autoencoder, trained.autoencoder.params
-      mean_1PZ, log_std_1PZ = layers.apply(codec, frozen, token_1PK, method="encode")
-      latent_1PZ = calm.posterior_draws(key, mean_1PZ, log_std_1PZ, 1)[0]
-    return model.hidden(trained.params, token_1PK, latent_1PZ)[0][0]
-
-  @jax.jit
-  def draws(hidden_BD, key):
-    """Two pools of draws: [2, B, N, K]."""
-    z_NBZ = model.sample(trained.params, hidden_BD, key, 2 * most)
-    token_NBK = calm.decode_tokens(model.autoencoder, trained.autoencoder.params, z_NBZ)
-    return jnp.moveaxis(token_NBK.reshape(2, most, *token_NBK.shape[1:]), 2, 1)
-
-  settings = [
-    (sampler, value, n if value != 1 else 1)
-    for sampler in samplers
-    for value in temperatures
-    for n in (num_candidates if value != 1 else num_candidates[:1])
-  ]
-  found: dict[Any, list[Any]] = {setting: [] for setting in settings}
-  each = min(trained.run.data.context // size - 1, 4 * ROWS)  # Of a block.
-  left, targets = patches, []
-  for number, token_1S in enumerate(_blocks(store, trained.run.data.context, patches, each)):
-    token_1PK = token_1S.reshape(1, -1, size)
-    block_key = jax.random.fold_in(key, number)
-    hidden_PD = hidden(token_1PK, jax.random.fold_in(block_key, 0))
-    places = np.linspace(0, token_1PK.shape[1] - 2, min(each, left, token_1PK.shape[1] - 1))
-    for begin in range(0, len(places), ROWS):
-      some = places[begin : begin + ROWS].astype(int)
-      filled = np.resize(some, ROWS)  # One program for all.
-      own = jax.random.fold_in(block_key, begin + 1)
-      pool_2BNK = draws(hidden_PD[filled], jax.random.fold_in(own, 0))
-      key_2B = jax.random.split(jax.random.fold_in(own, 1), (2, ROWS))
-      targets.append(token_1PK[0, some + 1])
-      for sampler, value, n in settings:
-        power = temperature.power(value)
-        pair = [
-          _taken(pool_BNK, power, key_B, sampler, n)
-          for pool_BNK, key_B in zip(pool_2BNK, key_2B, strict=True)
-        ]
-        found[sampler, value, n].append(
-          jax.tree.map(lambda x, some=some: np.asarray(x)[: len(some)], pair)
-        )
-    left -= len(places)
+  pairs = {setting: [] for setting in _settings(samplers, temperatures, num_candidates)}
+  targets = []
+  for sampled in _samples(trained, store, max(num_candidates), patches, seed):
+    targets.append(sampled.target_RK)
+    for setting in pairs:
+      pairs[setting].append(_pair(setting, sampled))
   target_PK = np.concatenate(targets)
-  orders = min(size, brier.ORDERS)
-  result = []
-  for (sampler, value, n), pairs in found.items():
-    one, other = (
-      jax.tree.map(lambda *x: np.concatenate(x), *(pair[i] for pair in pairs)) for i in range(2)
-    )
-    right = [_equal_so_far(x.patch.token_K, target_PK)[:, :orders] for x in (one, other)]
-    equal = _equal_so_far(one.patch.token_K, other.patch.token_K)[:, :orders]
-    result.append({
-      "rule": sampler.rule, "at_limit": sampler.at_limit, "temperature": value,
-      "num_candidates": n, "patches": len(target_PK),
-      "draws": float(one.seen_B.mean()), "settled": float(one.settled_B.mean()),
-      **_figures(np.mean(right, axis=0), equal),
-    })  # fmt: skip
-  return result
+  return [_row(setting, choices, target_PK) for setting, choices in pairs.items()]
 
 
 def of_transformer(
@@ -157,7 +219,7 @@ def of_transformer(
   temperatures: Sequence[float],
   patches: int,
 ) -> list[dict[str, Any]]:
-  """Returns a row for each temperature: of single tokens, n = 1, whose law is known exactly.
+  """Returns a row for each temperature, of single tokens (n = 1), from their exact law.
 
   Raises:
     CalmError: for a temperature that is not above 0, or not finite.
@@ -167,36 +229,47 @@ def of_transformer(
   def laws(token_1S, power_T):
     hidden_1SD, _ = layers.apply(trained.model, trained.params, token_1S[:, :-1], method="hidden")
 
-    def one(position):
+    def at_position(position):
       hidden_D, target = position
       logits_V = layers.apply(trained.model, trained.params, hidden_D, method="logits")
       p_TV = jax.nn.softmax(temperature.tempered(logits_V[None], power_T), axis=-1)
       return p_TV[:, target], jnp.sum(p_TV**2, axis=-1)
 
-    return jax.lax.map(one, (hidden_1SD[0], token_1S[0, 1:]))
+    return jax.lax.map(at_position, (hidden_1SD[0], token_1S[0, 1:]))
 
   power_T = jnp.array([temperature.token_power(value) for value in temperatures], jnp.float32)
   context = trained.run.data.context
-  found = [laws(x, power_T) for x in _blocks(store, context, patches, context - 1)]
-  right_ST, equal_ST = (np.concatenate([np.asarray(x[i]) for x in found]) for i in range(2))
+  blocks = _blocks(store, context, patches, context - 1)
+  pairs = [jax.device_get(laws(token_1S, power_T)) for token_1S in blocks]
+  right_ST, equal_ST = (np.concatenate(part) for part in zip(*pairs, strict=True))
   return [
     {
-      "rule": "exact", "at_limit": requests.ERROR, "temperature": value, "num_candidates": 1,
+      "rule": "exact",
+      "at_limit": requests.ERROR,
+      "temperature": value,
+      "num_candidates": 1,
       "patches": len(right_ST),
-      "draws": 1.0, "settled": 1.0, **_figures(right_ST[:, [i]], equal_ST[:, [i]]),
+      "draws": 1.0,
+      "settled": 1.0,
+      **_figures(right_ST[:, [i]], equal_ST[:, [i]]),
     }
     for i, value in enumerate(temperatures)
-  ]  # fmt: skip
+  ]
 
 
 def measure(
-  trained: workdir.Trained, store: store_lib.TokenStore, temperatures: Sequence[float],
-  num_candidates: Sequence[int], samplers: Sequence[requests.Sampler], patches: int, seed: int,
-) -> list[dict[str, Any]]:  # fmt: skip
+  trained: workdir.Trained,
+  store: store_lib.TokenStore,
+  temperatures: Sequence[float],
+  num_candidates: Sequence[int],
+  samplers: Sequence[requests.Sampler],
+  patches: int,
+  seed: int,
+) -> list[dict[str, Any]]:
   """Returns the rows of `of_calm` or `of_transformer`.
 
   Raises:
-    CalmError: for a stage that writes no text, or a setting that can't be.
+    CalmError: for a stage that generates no text, or a setting out of range.
   """
   if isinstance(trained, workdir.TrainedTransformer):
     return of_transformer(trained, store, temperatures, patches)
