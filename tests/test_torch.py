@@ -140,6 +140,16 @@ def test_temperature_there_is_the_batch_approximation(opened, trained_calm):
   np.testing.assert_allclose([weight_N[pool_1NK[0, :, 0] == x].sum() for x in (0, 1)], [0.75, 0.25])
 
 
+def test_what_transformers_saves_opens_again(opened, trained_calm, tmp_path):
+  first = opened(trained_calm)
+  first.save_pretrained(tmp_path / "saved")
+  second = transformers.AutoModel.from_pretrained(tmp_path / "saved", trust_remote_code=True)
+  for name in ("patch_size", "hidden_size", "rope_theta", "head", "eos_token_id", "autoencoder"):
+    assert getattr(second.config, name) == getattr(first.config, name)
+  token_BPK = torch.from_numpy(some_tokens(300, 2, 5, 4))
+  agree(second.hidden_states(token_BPK), first.hidden_states(token_BPK))
+
+
 @pytest.mark.parametrize("kind", ["llama", "reference"])
 def test_transformers_loads_the_baseline_as_a_llama(kind, trained_transformer, tmp_path):
   formats.convert(str(trained_transformer), str(tmp_path / "out"), kind)

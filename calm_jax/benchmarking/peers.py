@@ -23,10 +23,15 @@ from calm_jax.interchange.torch_module import modeling_calm as modeling
 def _codec(sizes: config.Autoencoder, vocab_size: int) -> modeling.CalmAutoencoder:
   return modeling.CalmAutoencoder(
     modeling.CalmAutoencoderConfig(
-      sizes.patch_size, vocab_size, sizes.width, sizes.ffn, sizes.latent, sizes.encoder_layers,
-      sizes.decoder_layers,
+      patch_size=sizes.patch_size,
+      vocab_size=vocab_size,
+      hidden_size=sizes.width,
+      intermediate_size=sizes.ffn,
+      latent_size=sizes.latent,
+      num_encoder_layers=sizes.encoder_layers,
+      num_decoder_layers=sizes.decoder_layers,
     )
-  )  # fmt: skip
+  )
 
 
 def _llama(sizes: config.Transformer, vocab_size: int, positions: int) -> Any:

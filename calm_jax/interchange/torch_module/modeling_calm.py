@@ -1,7 +1,7 @@
-"""Tokens -> patches -> latents -> hidden -> samples -> tokens: CALM in PyTorch, one file alone.
+"""Tokens -> patches -> latents -> hidden -> samples -> tokens: CALM in PyTorch, in one file.
 
 Continuous autoregressive language models (Shao, Li, Meng, Zhou: arXiv:2510.27688), as
-calm_jax exports them. Needs torch >= 2.4 and transformers:
+exported by calm_jax. Needs torch >= 2.4 and transformers:
 
   model = AutoModel.from_pretrained(folder, trust_remote_code=True)
   new_S = model.generate(token_S, max_new_tokens=64, temperature=0.5)
@@ -21,54 +21,69 @@ from torch import nn
 from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedModel
 
-EPS = 1e-6  # Of every LayerNorm.
-LEVELS, MAX_BETA = 1000, 0.999  # Of the diffusion.
-FREQUENCIES, MAX_PERIOD = 128, 10_000.0  # Of the sinusoid of time.
+EPS = 1e-6  # Epsilon of every LayerNorm.
+LEVELS, MAX_BETA = 1000, 0.999  # Levels of the diffusion, and the largest share of noise a level.
+FREQUENCIES, MAX_PERIOD = 128, 10_000.0  # Sinusoidal embedding of time.
 DECODE_CHUNK = 256  # Patches whose logits [K, V] are in memory at once.
+
+AUTOENCODER_DEFAULTS = {
+  "patch_size": 4,  # K, tokens a patch.
+  "vocab_size": 128256,  # V
+  "hidden_size": 512,  # E
+  "intermediate_size": 1280,  # Inner width of each SwiGLU.
+  "latent_size": 128,  # Z
+  "num_encoder_layers": 2,
+  "num_decoder_layers": 2,
+  "rms_norm_eps": 1e-6,
+}
+
+CALM_DEFAULTS = {
+  "patch_size": 4,  # K, tokens a patch.
+  "vocab_size": 128256,  # V
+  "hidden_size": 1024,  # D
+  "intermediate_size": 2752,  # Inner width of each SwiGLU.
+  "num_hidden_layers": 16,
+  "num_attention_heads": 16,  # H
+  "num_key_value_heads": 16,  # G
+  "rope_theta": 10000.0,
+  "rms_norm_eps": 1e-6,
+  "latent_size": 128,  # Z
+  "noise_size": 64,  # R, of the energy head.
+  "num_mlp_layers": 4,  # Blocks of the head.
+  "head": "energy",  # Or "flow", or "diffusion".
+  "sampling_steps": 0,  # Midpoint steps of flow, steps of diffusion; 0: the head's default.
+  "input": "discrete",  # Tokens; or "continuous", latents; or "both".
+  "max_position_embeddings": 2048,  # Patches.
+  "eos_token_id": None,  # Without one, texts end at their maximum length only.
+  "autoencoder": {},  # The settings of AUTOENCODER_DEFAULTS.
+}
+
+
+def configure(config, defaults, settings):
+  """Initializes a config from `settings`, and from `defaults` where they have no value."""
+  PretrainedConfig.__init__(
+    config, **{name: value for name, value in settings.items() if name not in defaults}
+  )
+  for name, default in defaults.items():
+    setattr(config, name, settings.get(name, default))
 
 
 class CalmAutoencoderConfig(PretrainedConfig):
-  """Sizes of the autoencoder."""
+  """Sizes of the autoencoder, see `AUTOENCODER_DEFAULTS`."""
 
   model_type = "calm_autoencoder"
 
-  def __init__(
-    self, patch_size=4, vocab_size=128256, hidden_size=512, intermediate_size=1280, latent_size=128,
-    num_encoder_layers=2, num_decoder_layers=2, rms_norm_eps=1e-6, **kwargs,
-  ):  # fmt: skip
-    super().__init__(**kwargs)
-    self.patch_size, self.vocab_size, self.latent_size = patch_size, vocab_size, latent_size
-    self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
-    self.num_encoder_layers, self.num_decoder_layers = num_encoder_layers, num_decoder_layers
-    self.rms_norm_eps = rms_norm_eps
+  def __init__(self, **settings):
+    configure(self, AUTOENCODER_DEFAULTS, settings)
 
 
 class CalmConfig(PretrainedConfig):
-  """Sizes of the language model; `autoencoder` is a dict of its autoencoder's.
-
-  `head` is energy, flow or diffusion, `input` discrete, continuous or both;
-  `sampling_steps` are midpoint steps of flow, steps of diffusion; `max_position_embeddings`
-  counts patches; without an `eos_token_id` texts end at their longest length only.
-  """
+  """Sizes of the language model and of its autoencoder, see `CALM_DEFAULTS`."""
 
   model_type = "calm"
 
-  def __init__(
-    self, patch_size=4, vocab_size=128256, hidden_size=1024, intermediate_size=2752,
-    num_hidden_layers=16, num_attention_heads=16, num_key_value_heads=16, rope_theta=10000.0,
-    rms_norm_eps=1e-6, latent_size=128, noise_size=64, num_mlp_layers=4, head="energy",
-    sampling_steps=0, input="discrete", max_position_embeddings=2048, eos_token_id=None,
-    autoencoder=None, **kwargs,
-  ):  # fmt: skip
-    super().__init__(**kwargs)
-    self.patch_size, self.vocab_size, self.latent_size = patch_size, vocab_size, latent_size
-    self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
-    self.num_hidden_layers, self.rms_norm_eps = num_hidden_layers, rms_norm_eps
-    self.num_attention_heads, self.num_key_value_heads = num_attention_heads, num_key_value_heads
-    self.rope_theta, self.max_position_embeddings = rope_theta, max_position_embeddings
-    self.noise_size, self.num_mlp_layers, self.head = noise_size, num_mlp_layers, head
-    self.sampling_steps, self.input, self.eos_token_id = sampling_steps, input, eos_token_id
-    self.autoencoder = autoencoder or {}
+  def __init__(self, **settings):
+    configure(self, CALM_DEFAULTS, settings)
 
 
 def mlp(inputs, width, outputs):
@@ -77,7 +92,7 @@ def mlp(inputs, width, outputs):
 
 
 def named(**modules):
-  """Returns modules one after the other, under their names."""
+  """Returns a sequence of modules under these names."""
   return nn.Sequential(collections.OrderedDict(modules))
 
 
@@ -107,7 +122,7 @@ class Residual(nn.Module):
 
 
 class Encoder(nn.Module):
-  """Tokens [..., K] -> mean and log std of the posterior side by side, [..., 2Z]."""
+  """Tokens [..., K] -> mean and log std of the posterior, concatenated, [..., 2Z]."""
 
   def __init__(self, config):
     super().__init__()
@@ -129,7 +144,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-  """Latents [..., Z] -> features [..., K, E], to be read against the token table."""
+  """Latents [..., Z] -> features [..., K, E], which the token table maps to logits."""
 
   def __init__(self, config):
     super().__init__()
@@ -151,7 +166,7 @@ class Decoder(nn.Module):
 
 
 class CalmAutoencoder(PreTrainedModel):
-  """Encodes each patch of K tokens by itself into Z numbers, and back."""
+  """Encodes each patch of K tokens into a latent of Z numbers, and decodes it."""
 
   config_class, _supports_sdpa = CalmAutoencoderConfig, True
 
@@ -174,23 +189,23 @@ class CalmAutoencoder(PreTrainedModel):
 
 
 class Cache:
-  """Keys, rotated already, and values of the last `window` patches: [B, G, J, C] a layer."""
+  """Rotated keys and values of the last `window` patches: [B, G, J, C] a layer."""
 
   def __init__(self, window):
     self.window, self.position, self.layers = window, 0, {}
 
   def extend(self, layer, *new_BGPC):
-    """Adds keys and values of P patches to a layer; returns what it then holds."""
-    held = self.layers.get(layer, [new[:, :, :0] for new in new_BGPC])
-    both = [torch.cat(pair, dim=2) for pair in zip(held, new_BGPC, strict=True)]
-    if new_BGPC[0].shape[2] > 1 and both[0].shape[2] > self.window:
-      raise ValueError(f"{both[0].shape[2]} patches don't fit a cache of {self.window}")
-    self.layers[layer] = [x_BGJC[:, :, -self.window :] for x_BGJC in both]
+    """Appends keys and values of P patches to a layer; returns all that it then holds."""
+    held_BGJC = self.layers.get(layer, [new[:, :, :0] for new in new_BGPC])
+    all_BGJC = [torch.cat(pair, dim=2) for pair in zip(held_BGJC, new_BGPC, strict=True)]
+    if new_BGPC[0].shape[2] > 1 and all_BGJC[0].shape[2] > self.window:
+      raise ValueError(f"{all_BGJC[0].shape[2]} patches don't fit a cache of {self.window}")
+    self.layers[layer] = [x_BGJC[:, :, -self.window :] for x_BGJC in all_BGJC]
     return self.layers[layer]
 
 
 def rotate(x_BHPC, angle_Pc):
-  """Returns x with rotary positions, channel i paired with i + C/2."""
+  """Applies rotary positions to [B, H, P, C]; channel i is paired with i + C/2."""
   a_BHPc, b_BHPc = x_BHPC.float().chunk(2, dim=-1)
   cos_Pc, sin_Pc = angle_Pc.cos(), angle_Pc.sin()
   pair = (a_BHPc * cos_Pc - b_BHPc * sin_Pc, b_BHPc * cos_Pc + a_BHPc * sin_Pc)
@@ -198,7 +213,7 @@ def rotate(x_BHPC, angle_Pc):
 
 
 class Attention(nn.Module):
-  """Causal attention over patches; query heads in groups share keys and values."""
+  """Causal attention over patches; groups of query heads share keys and values."""
 
   def __init__(self, config, number):
     super().__init__()
@@ -220,7 +235,7 @@ class Attention(nn.Module):
     if cache is not None:
       key_BGJC, value_BGJC = cache.extend(self.number, key_BGJC, value_BGJC)
     patches, in_view, mask_PJ = query_BHPC.shape[2], key_BGJC.shape[2], None
-    if patches > 1 and patches < in_view:  # For one patch nothing depends on what is in view.
+    if 1 < patches < in_view:  # A single patch, the last one, attends to all.
       mask_PJ = x_BPD.new_ones(patches, in_view, dtype=torch.bool).tril(in_view - patches)
     key_BHJC, value_BHJC = (
       x_BGJC.repeat_interleave(self.heads // self.groups, dim=1)
@@ -248,7 +263,7 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-  """Llama's layers over patches and the norm after them; holds the token table too."""
+  """Llama's layers over patches and the final norm; also holds the token table."""
 
   def __init__(self, config):
     super().__init__()
@@ -272,7 +287,7 @@ class Transformer(nn.Module):
 
 
 class EnergyBlock(nn.Module):
-  """x + MLP([LayerNorm(x), y]), the half that reads y computed once, not N times."""
+  """x + MLP([LayerNorm(x), y]), where the product with y is computed once for all N samples."""
 
   def __init__(self, width):
     super().__init__()
@@ -284,10 +299,9 @@ class EnergyBlock(nn.Module):
 
   def forward(self, x_ND, y_D):
     weight, bias_D = self.linears[0].parameters()
-    of_sample_DD, of_hidden_DD = weight.chunk(2, dim=1)
-    u_ND = functional.linear(self.in_ln(x_ND), of_sample_DD) + functional.linear(
-      y_D, of_hidden_DD, bias_D
-    )
+    sample_DD, hidden_DD = weight.chunk(2, dim=1)
+    u_D = functional.linear(y_D, hidden_DD, bias_D)
+    u_ND = functional.linear(self.in_ln(x_ND), sample_DD) + u_D
     gate_ND, up_ND = self.linears[1:](u_ND).chunk(2, dim=-1)
     return x_ND + self.down_proj(functional.silu(gate_ND) * up_ND)
 
@@ -295,7 +309,7 @@ class EnergyBlock(nn.Module):
 class EnergyHead(nn.Module):
   """Hidden [..., D] and noise [N, ..., R] -> samples [N, ..., Z] float32, in one pass."""
 
-  law = staticmethod(lambda shape, **where: torch.rand(shape, **where) - 0.5)
+  draw = staticmethod(lambda shape, **where: torch.rand(shape, **where) - 0.5)
 
   def __init__(self, config):
     super().__init__()
@@ -316,14 +330,14 @@ class EnergyHead(nn.Module):
 
 
 def sinusoid(time):
-  """Returns cosines, then sines, of times in [0, 1000): [...] -> [..., 256] float32."""
+  """Returns the cosines, then the sines, of times in [0, 1000): [...] -> [..., 256] float32."""
   index = torch.arange(FREQUENCIES, dtype=torch.float32, device=time.device)
   angle = time.float()[..., None] * torch.exp(-math.log(MAX_PERIOD) / FREQUENCIES * index)
   return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
 class DenoiserBlock(nn.Module):
-  """x + gate · MLP(modulated LayerNorm(x)): [N, ..., D], state alike -> [N, ..., D]."""
+  """x + gate · MLP(modulated LayerNorm(x)): x and state, both [N, ..., D] -> [N, ..., D]."""
 
   def __init__(self, width):
     super().__init__()
@@ -346,10 +360,9 @@ class Denoiser(nn.Module):
     self.cond_embed = nn.Linear(width, width)
     self.input_proj = nn.Linear(config.latent_size, width)
     self.res_blocks = nn.ModuleList(DenoiserBlock(width) for _ in range(config.num_mlp_layers))
-    self.final_layer = nn.ModuleDict({
-      "adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width)),
-      "linear": nn.Linear(width, outputs),
-    })  # fmt: skip
+    modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+    linear = nn.Linear(width, outputs)
+    self.final_layer = nn.ModuleDict({"adaLN_modulation": modulation, "linear": linear})
 
   def forward(self, x_NZ, hidden_D, time_N):
     condition_D = self.cond_embed(hidden_D)
@@ -365,10 +378,10 @@ class Denoiser(nn.Module):
 class FlowHead(nn.Module):
   """Hidden [..., D] and noise [N, ..., Z] -> samples [N, ..., Z] by the midpoint rule.
 
-  The network is told floor(1000 t) of a time t in [0, 1), and returns dx/dt.
+  The network takes floor(1000 t) for a time t in [0, 1), and returns dx/dt.
   """
 
-  law = staticmethod(torch.randn)
+  draw = staticmethod(torch.randn)
 
   def __init__(self, config):
     super().__init__()
@@ -377,7 +390,7 @@ class FlowHead(nn.Module):
 
   def forward(self, hidden_D, noise_NZ):
     def slope(x_NZ, half_steps):
-      time = LEVELS * half_steps // (2 * self.steps)  # In whole numbers: no rounding of t.
+      time = LEVELS * half_steps // (2 * self.steps)  # In integers, so t is not rounded.
       return self.net(x_NZ, hidden_D, torch.tensor(time, device=x_NZ.device))
 
     x_NZ = noise_NZ
@@ -388,13 +401,13 @@ class FlowHead(nn.Module):
 
 
 class DiffusionHead(nn.Module):
-  """Hidden [..., D] and noise [N, ..., 1 + T, Z] -> samples [N, ..., Z], walked back in T steps.
+  """Hidden [..., D] and noise [N, ..., 1 + T, Z] -> samples [N, ..., Z], denoised in T steps.
 
   A Gaussian diffusion with cosine schedule, noise prediction and learned range
-  variance (Nichol and Dhariwal, arXiv:2102.09672), over T evenly spaced of its levels.
+  variance (Nichol and Dhariwal, arXiv:2102.09672), at T evenly spaced levels.
   """
 
-  law = staticmethod(torch.randn)
+  draw = staticmethod(torch.randn)
 
   def __init__(self, config):
     super().__init__()
@@ -403,7 +416,7 @@ class DiffusionHead(nn.Module):
     self.noise_shape = (1 + self.steps, config.latent_size)
 
   def levels(self):
-    """Returns times of the T levels and the shares of signal variance left there, falling."""
+    """Returns the times of the T levels and their shares of signal variance, decreasing."""
     edge = [math.cos((i / LEVELS + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(LEVELS + 1)]
     kept = (max(now / before, 1 - MAX_BETA) for before, now in itertools.pairwise(edge))
     signal = list(itertools.accumulate(kept, operator.mul))
@@ -439,10 +452,10 @@ def reciprocal(temperature):
 
 
 def candidate_weights(token_BNK, n):
-  """Weights by which one of N candidate patches stands for P(x)^n, temperature 1/n: [B, N].
+  """Returns weights by which one of N candidate patches is drawn at temperature 1/n, [B, N].
 
-  Patches seen at least m times weigh C(count, m), shared equally by their copies; m
-  is the highest, up to n, that some patch reaches. Consistent as N grows.
+  A patch that occurs at least m times weighs C(count, m), shared equally by its copies; m
+  is the largest count of any patch, at most n. The law tends to P(x)^n as N grows.
 
   Source: CALM (arXiv:2510.27688), algorithm 2.
   """
@@ -450,6 +463,15 @@ def candidate_weights(token_BNK, n):
   m_B1 = count_BN.amax(-1, keepdim=True).clamp(max=n)
   log_weight_BN = torch.lgamma(count_BN + 1) - torch.lgamma(count_BN - m_B1 + 1) - count_BN.log()
   return log_weight_BN.masked_fill(count_BN < m_B1, -math.inf).softmax(-1)
+
+
+def until_eos(token_BS, eos):
+  """Returns texts with all after their first EOS replaced by EOS, cut to the longest text."""
+  if eos is None:
+    return token_BS
+  is_eos_BS = (token_BS == eos).int()
+  past_BS = is_eos_BS.cumsum(1) > is_eos_BS
+  return token_BS.masked_fill(past_BS, eos)[:, : (~past_BS).sum(1).max()]
 
 
 class CalmModel(PreTrainedModel):
@@ -487,12 +509,12 @@ class CalmModel(PreTrainedModel):
     return tokens.reshape(*z_Z.shape[:-1], -1)
 
   def hidden_states(self, token_BPK, latent_BPZ=None, cache=None):
-    """Returns hidden states [B, P, D], of which the one at patch i predicts patch i + 1.
+    """Returns hidden states [B, P, D]; the one at patch i predicts patch i + 1.
 
     Args:
       latent_BPZ: the patches' latents, needed unless `config.input` is discrete.
-      cache: a `Cache` of the patches before, which these are then added to. P must
-        fit what is free of its window, unless P is 1.
+      cache: a `Cache` of the patches before, to which these are appended. Unless P is 1,
+        P must not exceed the free part of its window.
     """
     x_BPD = 0
     if self.reads_tokens:
@@ -507,15 +529,15 @@ class CalmModel(PreTrainedModel):
     """Returns hidden states [B, P, D]; see `hidden_states`."""
     return self.hidden_states(token_BPK, latent_BPZ)
 
-  def drawn(self, law, shape, generator):
-    """Returns `law(shape)` drawn where the generator is, moved to where the model is."""
+  def draw_here(self, draw, shape, generator):
+    """Returns `draw(shape)`, drawn on the generator's device and moved to the model's."""
     device = self.device if generator is None else generator.device
-    return law(shape, generator=generator, device=device).to(self.device)
+    return draw(shape, generator=generator, device=device).to(self.device)
 
   def draw_noise(self, shape, generator=None):
-    """Returns the head's noise: uniform or normal, see there, [*shape, *noise_shape] float32."""
+    """Returns noise from the head's distribution, [*shape, *noise_shape] float32."""
     head = self.generative_head
-    return self.drawn(head.law, (*shape, *head.noise_shape), generator)
+    return self.draw_here(head.draw, (*shape, *head.noise_shape), generator)
 
   def samples(self, hidden_D, noise):
     """Returns latents [N, ..., Z] float32 for hidden [..., D], noise [N, ..., *noise_shape]."""
@@ -536,15 +558,15 @@ class CalmModel(PreTrainedModel):
   def generate(self, token, max_new_tokens, temperature=1.0, num_candidates=200, generator=None):
     """Returns new tokens for prompts [B, S] or [S]: [B, new] or [new].
 
-    A row ends with its EOS, repeated where others go on. The model sees the last
-    `max_position_embeddings` − 1 patches.
+    A row ends with its EOS, which is repeated while other rows continue. The model sees
+    the last `max_position_embeddings` − 1 patches.
 
     Args:
-      temperature: 1/n; 1 is the model's own law.
+      temperature: 1/n; 1 is the model's own distribution.
       num_candidates: draws a patch below temperature 1, by the batch approximation.
 
     Raises:
-      ValueError: if the prompt is no whole number of patches, or a setting is out of range.
+      ValueError: if the prompt is not a whole number of patches, or a setting is out of range.
     """
     n, eos, size = reciprocal(temperature), self.config.eos_token_id, self.config.patch_size
     token_BS = torch.atleast_2d(token).to(self.device)
@@ -557,12 +579,12 @@ class CalmModel(PreTrainedModel):
         f"max_new_tokens must be at least 1, got {max_new_tokens}, and num_candidates at least "
         f"1/temperature = {n}, got {num_candidates}"
       )
-    # As many patches as an example showed the model in training, the last one being predicted.
+    # As many patches as an example showed the model in training, where the last is predicted.
     cache, latent_BPZ, new = Cache(self.config.max_position_embeddings - 1), None, []
     token_BPK = token_BS.unflatten(1, (-1, size))[:, -cache.window :]
     if self.reads_latents:
       mean_BPZ, log_std_BPZ = self.encode(token_BPK)
-      eps_BPZ = self.drawn(torch.randn, mean_BPZ.shape, generator)
+      eps_BPZ = self.draw_here(torch.randn, mean_BPZ.shape, generator)
       latent_BPZ = mean_BPZ + log_std_BPZ.exp() * eps_BPZ
     ended_B = torch.zeros(len(token_BS), dtype=torch.bool, device=self.device)
     while len(new) * size < max_new_tokens and not ended_B.all():
@@ -572,9 +594,5 @@ class CalmModel(PreTrainedModel):
       new.append(token_BK)
       if eos is not None:
         ended_B |= (token_BK == eos).any(-1)
-    new_BS = torch.cat(new, dim=1)[:, :max_new_tokens]
-    if eos is not None:
-      is_eos_BS = (new_BS == eos).int()
-      past_BS = is_eos_BS.cumsum(1) > is_eos_BS
-      new_BS = new_BS.masked_fill(past_BS, eos)[:, : (~past_BS).sum(1).max()]
+    new_BS = until_eos(torch.cat(new, dim=1)[:, :max_new_tokens], eos)
     return new_BS if token.dim() == 2 else new_BS[0]
