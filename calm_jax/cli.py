@@ -1,4 +1,4 @@
-"""The door of every act: absl's app.run, with bad input told in one line, and --help."""
+"""The entry of every act: absl's app.run, with bad input as one line, and --help."""
 
 import os
 import sys
@@ -12,11 +12,12 @@ from calm_jax import command_line, errors
 def run(main: Callable[..., None], word: str = "") -> None:
   """Parses flags, runs `main` and exits.
 
-  Args:
-    word: names the one argument that `main` takes, which is given as it is; empty for none.
+  The exit code is 0 on success and after --help, 2 for bad input, 75 if the same command should
+  be started again, 130 after Ctrl-C, and 141 if the reader of the output has ended.
 
-  The code is 0, also after --help, 2 for bad input, 75 where the same command is to be
-  started again, 130 after Ctrl-C, 141 unread.
+  Args:
+    main: the act.
+    word: name of the positional argument of `main`, for errors; empty if it has none.
   """
 
   def guarded(argv: Sequence[str]) -> int:
@@ -26,24 +27,35 @@ def run(main: Callable[..., None], word: str = "") -> None:
         raise errors.CalmError(f"{word} is missing: see --help")
       if len(words) > bool(word):
         raise errors.CalmError(
-          f"unexpected argument {words[-1]!r}: settings are given as --name=value; see --help"
+          f"unexpected argument {words[-1]!r}: give settings as --name=value; see --help"
         )
       main(*words)
 
-    return _ended(act)
+    return exit_code(act)
 
   app.run(guarded, flags_parser=_parse)
 
 
-def _ended(act: Callable[[], None]) -> int:
-  """Runs an act; returns the code to exit with."""
+def require_flag_files() -> None:
+  """Exits with one line if a --flagfile can't be read.
+
+  For acts with a config flag: its definition reads the command line, before `run` could report
+  the error.
+  """
+  code = exit_code(lambda: command_line.require_flag_files(sys.argv))
+  if code:
+    sys.exit(code)
+
+
+def exit_code(act: Callable[[], None]) -> int:
+  """Runs an act and returns the exit code."""
   try:
     act()
     sys.stdout.flush()
   except errors.CalmError as error:
     print(f"error: {error}", file=sys.stderr)
     return errors.EXIT_BAD_INPUT
-  except BrokenPipeError:  # Whoever read the output has enough, as `head` does.
+  except BrokenPipeError:  # The reader of the output has ended, as `head` does.
     for stream in (sys.stdout, sys.stderr):
       os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return errors.EXIT_UNREAD
@@ -56,15 +68,15 @@ def _ended(act: Callable[[], None]) -> int:
 
 
 def _parse(argv: Sequence[str]) -> Sequence[str]:
-  """Returns the words that are no flags; exits after --help, and where a flag is wrong."""
+  """Parses flags and returns the other words; exits after --help and if a flag is wrong."""
   asked = command_line.asks_for_help(argv)
   if asked:
-    sys.exit(_ended(lambda: print(command_line.helped(argv, whole=asked == "helpfull"))))
+    sys.exit(exit_code(lambda: print(command_line.helped(argv, full=asked == "helpfull"))))
   try:
     rest = flags.FLAGS(argv)
-  except Exception as error:  # A config file is code, which may raise anything.
+  except Exception as error:  # A config file is code and may raise anything.
     print(f"error: {command_line.reason(argv, error)}", file=sys.stderr)
     sys.exit(errors.EXIT_BAD_INPUT)
   if flags.FLAGS["verbosity"].using_default_value:
-    flags.FLAGS.verbosity = logging.FATAL  # --verbosity=0 shows what the libraries tell.
+    flags.FLAGS.verbosity = logging.FATAL  # --verbosity=0 shows the messages of libraries.
   return rest

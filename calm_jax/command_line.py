@@ -1,4 +1,4 @@
-"""The words of a command line -> what its reader is told: help, or why they are refused."""
+"""A command line -> help, or one line that says why it is refused."""
 
 import ast
 import contextlib
@@ -10,126 +10,155 @@ from typing import Any, NamedTuple
 from absl import app, flags
 from ml_collections.config_flags import config_flags
 
-from calm_jax import config, errors, settings
+from calm_jax import config, errors, resolve, settings, spelling
 
 _HELP = ("help", "helpshort", "helpfull", "?")
 _PARSERS: dict[type, flags.ArgumentParser] = {
-  bool: flags.BooleanParser(), int: flags.IntegerParser(), float: flags.FloatParser(),
-}  # fmt: skip
+  bool: flags.BooleanParser(),
+  int: flags.IntegerParser(),
+  float: flags.FloatParser(),
+}
 
 
 class _Word(NamedTuple):
-  """A flag as it was given: `--name=value` or `--name value`, None where no value is there."""
+  """A flag on the command line: `--name=value` or `--name value`; the value may be None."""
 
   name: str
   value: str | None
 
 
 def _words(argv: Sequence[str]) -> Iterator[_Word]:
-  """Yields the flags of a command line, known or not, up to the first word that is none."""
+  """Yields the flags of a command line, known or not, up to the first word that is not a flag."""
   words = flags.FLAGS.read_flags_from_files(list(argv[1:]), force_gnu=False)
   place = 0
   while place < len(words):
-    name, given, value = words[place].lstrip("-").partition("=")
+    name, equals, value = words[place].lstrip("-").partition("=")
     place += 1
     if not words[place - 1].startswith("-") or not name:
       return
-    if not given and place < len(words) and name not in _HELP:
-      known, setting = _flag(name), bool(_config_of(name)) and not words[place].startswith("--")
-      if setting if known is None else not known.boolean:
-        given, value, place = "=", words[place], place + 1
-    yield _Word(name, value if given else None)
+    if not equals and place < len(words) and name not in _HELP:
+      flag, is_setting = _flag(name), bool(_config_of(name)) and not words[place].startswith("--")
+      if is_setting if flag is None else not flag.boolean:
+        equals, value, place = "=", words[place], place + 1
+    yield _Word(name, value if equals else None)
 
 
 def _flag(name: str) -> flags.Flag | None:
-  """Returns a flag, None where there is none of this name."""
+  """Returns the flag of this name, None if there is none."""
   if name not in flags.FLAGS:
     return None
   return flags.FLAGS[name]
 
 
 def _configs() -> list[str]:
-  """Returns the flags that take a config file."""
+  """Returns the names of the flags that take a config file."""
   return [name for name in flags.FLAGS if config_flags.is_config_flag(flags.FLAGS[name])]
 
 
 def _config_of(name: str) -> str:
-  """Returns the config flag that a flag sets a setting of, as --config.data.path; else ""."""
+  """Returns `config` for a setting such as `config.data.path`, "" for any other flag."""
   first, dot, _ = name.partition(".")
   return next((flag for flag in _configs() if dot and first in (flag, f"no{flag}")), "")
 
 
 def asks_for_help(argv: Sequence[str]) -> str:
-  """Returns the first flag that asks for help, "" where none does."""
+  """Returns the first flag that asks for help, "" if none does."""
   try:
     return next((word.name for word in _words(argv) if word.name in _HELP), "")
-  except flags.Error:  # Of a flag file, which parsing will tell.
+  except (flags.Error, OSError, ValueError):  # A bad flag file, which parsing reports.
     return ""
 
 
-def helped(argv: Sequence[str], whole: bool) -> str:
-  """Returns what the act does, its flags, and the settings of the config files that are given.
+def helped(argv: Sequence[str], full: bool) -> str:
+  """Returns the help of an act: its purpose, its flags, and the settings of its config files.
 
   Args:
-    whole: with the flags of the libraries.
+    argv: the command line; settings are listed for the config files on it.
+    full: whether to list the flags of libraries too.
 
   Raises:
-    CalmError: for a config file that can't be loaded.
+    CalmError: if a config file can't be loaded.
   """
   text = io.StringIO()
   with contextlib.redirect_stdout(text):
-    app.usage(shorthelp=not whole, writeto_stdout=True)
+    app.usage(shorthelp=not full, writeto_stdout=True)
   parts = [text.getvalue().strip()]
-  if not whole:
+  if not full:
     parts.append("--helpfull lists the flags of the libraries too.")
-  given = {word.name: word.value or "" for word in _words(argv) if word.name in _configs()}
-  parts += [settings.listed(settings.load(flag, file), flag, file) for flag, file in given.items()]
-  if _configs() and not given:
+  file_of = {word.name: word.value or "" for word in _words(argv) if word.name in _configs()}
+  for flag, file in file_of.items():
+    parts.append(settings.listed(settings.load(flag, file), flag, file))
+  if _configs() and not file_of:
     parts.append(
-      "Settings are flags too, as --config.training.steps=1000. Those of a config file, their "
-      "values there and what they mean:\n  --config=configs/calm.py:quickstart --help"
+      "Settings are flags too, such as --config.training.steps=1000. To list the settings of a "
+      "config file, with values and meanings:\n  --config=configs/calm.py:quickstart --help"
     )
   return "\n\n".join(parts)
 
 
+def require_flag_files(argv: Sequence[str]) -> None:
+  """Raises CalmError if a --flagfile on the command line can't be read."""
+  try:
+    flags.FLAGS.read_flags_from_files(list(argv[1:]), force_gnu=False)
+  except (flags.Error, OSError, ValueError) as error:
+    raise errors.CalmError(_flag_file_error(error)) from error
+
+
+def _flag_file_error(error: Exception) -> str:
+  """Returns one line for an error of reading flag files."""
+  cause = error if isinstance(error, OSError) else error.__context__
+  if isinstance(cause, OSError):
+    return f"can't read --flagfile={cause.filename}: {cause.strerror}"
+  if isinstance(error, UnicodeDecodeError):
+    return f"can't read a --flagfile: it is not UTF-8 text: {error}"
+  return " ".join(str(error).split())
+
+
 def reason(argv: Sequence[str], error: Exception) -> str:
-  """Returns in one line why a command line was refused.
+  """Returns one line that says why a command line was refused.
 
   Args:
-    error: what parsing it raised.
+    argv: the command line.
+    error: the error of parsing it.
   """
-  files: dict[str, str] = {}
-  with contextlib.suppress(flags.Error):
-    for word in _words(argv):
-      flag = _config_of(word.name)
-      told = _wrong_setting(flag, word, files) if flag else _wrong_flag(word)
-      if told:
-        return told
-      files[word.name] = word.value or ""
+  try:
+    require_flag_files(argv)
+  except errors.CalmError as unreadable:
+    return str(unreadable)
+  file_of: dict[str, str] = {}
+  for word in _words(argv):
+    flag = _config_of(word.name)
+    message = _wrong_setting(flag, word, file_of) if flag else _wrong_flag(word)
+    if message:
+      return message
+    file_of[word.name] = word.value or ""
   required = [name for name in flags.FLAGS if _is_missing(flags.FLAGS[name])]
   if required and isinstance(error, flags.IllegalFlagValueError):
-    return f"give {', '.join(f'--{name}=...' for name in required)}: --help tells what they are"
+    return f"give {', '.join(f'--{name}=...' for name in required)}; see --help"
   return " ".join(str(error).split()) or type(error).__name__
 
 
 def _is_missing(flag: flags.Flag) -> bool:
-  return flag.value is None and any("other than None" in one.message for one in flag.validators)
+  """Returns whether a required flag has no value."""
+  return flag.value is None and any("other than None" in x.message for x in flag.validators)
 
 
-def _wrong_setting(flag: str, word: _Word, files: Mapping[str, str]) -> str:
-  """Returns what is wrong with a setting, "" where nothing is.
+def _wrong_setting(flag: str, word: _Word, file_of: Mapping[str, str]) -> str:
+  """Returns an error message for a setting, "" if it is right.
 
   Args:
-    files: of the config flags that come before it.
+    flag: the config flag.
+    word: the setting as given.
+    file_of: values of the flags before it, by name.
   """
   shown, path = f"--{word.name}", word.name.partition(".")[2]
-  if flag not in files:
+  if flag not in file_of:
     return f"{shown} is a setting of a config file: give --{flag}=FILE before it"
   try:
-    values = settings.load(flag, files[flag])
+    values = settings.load(flag, file_of[flag])
   except errors.CalmError as error:
     return str(error)
-  known = config.flat(values)
+  known = resolve.flat(values)
   if path in known:
     parser = _PARSERS.get(type(known[path]))
     return _wrong_value(shown, word.value, parser or flags.ArgumentParser())
@@ -141,21 +170,22 @@ def _wrong_setting(flag: str, word: _Word, files: Mapping[str, str]) -> str:
   with contextlib.suppress(ValueError, SyntaxError):
     if isinstance(ast.literal_eval(word.value or ""), dict):
       return ""
-  return f"{shown} holds settings: give {shown}.NAME=VALUE, where NAME is of {', '.join(section)}"
+  names = ", ".join(section)
+  return f"{shown} holds settings: give {shown}.NAME=VALUE, where NAME is one of {names}"
 
 
 def _wrong_flag(word: _Word) -> str:
-  """Returns what is wrong with a flag, "" where nothing is."""
+  """Returns an error message for a flag, "" if it is right."""
   name = word.name
-  known = _flag(name)
-  if known is not None and config_flags.is_config_flag(known):
+  flag = _flag(name)
+  if flag is not None and config_flags.is_config_flag(flag):
     try:
       settings.load(name, word.value or "")
     except errors.CalmError as error:
       return str(error)
     return ""
-  if known is not None:
-    return _wrong_value(f"--{name}", word.value, known.parser)
+  if flag is not None:
+    return _wrong_value(f"--{name}", word.value, flag.parser)
   positive = name.removeprefix("no")
   if positive in flags.FLAGS and flags.FLAGS[positive].boolean:
     return f"--{name} takes no value, got {word.value!r}" if word.value is not None else ""
@@ -163,10 +193,10 @@ def _wrong_flag(word: _Word) -> str:
 
 
 def _wrong_value(shown: str, value: str | None, parser: flags.ArgumentParser) -> str:
-  """Returns what a value should be, "" where it is that."""
+  """Returns an error message for the value of a flag, "" if it is right."""
   if value is None:
-    boolean = isinstance(parser, flags.BooleanParser)
-    return "" if boolean else f"{shown} needs a value: give {shown}=VALUE"
+    is_switch = isinstance(parser, flags.BooleanParser)
+    return "" if is_switch else f"{shown} needs a value: give {shown}=VALUE"
   try:
     parser.parse(value)
   except (TypeError, ValueError) as error:
@@ -180,17 +210,16 @@ def _wrong_value(shown: str, value: str | None, parser: flags.ArgumentParser) ->
 
 
 def _near(name: str) -> str:
-  """Returns which flags are near to a name that is none, ours before those of libraries."""
+  """Returns the flags most like an unknown name; flags of libraries only if none of ours is."""
   first, dot, rest = name.partition(".")
-  if dot and (near := settings.nearest(first, _configs())):
+  if dot and (near := spelling.similar(first, _configs())):
     return f"nearest: --{near[0]}.{rest}"
-  modules = flags.FLAGS.flags_by_module_dict()
-  ours = [
-    flag.name for module, found in modules.items() for flag in found
-    if module.startswith(("calm_jax", sys.argv[0]))
-  ]  # fmt: skip
+  ours = []
+  for module, its_flags in flags.FLAGS.flags_by_module_dict().items():
+    if module.startswith(("calm_jax", sys.argv[0])):
+      ours += [flag.name for flag in its_flags]
   for known in (ours, list(flags.FLAGS)):
-    negated = [f"no{one}" for one in known if flags.FLAGS[one].boolean]
-    if near := settings.nearest(name, [*known, *negated]):
-      return f"nearest: {', '.join(f'--{one}' for one in near)}"
+    negated = [f"no{flag}" for flag in known if flags.FLAGS[flag].boolean]
+    if near := spelling.similar(name, [*known, *negated]):
+      return f"nearest: {', '.join(f'--{flag}' for flag in near)}"
   return "--help lists all"

@@ -14,7 +14,8 @@ from typing import Any
 from absl import flags
 
 from calm_jax import cli, config, errors, files, run_flags
-from calm_jax.planning import comparison, search, steps, tables, topologies
+from calm_jax.planning import comparison, search, steps, tables
+from calm_jax.planning.compiled import topologies
 
 run_flags.define()
 _TOPOLOGY = flags.DEFINE_string(
@@ -43,14 +44,14 @@ _TABLE = flags.DEFINE_string(
 _OUTPUT = flags.DEFINE_string("output", "", "JSON file for the figures; by default none.")
 
 
-def _job() -> steps.Job:
+def _job() -> steps.PlanJob:
   run = run_flags.run()
   if run is None or not _TOPOLOGY.value:
     raise errors.CalmError("give --config=configs/STAGE.py[:SIZE] and --topology=CHIP:SHAPE")
   found = run_flags.companions()
   print(run_flags.counted_with(run, found), file=sys.stderr)
   topology = topologies.parse(_TOPOLOGY.value, _SLICES.value)
-  return steps.Job(run_flags.title(), run, topology, found.vocab_size, found.autoencoder)
+  return steps.PlanJob(run_flags.title(), run, topology, found.vocab_size, found.parents)
 
 
 def _write(figures: Mapping[str, Any]) -> None:
@@ -59,14 +60,14 @@ def _write(figures: Mapping[str, Any]) -> None:
     print(f"wrote {_OUTPUT.value}", file=sys.stderr)
 
 
-def _check(job: steps.Job) -> None:
+def _check(job: steps.PlanJob) -> None:
   check = steps.check_flops(job)
   for name, ratio in check.ratios.items():
     print(f"FLOPs of the program, layers {name}, by the analytic count: {ratio:.4f}")
   _write({**dataclasses.asdict(check), "ratios": dict(check.ratios)})
 
 
-def _search(job: steps.Job) -> None:
+def _search(job: steps.PlanJob) -> None:
   found = search.search(job, _TRIES.value, lambda line: print(line, file=sys.stderr, flush=True))
   print(search.table(found))
   _write({"tried": [one.figures() for one in found]})
@@ -74,7 +75,7 @@ def _search(job: steps.Job) -> None:
     raise errors.CalmError(f"none of {len(found)} layouts fits: {search.nearest(found)}")
 
 
-def _plan(job: steps.Job) -> None:
+def _plan(job: steps.PlanJob) -> None:
   plans = {"train": steps.train_plan(job)}
   print(tables.table(plans["train"]))
   if _EVALUATION.value:

@@ -1,21 +1,14 @@
-"""ConfigDict at the door -> frozen dataclasses inside.
+"""Every setting of a run, its meaning, its published value and its range, as frozen dataclasses.
 
-The dataclasses are the one list of settings and of their published values. A
-name that is not in them is refused with the nearest one that is; a value out of
-range is refused with the range.
+An unknown name is refused with the nearest known name, a value out of range with the range.
 """
 
 import dataclasses
-import difflib
-import hashlib
-import math
 import reprlib
 import typing
 from typing import Any, Literal
 
-import ml_collections
-
-from calm_jax import errors, files
+from calm_jax import errors, spelling
 
 
 def require(condition: bool, message: str) -> None:
@@ -26,23 +19,26 @@ def require(condition: bool, message: str) -> None:
 
 # Programs count in 32 bits.
 LARGEST_INT = 2**31 - 1
-# Above any model known; an array's elements stay far below 2^63, and a program can be traced.
+# Larger than any known model, yet arrays have far fewer than 2^63 elements and tracing ends.
 LARGEST_WIDTH, MOST_LAYERS, LARGEST_PATCH = 2**20, 2**10, 2**12
-# Of a patch, compared each with each.
+# Samples or draws per patch, of which all pairs are compared.
 MOST_DRAWS = 2**16
-# The least normal number of float32 and the largest.
+MOST_STEPS = 1000  # Sampling steps of a head.
+# The smallest normal number of float32 and the largest number.
 FLOATS = (2.0**-126, (2 - 2.0**-23) * 2.0**127)
 
-# What is told of a value that is refused: its beginning, however deep it is nested.
-_told = reprlib.Repr()
-_told.maxstring = _told.maxother = _told.maxlong = 200
+# Prints a refused value in one line: its beginning, however deeply it is nested.
+_short_repr = reprlib.Repr()
+_short_repr.maxstring = _short_repr.maxother = _short_repr.maxlong = 200
 
 
 def require_positive(settings: Any, *names: str, most: int = LARGEST_INT) -> None:
-  """Raises CalmError unless each named field of `settings` is above zero and can be held.
+  """Raises CalmError unless each named field is above 0 and in the range of int32 or float32.
 
   Args:
-    most: the largest whole number.
+    settings: a dataclass.
+    names: names of its fields.
+    most: the largest integer that is allowed.
   """
   for name in names:
     value = getattr(settings, name)
@@ -51,7 +47,7 @@ def require_positive(settings: Any, *names: str, most: int = LARGEST_INT) -> Non
 
 
 def require_not_negative(settings: Any, *names: str) -> None:
-  """Raises CalmError unless each named field of `settings` is 0, or as `require_positive` asks."""
+  """Raises CalmError unless each named field is 0 or passes `require_positive`."""
   for name in names:
     value = getattr(settings, name)
     require(value >= 0, f"{name} must not be negative, got {value}")
@@ -60,17 +56,19 @@ def require_not_negative(settings: Any, *names: str) -> None:
 
 
 def _require_held(name: str, value: float, least: int, most: int) -> None:
+  """Raises CalmError unless an integer is at most `most` and a float is in float32's range."""
   if isinstance(value, int):
     require(value <= most, f"{name} must lie in [{least}, {most}], got {value}")
     return
   low, high = FLOATS
   require(
-    low <= value <= high, f"{name} must lie in [{low:.3g}, {high:.3g}], float32's, got {value}"
+    low <= value <= high,
+    f"{name} must lie in [{low:.3g}, {high:.3g}], the range of float32, got {value}",
   )
 
 
 def is_text(value: str) -> bool:
-  """Tells whether a string can be written as UTF-8: it holds no half of a surrogate pair."""
+  """Returns whether UTF-8 can encode a string: whether it holds no half of a surrogate pair."""
   try:
     value.encode()
   except UnicodeEncodeError:
@@ -79,19 +77,19 @@ def is_text(value: str) -> bool:
 
 
 def shown(value: Any) -> str:
-  """Returns a value in one line, cut where it is long."""
-  return _told.repr(value)
+  """Returns a value as one line, shortened if it is long."""
+  return _short_repr.repr(value)
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-  """What a stage reads.
+  """The training data.
 
   Attributes:
-    path: a token store written by `calm_jax.prepare`, or synthetic:V for random tokens of
-      a vocabulary of V, to measure without one.
-    context: tokens an example (a block of the store); a multiple of K.
-    reuse_batch: train on the first batch again and again, to measure or to debug.
+    path: a token store written by `calm_jax.prepare`, or synthetic:V for random tokens below V,
+      to measure speed without a corpus.
+    context: tokens per example (a block of the store); a multiple of K.
+    reuse_batch: train on the first batch in every step, to measure speed or to debug.
   """
 
   path: str = ""
@@ -104,17 +102,17 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Autoencoder:
-  """Sizes of stage one.
+  """Sizes of the autoencoder, stage one.
 
   Attributes:
-    patch_size: K, tokens a patch.
-    width: E, of a token in encoder and decoder.
-    ffn: inner width of its SwiGLU blocks.
-    encoder_layers, decoder_layers: half of each run on single tokens, half on
-      the patch, so both are even.
-    latent: Z, size of the latent vector.
-    init: `reference` draws every weight with std 0.02 as published; `fan_in`
-      with 1/sqrt(fan_in), which small models need.
+    patch_size: K, tokens per patch.
+    width: E, width of a token in encoder and decoder.
+    ffn: inner width of the SwiGLU blocks.
+    encoder_layers, decoder_layers: number of layers; half of them process single tokens and half
+      the patch, so the number is even.
+    latent: Z, dimensions of the latent vector.
+    init: initial weights; `reference` draws them with std 0.02, as published, `fan_in` with
+      std 1/sqrt(fan_in), which small models need.
   """
 
   patch_size: int = 4
@@ -138,13 +136,13 @@ class Autoencoder:
 
 @dataclasses.dataclass(frozen=True)
 class AutoencodingLoss:
-  """Stage one's objective: K * cross-entropy + kl_weight * KL.
+  """Objective of the autoencoder, stage one: K * cross-entropy + kl_weight * KL.
 
   Attributes:
-    kl_weight: weight of the KL to N(0, I), summed over the latent's dimensions.
-    kl_floor: nats below which a dimension's KL costs nothing.
+    kl_weight: weight of the KL divergence to N(0, I), summed over the latent's dimensions.
+    kl_floor: KL per dimension, in nats, below which it is not penalized.
     drop_token: share of input tokens replaced by `drop_token_id` (DropToken).
-    drop_token_id: the reference uses 0, a real token in most vocabularies.
+    drop_token_id: id of the replacement; the reference uses 0, a real token in most vocabularies.
     drop_latent: dropout rate of the latent (DropLatent).
   """
 
@@ -163,18 +161,18 @@ class AutoencodingLoss:
 
 @dataclasses.dataclass(frozen=True)
 class Transformer:
-  """Sizes of a Llama Transformer: the baseline itself, or over patches.
+  """Sizes of a Llama Transformer over tokens, the baseline, or over patches.
 
   Attributes:
-    layers: of the Transformer, as Llama's.
-    width: D, of the hidden state.
+    layers: number of Transformer layers.
+    width: D, width of the hidden state; a multiple of twice the heads.
     ffn: F, inner width of the SwiGLU blocks.
-    heads: H, of queries; twice their number divides the width.
-    kv_heads: G, heads of keys and values, a divisor of H.
-    rope_theta: base of the rotary positions, which count tokens or patches.
-    init: `reference` draws weights with std 0.02 as published; `fan_in` with 1/sqrt(fan_in),
-      which small models need, but in the Transformer's own layers: these keep std 0.02, which
-      did as well on small models.
+    heads: H, query heads.
+    kv_heads: G, key and value heads; a divisor of H.
+    rope_theta: base of the rotary embedding of positions, which are tokens or patches.
+    init: initial weights; `reference` draws them with std 0.02, as published, `fan_in` with
+      std 1/sqrt(fan_in), which small models need. The Transformer layers have std 0.02 in both:
+      it was as good on small models.
   """
 
   layers: int = 16
@@ -201,13 +199,12 @@ class Transformer:
 
 @dataclasses.dataclass(frozen=True)
 class Backbone(Transformer):
-  """Sizes of stage two's Transformer over patches.
+  """Sizes of the Transformer over patches, the backbone of stage two.
 
   Attributes:
-    patch_size: K, tokens a patch, that the run is written for; an autoencoder of another K
-      is refused.
-    input: what a patch is to it: its tokens (`discrete`, as published), its latent
-      (`continuous`), or the sum of `both`.
+    patch_size: K, tokens per patch; must be equal to the K of the autoencoder.
+    input: input of a patch: its tokens (`discrete`, as published), its latent (`continuous`), or
+      the sum of `both`.
   """
 
   patch_size: int = 4
@@ -231,11 +228,11 @@ class Head:
   """The generative head.
 
   Attributes:
-    kind: energy, flow or diffusion: a row of `models.heads.HEADS`.
-    blocks: residual blocks; the paper has a quarter as many as backbone layers.
+    kind: energy, flow or diffusion: a row of `models.heads.registry.HEADS`.
+    blocks: residual blocks; the paper has one per four backbone layers.
     noise: R, dimensions of the energy head's uniform noise.
-    steps: sampling steps of the flow head (midpoint: two calls of the network each)
-      and the diffusion head; 0 for the published 10 and 100.
+    steps: sampling steps of the flow head (midpoint: two network calls each) and of the
+      diffusion head; 0 for the published 10 and 100.
   """
 
   kind: str = "energy"
@@ -246,25 +243,24 @@ class Head:
   def __post_init__(self):
     require_positive(self, "blocks", most=MOST_LAYERS)
     require_positive(self, "noise", most=LARGEST_WIDTH)
-    fewest = 2 if self.kind == "diffusion" else 1
     require(
-      self.steps == 0 or fewest <= self.steps <= 1000,
-      f"steps must be 0 or lie in [{fewest}, 1000], got {self.steps}",
+      0 <= self.steps <= MOST_STEPS,
+      f"steps must be 0 or lie in [1, {MOST_STEPS}], got {self.steps}",
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class CalmLoss:
-  """Stage two's objective: what is drawn, and the distance of the energy score.
+  """Objective of stage two: the numbers of samples and draws, and the energy score's distance.
 
   Attributes:
-    samples: N, of a patch: samples of the energy head, repetitions with fresh noise and
-      target of the others in training; samples of any head in evaluation.
+    samples: N, samples per patch of the energy head; for other heads in training, repetitions
+      with fresh noise and a fresh target; in evaluation, samples of any head.
     targets: what the energy head's samples are compared with: `draws` of the posterior, as
-      published, or its `exact` expectation, by quadrature. Evaluation takes the exact one.
-    posterior_draws: M, draws of the posterior a patch.
-    alpha: exponent of the energy score's distance, in (0, 2]. At 2 the score is not
-      proper: it asks for the right mean alone (the paper's row of BrierLM 0).
+      published, or its `exact` expectation by quadrature. Evaluation always uses the exact one.
+    posterior_draws: M, posterior draws per patch.
+    alpha: exponent of the energy score's distance, in (0, 2]. With 2 the score is not proper: it
+      only requires the right mean (BrierLM 0 in the paper).
   """
 
   samples: int = 8
@@ -283,18 +279,19 @@ class CalmLoss:
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-  """AdamW with clipping and a schedule.
+  """AdamW with gradient clipping and a learning rate schedule.
 
   Attributes:
-    learning_rate: the peak.
+    learning_rate: peak learning rate.
     schedule: constant, cosine or wsd (warmup, stable, decay): a row of
       `training.optimizer.SCHEDULES`.
-    warmup_steps: steps of linear rise; step 0 already moves, step warmup-1 is the peak.
-    decay_steps: last steps over which `wsd` falls to final_share of the peak.
-    final_share: where `cosine` and `wsd` end, as a share of the peak.
-    b1, b2: AdamW's decay rates of the first and the second moment.
-    eps: AdamW's, added to the root of the second moment.
-    weight_decay: AdamW's, of matrices; biases and norms are not decayed.
+    warmup_steps: steps of linear warmup; the rate is above 0 at step 0 and reaches the peak at
+      step warmup_steps - 1.
+    decay_steps: number of final steps in which `wsd` decays to final_share of the peak.
+    final_share: final rate of `cosine` and `wsd`, as a share of the peak.
+    b1, b2: decay rates of AdamW's first and second moment.
+    eps: AdamW's epsilon, added to the square root of the second moment.
+    weight_decay: AdamW's weight decay of matrices; biases and norms are not decayed.
     clip_norm: global gradient norm above which gradients are scaled down.
   """
 
@@ -319,22 +316,22 @@ class Optimizer:
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-  """The loop: how long, on how much at once, and when it reports, scores and saves.
+  """The training loop: its length, its batch, and how often it logs, evaluates and saves.
 
   Attributes:
-    steps: optimizer steps of the whole run.
-    batch: examples a step, over all accumulation parts.
-    accumulation: parts the batch is worked off in, one after the other.
-    seed: of the parameters, the data order and all noise.
-    compute_dtype: of activations; parameters and losses stay float32.
-    log_every: steps between two reports of figures.
+    steps: optimizer steps of the run, in total.
+    batch: examples per step, over all accumulation parts.
+    accumulation: number of parts of a batch that are processed one after the other.
+    seed: seed of the parameters, the data order and all noise.
+    compute_dtype: type of activations; parameters and losses are float32.
+    log_every: steps between two logs of figures.
     eval_every: steps between two evaluations on held-out text; 0 for none.
-    eval_blocks: held-out examples an evaluation.
-    checkpoint_every: steps between two saves.
-    checkpoint_minutes: save also when so many have passed since the last time; 0 for never.
-    keep_latest: newest checkpoints kept.
-    keep_every: checkpoints of the multiples of so many steps stay; 0 for none.
-    max_skipped: non-finite steps in a row after which the run stops.
+    eval_blocks: held-out examples per evaluation.
+    checkpoint_every: steps between two checkpoints.
+    checkpoint_minutes: save also after so many minutes without a checkpoint; 0 for never.
+    keep_latest: number of newest checkpoints to keep.
+    keep_every: also keep the checkpoints at multiples of so many steps; 0 for none.
+    max_skipped: consecutive non-finite steps after which the run stops.
   """
 
   steps: int = 250_000
@@ -352,10 +349,8 @@ class Training:
   max_skipped: int = 10
 
   def __post_init__(self):
-    require_positive(
-      self, "steps", "batch", "accumulation", "log_every", "eval_blocks",
-      "checkpoint_every", "keep_latest", "max_skipped",
-    )  # fmt: skip
+    require_positive(self, "steps", "batch", "accumulation", "log_every", "eval_blocks")
+    require_positive(self, "checkpoint_every", "keep_latest", "max_skipped")
     require_not_negative(self, "eval_every", "keep_every", "checkpoint_minutes")
     require(0 <= self.seed < 2**32, f"seed must lie in [0, 2**32), got {self.seed}")
     require(
@@ -366,14 +361,14 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-  """How devices are laid out: data * fsdp * sequence * tensor of them; one may be -1, the rest.
+  """The device mesh of data * fsdp * sequence * tensor devices; one size may be -1 for the rest.
 
   Attributes:
-    data: copies of the parameters. Slices joined by a data-center network lie along it.
-    fsdp: parts that parameters and optimizer state are divided into; each also takes
-      examples of its own.
-    sequence: parts that the positions of an example are divided into.
-    tensor: parts that each layer's width is divided into.
+    data: copies of the parameters; each processes its own examples. Slices that a data-center
+      network joins are split along this axis.
+    fsdp: shards of parameters and optimizer state; each also processes its own examples.
+    sequence: shards of the positions of an example.
+    tensor: shards of each layer's width.
   """
 
   data: int = 1
@@ -391,14 +386,14 @@ class Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-  """How the same numbers are computed.
+  """How the numbers are computed; these settings do not change the results.
 
   Attributes:
-    attention: splash, cudnn, blocks or xla, a row of `models.attention.KERNELS`; `auto` for
-      the fastest of the platform.
-    remat: what the backward pass computes again: none, dots, named, offload or full, a row of
+    attention: splash, cudnn, blocks or xla, a row of `kernels.attention.KERNELS`; `auto` for
+      the fastest on the platform.
+    remat: what the backward pass recomputes: none, dots, named, offload or full, a row of
       `models.remat.POLICIES`.
-    unroll: layers one after the other in the program, not as a loop: longer to compile.
+    unroll: unroll the loop over layers in the program; compilation takes longer.
   """
 
   attention: str = "auto"
@@ -408,13 +403,11 @@ class Execution:
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-  """Minutes after which a phase counts as stuck: the process ends, to be started again.
-
-  0 for none.
+  """Minutes after which a phase counts as stuck and the process exits to be restarted; 0 for none.
 
   Attributes:
-    startup_minutes: from the first second to the first step.
-    step_minutes: one step, one batch of an evaluation or one save.
+    startup_minutes: from the start of the process to the first step.
+    step_minutes: for a step, a batch of an evaluation, or a save.
     shutdown_minutes: from the last step to the end.
   """
 
@@ -428,12 +421,12 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
-  """What is recorded for a profiler, in the workdir's folder `profile`.
+  """Profiles, which are written to the folder `profile` of the workdir.
 
   Attributes:
-    steps: how many steps are traced, 0 for none. A memory profile is written at their end.
-    skip: steps of the attempt before the first that is traced.
-    port: of a server that a profiler can ask for a trace at any time; 0 for none.
+    steps: number of steps to trace, 0 for none. A memory profile is written after them.
+    skip: steps of the attempt before the first traced step.
+    port: port of a server that a profiler can request traces from at any time; 0 for none.
   """
 
   steps: int = 0
@@ -446,247 +439,45 @@ class Profile:
 
 
 @dataclasses.dataclass(frozen=True)
-class AutoencoderRun:
-  """Stage one: patches -> latents -> patches.
+class Run:
+  """Settings that every stage has. A stage's own class adds its model, its loss and its parents.
 
   Attributes:
-    stage: the kind of run, which tells what else there is to set.
-    start_from: a workdir of the same stage whose weights the run starts from, in place
-      of initial values; empty for none.
+    stage: the kind of run, which decides what else can be set.
+    start_from: workdir of the same stage whose weights replace the initial values; empty for
+      none.
   """
 
-  stage: Literal["autoencoder"] = "autoencoder"
+  stage: str = ""
   data: Data = dataclasses.field(default_factory=Data)
   start_from: str = ""
-  model: Autoencoder = dataclasses.field(default_factory=Autoencoder)
-  loss: AutoencodingLoss = dataclasses.field(default_factory=AutoencodingLoss)
   optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
   training: Training = dataclasses.field(default_factory=Training)
   mesh: Mesh = dataclasses.field(default_factory=Mesh)
   execution: Execution = dataclasses.field(default_factory=Execution)
   limits: Limits = dataclasses.field(default_factory=Limits)
   profile: Profile = dataclasses.field(default_factory=Profile)
-
-
-@dataclasses.dataclass(frozen=True)
-class CalmRun:
-  """Stage two: the language model over the latents of a trained autoencoder.
-
-  Attributes:
-    stage: the kind of run, which tells what else there is to set.
-    autoencoder: stage one's workdir. Its weights are copied into this run's own
-      workdir at the start, which is complete without the other from then on. Empty
-      with `start_from`, whose autoencoder is taken.
-    start_from: a workdir of the same stage whose weights the run starts from, in place
-      of initial values; empty for none.
-  """
-
-  stage: Literal["calm"] = "calm"
-  data: Data = dataclasses.field(default_factory=Data)
-  autoencoder: str = ""
-  start_from: str = ""
-  model: Backbone = dataclasses.field(default_factory=Backbone)
-  head: Head = dataclasses.field(default_factory=Head)
-  loss: CalmLoss = dataclasses.field(default_factory=CalmLoss)
-  optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
-  training: Training = dataclasses.field(default_factory=Training)
-  mesh: Mesh = dataclasses.field(default_factory=Mesh)
-  execution: Execution = dataclasses.field(default_factory=Execution)
-  limits: Limits = dataclasses.field(default_factory=Limits)
-  profile: Profile = dataclasses.field(default_factory=Profile)
-
-
-@dataclasses.dataclass(frozen=True)
-class TransformerRun:
-  """The baseline: a Llama that predicts the next token by cross-entropy.
-
-  Attributes:
-    stage: the kind of run, which tells what else there is to set.
-    start_from: a workdir of the same stage whose weights the run starts from, in place
-      of initial values; empty for none.
-  """
-
-  stage: Literal["transformer"] = "transformer"
-  data: Data = dataclasses.field(default_factory=lambda: Data(context=2048))
-  start_from: str = ""
-  model: Transformer = dataclasses.field(default_factory=Transformer)
-  optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
-  training: Training = dataclasses.field(default_factory=lambda: Training(batch=1024))
-  mesh: Mesh = dataclasses.field(default_factory=Mesh)
-  execution: Execution = dataclasses.field(default_factory=Execution)
-  limits: Limits = dataclasses.field(default_factory=Limits)
-  profile: Profile = dataclasses.field(default_factory=Profile)
-
-
-Run = AutoencoderRun | CalmRun | TransformerRun
-
-RUNS: dict[str, type[Run]] = {
-  "autoencoder": AutoencoderRun,
-  "calm": CalmRun,
-  "transformer": TransformerRun,
-}
 
 
 @dataclasses.dataclass(frozen=True)
 class Companions:
-  """What goes with a config file's size where no workdir tells it, by default the published.
+  """Vocabulary and parents that a config file's size goes with, for acts without a workdir.
 
-  A config file's `get_companions` returns it for a size, as its `get_config` the settings.
+  A config file's `get_companions` returns them for a size, as `get_config` returns the settings.
 
   Attributes:
     vocab_size: V of the tokenizer, by default Llama 3's.
-    autoencoder: sizes of the autoencoder that stage two reads; other stages read none.
+    parents: settings of the run that each parent of the stage comes from, by the parent's name;
+      a parent that is not named has its stage's default settings, the published ones.
   """
 
   vocab_size: int = 128_256
-  autoencoder: Autoencoder = dataclasses.field(default_factory=Autoencoder)
-
-
-def require_same_patches(run: Run, codec: Autoencoder, whose: str, other: str) -> None:
-  """Raises CalmError unless stage two is written for the K of its autoencoder.
-
-  Args:
-    whose: the autoencoder, for people. other: the flag that gives another one.
-  """
-  if not isinstance(run, CalmRun) or run.model.patch_size == codec.patch_size:
-    return
-  ours, theirs = run.model.patch_size, codec.patch_size
-  context = run.data.context // ours * theirs
-  raise errors.CalmError(
-    f"config.model.patch_size is {ours}, but {whose} has K = {theirs} tokens a patch: give another "
-    f"{other}, or --config.model.patch_size={theirs} --config.data.context={context}, which keeps "
-    "the patches an example"
-  )
+  parents: typing.Mapping[str, Run] = dataclasses.field(default_factory=dict)
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:
-  """Returns `known` as a sentence, led by the entry that resembles `name` most."""
+  """Returns a sentence that lists the known names and suggests the one most like `name`."""
   known = sorted(known)
-  match = difflib.get_close_matches(name, known, n=1)
+  similar = spelling.similar(name, known)
   listed = f"known: {', '.join(known)}"
-  return f"did you mean {match[0]!r}? {listed}" if match else listed
-
-
-def _nearest_to(value: Any, known: typing.Iterable[str]) -> str:
-  """Returns `nearest` for a value of any type."""
-  return nearest(value if isinstance(value, str) else "", known)
-
-
-def choose(sizes: typing.Mapping[str, Run], size: str) -> Run:
-  """Returns the run of a config file's size, the part after its colon.
-
-  Raises:
-    CalmError: for a size that the file does not have.
-  """
-  if size not in sizes:
-    raise errors.CalmError(f"unknown size {size!r}: {nearest(size, sizes)}")
-  return sizes[size]
-
-
-def from_mapping(values: typing.Mapping[str, Any]) -> Run:
-  """Returns the frozen run that a config file or a stored config.json describes.
-
-  Raises:
-    CalmError: for an unknown name (the nearest known one is named), a value of
-      the wrong type or one out of range.
-  """
-  stage = values.get("stage", "")
-  if not isinstance(stage, str) or stage not in RUNS:
-    raise errors.CalmError(f"config.stage is {shown(stage)}: {_nearest_to(stage, RUNS)}")
-  run = _build(RUNS[stage], values, "config")
-  tokens = run.training.batch * run.data.context
-  require(
-    tokens <= LARGEST_INT,
-    f"config.training.batch * config.data.context must lie in [1, {LARGEST_INT}], the tokens of a "
-    f"step, got {tokens}",
-  )
-  return run
-
-
-def _build(cls: type, values: typing.Mapping[str, Any], where: str) -> Any:
-  fields = {field.name: field for field in dataclasses.fields(cls)}
-  hints = typing.get_type_hints(cls)
-  arguments = {}
-  for name, value in values.items():
-    if name not in fields:
-      raise errors.CalmError(f"unknown setting {where}.{name}: {nearest(name, fields)}")
-    if dataclasses.is_dataclass(hints[name]):
-      known = f"{where}.{name} must hold settings, got {shown(value)}"
-      require(isinstance(value, typing.Mapping), known)
-      arguments[name] = _build(typing.cast(type, hints[name]), value, f"{where}.{name}")
-    else:
-      arguments[name] = _checked(hints[name], value, f"{where}.{name}")
-  try:
-    return cls(**arguments)
-  except errors.CalmError as error:
-    raise errors.CalmError(f"{where}.{error}") from None
-
-
-def _checked(hint: Any, value: Any, where: str) -> Any:
-  if typing.get_origin(hint) is Literal:
-    choices = typing.get_args(hint)
-    require(value in choices, f"{where} is {shown(value)}: {_nearest_to(value, choices)}")
-    return value
-  if hint is float and isinstance(value, int) and not isinstance(value, bool):
-    value = float(value) if abs(value) < FLOATS[1] else math.inf
-  require(
-    isinstance(value, hint) and not (hint is int and isinstance(value, bool)),
-    f"{where} must be of type {hint.__name__}, got {shown(value)}",
-  )
-  require(not (hint is float and not math.isfinite(value)), f"{where} must be finite, got {value}")
-  require(
-    not isinstance(value, str) or (is_text(value) and "\0" not in value),
-    f"{where} holds characters that no file's name has, got {value!a}",
-  )
-  return value
-
-
-def to_config_dict(run: Run) -> ml_collections.ConfigDict:
-  """Returns `run` as the ConfigDict that a config file hands to the flags."""
-  return ml_collections.ConfigDict(dataclasses.asdict(run))
-
-
-def to_json(run: Run) -> str:
-  """Returns `run` as indented JSON, the form it is stored in."""
-  return files.to_json(dataclasses.asdict(run))
-
-
-def digest(run: Run) -> str:
-  """Returns 8 hex digits that identify the settings of a run."""
-  return hashlib.sha256(to_json(run).encode()).hexdigest()[:8]
-
-
-# What a run that has begun can't change: its parameters would no longer fit.
-FIXED = ("stage", "model", "head", "autoencoder", "start_from")
-# What it may change unasked: the numbers stay the same.
-FREE = ("mesh", "execution", "limits", "profile")
-
-
-def shapes(name: str, run: Run) -> bool:
-  """Tells whether parameters trained under one value of a setting are wrong under another."""
-  free = {"model.init", "head.steps"}
-  if isinstance(run, CalmRun) and run.head.kind != "energy":
-    free.add("head.noise")
-  return name.partition(".")[0] in ("model", "head") and name not in free
-
-
-def differences(a: Run, b: Run) -> dict[str, tuple[Any, Any]]:
-  """Returns the settings in which two runs differ, with both values."""
-  flat_a, flat_b = flat(dataclasses.asdict(a)), flat(dataclasses.asdict(b))
-  names = [*flat_a, *(name for name in flat_b if name not in flat_a)]
-  return {
-    name: (flat_a.get(name), flat_b.get(name))
-    for name in names
-    if flat_a.get(name) != flat_b.get(name)
-  }
-
-
-def flat(tree: typing.Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-  """Returns nested settings by their names with dots, as training.steps."""
-  result = {}
-  for name, value in tree.items():
-    if isinstance(value, dict):
-      result |= flat(value, f"{prefix}{name}.")
-    else:
-      result[f"{prefix}{name}"] = value
-  return result
+  return f"did you mean {similar[0]!r}? {listed}" if similar else listed

@@ -14,13 +14,13 @@ if __name__ == "__main__":
 from absl import flags
 
 from calm_jax import cli, errors
-from calm_jax.interchange import formats
+from calm_jax.running import conversion
 
 _SOURCE = flags.DEFINE_string(
   "source", None, "Folder to convert: another framework's for --format=workdir, else a workdir."
 )
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to write; must not exist yet.")
-_FORMAT = flags.DEFINE_string("format", None, f"What to write: {', '.join(formats.FORMATS)}.")
+_FORMAT = flags.DEFINE_string("format", None, f"What to write: {', '.join(conversion.formats())}.")
 _AUTOENCODER = flags.DEFINE_string(
   "autoencoder", "", "Folder of the autoencoder, where an imported language model has none inside."
 )
@@ -36,9 +36,9 @@ def main() -> None:
   source, output, kind = _SOURCE.value, _OUTPUT.value, _FORMAT.value
   if not (source and output and kind):
     raise errors.CalmError(
-      f"give --source=DIR, --output=DIR and --format, one of {', '.join(formats.FORMATS)}"
+      f"give --source=DIR, --output=DIR and --format, one of {', '.join(conversion.formats())}"
     )
-  formats.convert(source, output, kind, _AUTOENCODER.value, _TOKENIZER.value, _NONFINITE.value)
+  conversion.convert(source, output, kind, _AUTOENCODER.value, _TOKENIZER.value, _NONFINITE.value)
   print(f"wrote {output}")
 
 

@@ -12,9 +12,11 @@ from absl import flags
 from ml_collections import config_flags
 
 from calm_jax import cli, config, errors, files, run_flags
-from calm_jax.generation import candidates, requests, temperature
-from calm_jax.models import flops
-from calm_jax.planning import published, topologies, writing
+from calm_jax.generation import candidates, cost, requests, temperature
+from calm_jax.planning import published, writing
+from calm_jax.planning.compiled import topologies
+from calm_jax.running import counting, untrained
+from calm_jax.stages import table
 
 run_flags.define()
 run_flags.define(
@@ -39,39 +41,40 @@ _PUBLISHED = flags.DEFINE_bool(
 _OUTPUT = flags.DEFINE_string("output", "", "JSON file for the figures; by default none.")
 
 
-def _writes(run: config.Run, name: str) -> config.CalmRun | config.TransformerRun:
-  if isinstance(run, config.AutoencoderRun):
-    raise errors.CalmError(f"--{name} is an autoencoder's, which writes no text by itself")
-  return run
+def _require_writing(run: Any, name: str) -> None:
+  spec = table.of(run)
+  if spec.writing is None:
+    raise errors.CalmError(f"--{name} is of {spec.title}, which writes no text by itself")
 
 
-def _job(run: config.CalmRun | config.TransformerRun, companions: config.Companions) -> writing.Job:
-  """Returns what is written; the baseline takes one draw at any temperature."""
-  draws, rounds = 1.0, 1
-  if isinstance(run, config.CalmRun):
-    wish = requests.Request((), _TEMPERATURE.value, _NUM_CANDIDATES.value)
-    if temperature.power(wish.temperature) != 1:
-      draws = _DRAWS.value or float(wish.num_candidates)
+def _job(run: Any, companions: config.Companions) -> cost.WritingJob:
+  """Returns what is written; an exact law takes one draw at any temperature."""
+  spec, draws, rounds = table.of(run), 1.0, 1
+  if spec.writing and spec.writing.takes_candidates:
+    request = requests.Request((), _TEMPERATURE.value, _NUM_CANDIDATES.value)
+    if temperature.power(request.temperature) != 1:
+      draws = _DRAWS.value or float(request.num_candidates)
       config.require(
-        1 <= draws <= wish.num_candidates,
-        f"--draws must lie in [1, num_candidates = {wish.num_candidates}], got {draws}",
+        1 <= draws <= request.num_candidates,
+        f"--draws must lie in [1, num_candidates = {request.num_candidates}], got {draws}",
       )
     rounds = -(-draws * _BATCH.value // max(candidates.ROUND, _BATCH.value))
-  own = companions.autoencoder if isinstance(run, config.CalmRun) else None
-  window = run.data.context // (own.patch_size if own else 1)
-  return writing.Job(
-    run, own, companions.vocab_size, window, draws=draws, rounds=rounds, batch=_BATCH.value
+  return cost.WritingJob(
+    run,
+    untrained.parent_runs(run, companions.parents),
+    companions.vocab_size,
+    positions=run.data.context // spec.patch_size(run),
+    draws=draws,
+    rounds=rounds,
+    batch=_BATCH.value,
   )
 
 
-def _equal(run: config.Run) -> config.TransformerRun | None:
+def _equal(run: Any) -> Any | None:
   """Returns the published Transformer of about the quality of a published CALM."""
-  found = [
-    published.EQUALS[row.name].run
-    for row in published.ROWS
-    if row.name in published.EQUALS and row.run.model == run.model
-  ]
-  return found[0] if found and isinstance(found[0], config.TransformerRun) else None
+  rows = [row for row in published.ROWS if row.name in published.EQUALS]
+  equals = [published.EQUALS[row.name].run for row in rows if row.run.model == run.model]
+  return equals[0] if equals else None
 
 
 def _table(title: str, unit: str, columns: dict[str, dict[str, float]]) -> list[str]:
@@ -94,7 +97,7 @@ def _figures(name: str, run, companions: config.Companions) -> dict[str, Any]:
   seconds, bound = writing.seconds(found, chip)
   return {
     "name": name,
-    "training_flops": flops.train_parts(run, job.codec, job.vocab_size),
+    "training_flops": counting.train_parts(run, job.parents, job.vocab_size),
     "writing_flops": {part.name: part.flops for part in found},
     "writing_bytes": {part.name: part.bytes for part in found},
     "draws": job.draws,
@@ -112,7 +115,7 @@ def _published() -> tuple[list[str], Any]:
   figures = []
   for row in published.ROWS:
     counted = published.counted_training(row), published.counted_writing(row)
-    true = [published.true_writing(row, draws) for draws in (1, 200 if row.codec else 1)]
+    true = [published.true_writing(row, draws) for draws in (1, row.draws)]
     lines.append(
       f"{row.name:14}{row.training / 1e20:12.1f}{counted[0] / 1e20:13.2f}"
       f"{counted[0] / row.training - 1:+9.1%}{row.writing / 1e8:12.1f}{counted[1] / 1e8:13.2f}"
@@ -130,10 +133,13 @@ def _cost() -> tuple[list[str], Any]:
   run = run_flags.run()
   if run is None:
     raise errors.CalmError("give --config=configs/STAGE.py[:SIZE]")
-  run, companions = _writes(run, "config"), run_flags.companions()
+  _require_writing(run, "config")
+  companions = run_flags.companions()
   print(run_flags.counted_with(run, companions), file=sys.stderr)
   given = run_flags.run("baseline")
-  other = _equal(run) if given is None else _writes(given, "baseline")
+  if given is not None:
+    _require_writing(given, "baseline")
+  other = _equal(run) if given is None else given
   name = config_flags.get_config_filename(flags.FLAGS["config"])
   models = [_figures(name, run, companions)]
   if other:

@@ -1,60 +1,64 @@
-"""Processes of one job: joining it, telling each other, and noticing that one is gone.
+"""The processes of one job: joining it, exchanging values, and detecting lost processes.
 
-All of it goes through the service that `jax.distributed` runs in process 0, so that
-it works before the first device call and while devices are stuck.
+Communication uses the service that `jax.distributed` runs in process 0, so it works before the
+first device call and while devices hang.
 """
 
 import contextlib
+import dataclasses
 import os
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, TypeVar, cast
 
 import jax
-from absl import flags
-from jax._src import distributed as jax_distributed  # The one door to the key-value store.
+from jax._src import distributed as jax_distributed  # The only access to the key-value store.
 
 from calm_jax import errors
 
-_COORDINATOR_ADDRESS = flags.DEFINE_string(
-  "coordinator_address", None, "HOST:PORT of process 0; found by itself on TPU pods and Slurm."
-)
-_COORDINATOR_BIND_ADDRESS = flags.DEFINE_string(
-  "coordinator_bind_address", None, "HOST:PORT that process 0 listens on, where that differs."
-)
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the job.", 1)
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.", 0)
-_LOCAL_DEVICE_IDS = flags.DEFINE_list(
-  "local_device_ids", None, "Devices of this machine that this process uses; by default all."
-)
-_CLUSTER_DETECTION_METHOD = flags.DEFINE_string(
-  "cluster_detection_method", None, "How the four above are found: see jax.distributed.initialize."
-)
-_INITIALIZATION_TIMEOUT = flags.DEFINE_integer(
-  "initialization_timeout", 300, "Seconds to wait for all processes to come.", 1
-)
-_HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
-  "heartbeat_timeout", 30, "Seconds of silence after which a process counts as gone.", 6
-)
-_SHUTDOWN_TIMEOUT = flags.DEFINE_integer(
-  "shutdown_timeout", 60, "Seconds that a process waits for the others at the end.", 1
-)
-_EXPECTED_PROCESSES = flags.DEFINE_integer(
-  "expected_processes", 0, "Refuse to run with another number of processes; 0 for any.", 0
-)
 
-# Seconds between signs of life, and after which an answer of another process is given up.
+@dataclasses.dataclass(frozen=True)
+class Processes:
+  """How a process joins the others of its job, as the flags of the same names say.
+
+  Attributes:
+    coordinator_address: HOST:PORT of process 0; None to detect it, as on TPU pods and Slurm.
+    coordinator_bind_address: HOST:PORT that process 0 listens on, if it differs.
+    num_processes: number of processes of the job.
+    process_id: number of this process, from 0.
+    local_device_ids: devices of this machine that this process uses; None for all.
+    cluster_detection_method: see `jax.distributed.initialize`.
+    initialization_timeout: seconds to wait for all processes to join.
+    heartbeat_timeout: seconds without a heartbeat after which a process counts as lost.
+    shutdown_timeout: seconds that a process waits for the others at the end.
+    expected_processes: number of processes that the job must have; 0 for any number.
+  """
+
+  coordinator_address: str | None = None
+  coordinator_bind_address: str | None = None
+  num_processes: int | None = None
+  process_id: int | None = None
+  local_device_ids: Sequence[int] | None = None
+  cluster_detection_method: str | None = None
+  initialization_timeout: int = 300
+  heartbeat_timeout: int = 30
+  shutdown_timeout: int = 60
+  expected_processes: int = 0
+
+
+# Seconds between heartbeats, and seconds to wait for the answer of another process.
 HEARTBEAT_SECONDS, ANSWER_SECONDS = 5, 60
-# Seconds that process 0 stays after the others, which its end would take down with it.
+# Seconds that process 0 stays alive after the others, which would end with it.
 LINGER_SECONDS = 5
-# Seconds that what is done before a sudden end may take.
+# Seconds that each action before an immediate exit may take.
 LAST_SECONDS = 5
 
 T = TypeVar("T")
 _turns: dict[str, int] = {}
+_heartbeat_timeout = Processes.heartbeat_timeout  # That of the job, once it is joined.
 _last: list[Callable[[], None]] = []
 
 
@@ -63,29 +67,29 @@ def _client() -> Any:
 
 
 def index() -> int:
-  """Returns the number of this process, from 0; without a device call."""
+  """Returns the number of this process, from 0, without a device call."""
   return jax_distributed.global_state.process_id
 
 
 def count() -> int:
-  """Returns the number of processes; without a device call."""
+  """Returns the number of processes, without a device call."""
   return jax_distributed.global_state.num_processes
 
 
 def is_first() -> bool:
-  """Tells whether this process is the one that writes files and shows figures."""
+  """Returns whether this process is process 0, which writes files and prints figures."""
   return index() == 0
 
 
 def say(line: str) -> None:
-  """Prints a line that belongs to this process, on standard error."""
+  """Prints a line to standard error, prefixed with the number of this process if there are more."""
   whose = f"process {index()} of {count()}: " if count() > 1 else ""
   print(f"{whose}{line}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def before_exit(action: Callable[[], None]) -> Iterator[None]:
-  """A context in which `exit_now` does `action` first, and waits LAST_SECONDS for it."""
+  """A context in which `exit_now` first runs `action`, for at most LAST_SECONDS."""
   _last.append(action)
   try:
     yield
@@ -94,7 +98,7 @@ def before_exit(action: Callable[[], None]) -> Iterator[None]:
 
 
 def exit_now(code: int) -> NoReturn:
-  """Ends this process at once, from any thread, without waiting for others."""
+  """Ends this process immediately, from any thread, without waiting for other processes."""
   for action in [*_last]:
     thread = threading.Thread(target=action, daemon=True)
     thread.start()
@@ -104,39 +108,43 @@ def exit_now(code: int) -> NoReturn:
   os._exit(code)
 
 
-def initialize() -> None:
-  """Joins the job that the flags or the machine describe, else makes one of this process alone.
+def initialize(processes: Processes) -> None:
+  """Joins the job that is described or detected; without one, starts a job of one process.
+
+  If not all processes join in time, those that did print a line and exit with
+  errors.EXIT_RESTART. From then on a thread watches the others; see `_watch_peers`.
 
   Raises:
-    CalmError: if the flags are not complete. Where not all processes come in time,
-      those that came say so and exit with errors.EXIT_RESTART.
+    CalmError: if the description is incomplete, or contradicts the number of processes.
   """
-  given: dict[str, Any] = dict(
-    coordinator_address=_COORDINATOR_ADDRESS.value,
-    coordinator_bind_address=_COORDINATOR_BIND_ADDRESS.value,
-    num_processes=_NUM_PROCESSES.value,
-    process_id=_PROCESS_ID.value,
-    local_device_ids=_LOCAL_DEVICE_IDS.value and [int(x) for x in _LOCAL_DEVICE_IDS.value],
-    cluster_detection_method=_CLUSTER_DETECTION_METHOD.value,
+  global _heartbeat_timeout
+  _heartbeat_timeout = processes.heartbeat_timeout
+  job: dict[str, Any] = dict(
+    coordinator_address=processes.coordinator_address,
+    coordinator_bind_address=processes.coordinator_bind_address,
+    num_processes=processes.num_processes,
+    process_id=processes.process_id,
+    local_device_ids=processes.local_device_ids,
+    cluster_detection_method=processes.cluster_detection_method,
   )
   limits: dict[str, Any] = dict(
-    # JAX ends the process by SIGABRT after it: `_give_up` comes before.
-    initialization_timeout=_INITIALIZATION_TIMEOUT.value + ANSWER_SECONDS,
-    shutdown_timeout_seconds=_SHUTDOWN_TIMEOUT.value,
-    # Our own watch, see `watch_peers`, is to speak first: JAX's would end us without a word.
-    heartbeat_timeout_seconds=100 + 2 * _HEARTBEAT_TIMEOUT.value,
+    # Longer than the timer of `_give_up`, because JAX would end the process by SIGABRT.
+    initialization_timeout=processes.initialization_timeout + ANSWER_SECONDS,
+    shutdown_timeout_seconds=processes.shutdown_timeout,
+    # Longer than `_watch_peers` waits, because JAX would end the process without a message.
+    heartbeat_timeout_seconds=100 + 2 * processes.heartbeat_timeout,
   )
-  # Several devices on few cores would wait for each other's programs. Of CPUs alone.
+  # On CPUs: with async dispatch, several devices on few cores wait for each other's programs.
   jax.config.update("jax_cpu_enable_async_dispatch", False)
-  # Its handler would take SIGTERM away from ours; see `training.stopping`.
+  # JAX's handler of SIGTERM would replace ours; see `training.stopping`.
   jax.config.update("jax_enable_preemption_service", False)
-  waiting = threading.Timer(_INITIALIZATION_TIMEOUT.value, _give_up)
+  waiting = threading.Timer(processes.initialization_timeout, _give_up, [processes])
   waiting.daemon = True
   waiting.start()
   try:
-    jax.distributed.initialize(**given, **limits)
+    jax.distributed.initialize(**job, **limits)
   except ValueError as error:
-    if any(value is not None for value in given.values()):
+    if any(value is not None for value in job.values()):
       raise errors.CalmError(
         f"can't join the job: {error} Give --coordinator_address, --num_processes and --process_id"
       ) from error
@@ -144,32 +152,39 @@ def initialize() -> None:
       probe.bind(("127.0.0.1", 0))
       address = f"127.0.0.1:{probe.getsockname()[1]}"
     jax.distributed.initialize(
-      address, 1, 0, cluster_detection_method="deactivate",
-      coordinator_bind_address=address, **limits,
-    )  # fmt: skip
+      coordinator_address=address,
+      coordinator_bind_address=address,
+      num_processes=1,
+      process_id=0,
+      cluster_detection_method="deactivate",
+      **limits,
+    )
   finally:
     waiting.cancel()
-  if count() == 1:  # Gloo, which CPUs of several processes need, prints on standard output.
+  if count() == 1:  # Gloo prints to standard output; only CPUs of several processes need it.
     jax.config.update("jax_cpu_collectives_implementation", None)
-  if _EXPECTED_PROCESSES.value not in (0, count()):
+  if processes.expected_processes not in (0, count()):
     raise errors.CalmError(
-      f"--expected_processes={_EXPECTED_PROCESSES.value}, but the job has {count()}"
+      f"--expected_processes={processes.expected_processes}, but the job has {count()}"
     )
+  if count() > 1:
+    _watch_peers()
 
 
-def _give_up() -> NoReturn:
-  """Ends a process that waits for others that don't come; a later start may find them."""
+def _give_up(processes: Processes) -> NoReturn:
+  """Ends this process because others did not join in time; a later start may find them."""
   print(
-    f"error: not all {_NUM_PROCESSES.value or ''} processes came within --initialization_timeout="
-    f"{_INITIALIZATION_TIMEOUT.value} s to {_COORDINATOR_ADDRESS.value or 'process 0'}: start all "
-    "of them, or give another --num_processes or --coordinator_address",
+    f"error: not all {processes.num_processes or ''} processes came within "
+    f"--initialization_timeout={processes.initialization_timeout} s to "
+    f"{processes.coordinator_address or 'process 0'}: start all of them, or give another "
+    "--num_processes or --coordinator_address",
     file=sys.stderr,
   )
   exit_now(errors.EXIT_RESTART)
 
 
 def describe(config_hash: str) -> str:
-  """Returns one line on this process: devices, slice, versions. Starts the devices."""
+  """Returns one line on this process: devices, slice, versions. Initializes the devices."""
   local = jax.local_devices()
   slices = sorted({getattr(device, "slice_index", 0) or 0 for device in local})
   return (
@@ -179,39 +194,46 @@ def describe(config_hash: str) -> str:
 
 
 def everywhere(name: str, true: bool) -> bool:
-  """Tells whether something is true on all processes. All must call it, in the same order."""
-  return all(told == "True" for told in exchange(name, str(true)))
+  """Returns whether a value is true on all processes; see `exchange`."""
+  return all(value == "True" for value in exchange(name, str(true)))
 
 
 def exchange(name: str, value: str, seconds: float = ANSWER_SECONDS) -> list[str]:
-  """Returns the value of every process, by its number. All must call it, in the same order.
+  """Returns the values of all processes, ordered by process number.
+
+  All processes must make the same calls of this function in the same order.
+
+  Args:
+    name: what is exchanged, for errors.
+    value: the value of this process.
+    seconds: how long to wait for the other processes.
 
   Raises:
-    CalmError: if one has not told its own within so many seconds.
+    CalmError: if a process has not sent its value in time.
   """
   if count() == 1:
     return [value]
   turn = _turns[name] = _turns.get(name, 0) + 1
   client, key = _client(), f"calm_jax/{name}/{turn}"
   client.key_value_set(f"{key}/{index()}", value or " ")  # An empty value can't be stored.
-  deadline, found = time.monotonic() + seconds, []
+  deadline, values = time.monotonic() + seconds, []
   for process in range(count()):
     left = max(1, int(1000 * (deadline - time.monotonic())))
     try:
-      found.append(client.blocking_key_value_get(f"{key}/{process}", left).strip())
+      values.append(client.blocking_key_value_get(f"{key}/{process}", left).strip())
     except jax.errors.JaxRuntimeError as error:
       raise errors.CalmError(
-        f"process {process} of {count()} has not come to '{name}' within {seconds:.0f} s: look "
-        "at what it printed"
+        f"process {process} of {count()} has not reached '{name}' within {seconds:.0f} s: look "
+        "at its output"
       ) from error
-  return found
+  return values
 
 
 def together(name: str, action: Callable[[], T]) -> T:
-  """Returns what `action` gives here; if it fails on any process, it fails on all.
+  """Returns the result of `action` on this process; if it fails on any process, all fail.
 
   Raises:
-    CalmError: this process's own, else the first other one's.
+    CalmError: the error of this process, else that of the first process with one.
   """
   result, problem = None, ""
   try:
@@ -221,29 +243,29 @@ def together(name: str, action: Callable[[], T]) -> T:
   problems = exchange(name, problem)
   if problem:
     raise errors.CalmError(problem)
-  for process, other in enumerate(problems):
-    if other:
-      raise errors.CalmError(f"process {process}: {other}")
+  for process, message in enumerate(problems):
+    if message:
+      raise errors.CalmError(f"process {process}: {message}")
   return cast(T, result)
 
 
 def on_first(name: str, action: Callable[[], None]) -> None:
-  """Runs an action on files in process 0, once; all wait for it, and fail with it.
+  """Runs an action on files in process 0; all processes wait for it and fail if it fails.
 
   Raises:
-    CalmError: what `action` raised.
+    CalmError: the error of `action`.
   """
   together(name, action if is_first() else lambda: None)
 
 
 def first_number(name: str, action: Callable[[], float]) -> float:
-  """Returns to all what an action on files gives in process 0.
+  """Runs an action on files in process 0 and returns its result on all processes.
 
   Raises:
-    CalmError: what `action` raised.
+    CalmError: the error of `action`.
   """
-  found = together(name, action if is_first() else lambda: 0.0)
-  return float(from_first(f"{name} found", str(found)))
+  number = together(name, action if is_first() else lambda: 0.0)
+  return float(from_first(f"{name} found", str(number)))
 
 
 def from_first(name: str, value: str) -> str:
@@ -252,26 +274,25 @@ def from_first(name: str, value: str) -> str:
 
 
 def require_same(name: str, value: str) -> None:
-  """Raises CalmError, on every process, unless all have the same value."""
+  """Raises CalmError on all processes unless they all have the same value."""
   values = exchange(name, value)
-  for process, other in enumerate(values):
-    if other != values[0]:
+  for process, differing in enumerate(values):
+    if differing != values[0]:
       raise errors.CalmError(
-        f"process 0 has {name} {values[0]}, process {process} has {other}: start all of them with "
-        "the same command and files"
+        f"process 0 has {name} {values[0]}, process {process} has {differing}: start all of them "
+        "with the same command and files"
       )
 
 
-def watch_peers(restart_code: int) -> None:
-  """Starts a thread that ends this process where another one shows no sign of life.
+def _watch_peers() -> None:
+  """Starts a thread that ends this process if another process is lost.
 
-  It says so in a line, within --heartbeat_timeout and a few seconds. If process 0 is
-  gone, and the service with it, JAX itself ends the others at once, by SIGABRT.
+  The thread prints a line and exits with errors.EXIT_RESTART within the heartbeat timeout and a
+  few seconds. If process 0 is lost, and the service with it, JAX itself ends the others
+  immediately by SIGABRT.
   """
-  if count() == 1:
-    return
   client, me = _client(), index()
-  limit = _HEARTBEAT_TIMEOUT.value
+  limit = _heartbeat_timeout
 
   def watch():
     beat, seen = 0, {process: ("", time.monotonic()) for process in range(count())}
@@ -285,27 +306,27 @@ def watch_peers(restart_code: int) -> None:
       now = time.monotonic()
       for process, (last, since) in seen.items():
         try:
-          found = client.key_value_try_get(f"calm_jax/alive/{process}")
+          current = client.key_value_try_get(f"calm_jax/alive/{process}")
         except jax.errors.JaxRuntimeError:
-          found = ""  # Not a sign yet.
-        if found != last:
-          seen[process] = (found, now)
-        elif found != "done" and now - since > limit:
+          current = ""  # No heartbeat yet.
+        if current != last:
+          seen[process] = (current, now)
+        elif current != "done" and now - since > limit:
           say(
             f"process {process} has shown no sign of life for {now - since:.0f} s: stopping, to be "
             "started again"
           )
           if me == 0:
             time.sleep(LINGER_SECONDS)
-          exit_now(restart_code)
+          exit_now(errors.EXIT_RESTART)
 
   threading.Thread(target=watch, name="peers", daemon=True).start()
 
 
 def await_verdict() -> None:
-  """Waits until `watch_peers` would have ended this process; returns where nobody is gone.
+  """Waits until `_watch_peers` would have ended this process; returns if no process is lost.
 
-  For errors that another process's end may be the cause of.
+  Call it after errors that the end of another process may have caused.
   """
   if count() > 1:
-    time.sleep(_HEARTBEAT_TIMEOUT.value + 3 * HEARTBEAT_SECONDS)
+    time.sleep(_heartbeat_timeout + 3 * HEARTBEAT_SECONDS)

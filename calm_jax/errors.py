@@ -1,22 +1,22 @@
-"""The errors and exit codes that a person or a scheduler, not a program, is meant to read."""
+"""Errors for people and exit codes for schedulers."""
 
 EXIT_BAD_INPUT = 2
-# What a shell reports for a process ended by Ctrl-C, and by a reader that left.
+# What a shell reports for a process ended by Ctrl-C, and by SIGPIPE when its reader has ended.
 EXIT_INTERRUPTED, EXIT_UNREAD = 130, 141
-# sysexits.h: try again. The same command, started again, goes on.
+# EX_TEMPFAIL of sysexits.h: the same command, started again, resumes.
 EXIT_RESTART = 75
 
 
 class CalmError(ValueError):
   """Bad input: one line that says what was wrong, the value seen and what to do.
 
-  Raised at the doors (flags, files, checkpoints). `cli.run` prints it without a
-  traceback; any other exception is a bug and keeps its traceback.
+  Raised where input enters: flags, files, checkpoints. `cli.run` prints it without a traceback.
+  Any other exception is a bug and keeps its traceback.
   """
 
 
 class Interrupted(KeyboardInterrupt):
-  """Stopped by a signal after the state was saved; `code` is what the process exits with."""
+  """Stopped by a signal after the state was saved; the process exits with `code`."""
 
   def __init__(self, message: str, code: int):
     super().__init__(message)

@@ -5,21 +5,23 @@ evaluation.json. They depend on the context length and on N: both are in it. Wit
 `--temperatures` it scores what is written at them, into temperature.json.
 """
 
-import typing
 from typing import Any
 
 import jax
 from absl import flags
 from etils import epath
 
-from calm_jax import cli, config, distributed, errors, files, workdir
+from calm_jax import cli, config, distributed, errors, files, run_flags, workdir
 from calm_jax.data import pipeline, synthetic
 from calm_jax.data import store as store_lib
-from calm_jax.generation import requests, tradeoff
+from calm_jax.generation import requests
 from calm_jax.objectives import brier
 from calm_jax.parallel import mesh as mesh_lib
+from calm_jax.running import evaluating, loading
+from calm_jax.stages import table
 from calm_jax.training import evaluation
 
+run_flags.define_processes()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run of any stage.")
 _DATA = flags.DEFINE_string("data", "", "Token store; by default the one trained on.")
 _CONTEXT = flags.DEFINE_integer("context", 0, "Tokens a block; by default as in training.", 0)
@@ -60,7 +62,7 @@ def _marginal(store: store_lib.TokenStore, figures: dict[str, Any], size: int) -
 
 
 def _store(directory: str) -> store_lib.TokenStore:
-  run, origin = workdir.read_run(directory), workdir.read_origin(directory)
+  run, origin = loading.read_run(directory), workdir.read_origin(directory)
   config.require(
     bool(_DATA.value or run.data.path),
     f"{directory} was trained on no token store of ours: give --data=DIR, written by "
@@ -78,10 +80,10 @@ def evaluate(directory: str) -> dict[str, Any]:
   Raises:
     CalmError: for a workdir, store or context that do not fit each other.
   """
-  run, store = workdir.read_run(directory), _store(directory)
+  run, store = loading.read_run(directory), _store(directory)
   context = _CONTEXT.value or run.data.context
   config.require(
-    run.stage == "calm" or not _SAMPLES.value,
+    bool(table.of(run).samples) or not _SAMPLES.value,
     f"--samples={_SAMPLES.value} is for CALM language models; {directory} holds stage "
     f"{run.stage!r}",
   )
@@ -92,8 +94,9 @@ def evaluate(directory: str) -> dict[str, Any]:
 def _figures(directory: str, store: store_lib.TokenStore, context: int) -> dict[str, Any]:
   # A context that is longer than the text is told before a program is built for it.
   batch = min(_BATCH.value, len(pipeline.Blocks(store, "heldout", context)))
-  trained = workdir.load(directory)
-  stage, size, conditions = evaluation.stage_of(trained, _SAMPLES.value)
+  trained = loading.load(directory)
+  stage, conditions = evaluating.functions(trained, _SAMPLES.value)
+  size = table.of(trained.run).patch_size(trained.run)
   evaluation.require_context(context, size, "--context")
   evaluator = evaluation.Evaluator(stage, store, context, batch, _BLOCKS.value, _SEED.value)
   scores = evaluator(trained.params)
@@ -121,26 +124,33 @@ def _tradeoff(directory: str) -> dict[str, Any]:
   samplers = [requests.Sampler(*pair.split(":")) for pair in _SAMPLERS.value]
   store = _store(directory)
   temperatures, numbers = _numbers(_TEMPERATURES, float), _numbers(_NUM_CANDIDATES, int)
-  trained = workdir.load(directory)
-  rows = tradeoff.measure(
-    trained, store, temperatures, numbers, samplers, _PATCHES.value, _SEED.value
-  )
+  trained = loading.load(directory)
+  spec = table.of(trained.run)
+  if spec.writing is None:
+    raise errors.CalmError(f"{spec.title} writes no text: temperatures are for language models")
+  settings = (temperatures, numbers, samplers, _PATCHES.value, _SEED.value)
+  rows = spec.writing.tradeoff(trained, store, *settings)
   figures = {
     "stage": trained.run.stage, "step": trained.step, "context_tokens": trained.run.data.context,
     "seed": _SEED.value, "store_hash": store.hash, "rows": rows,
   }  # fmt: skip
   if _BASELINE.value:
     workdir.require_same_tokenizer(workdir.read_origin(_BASELINE.value), store, _BASELINE.value)
-    other = typing.cast(workdir.TrainedTransformer, workdir.load(_BASELINE.value, "transformer"))
-    figures["baseline"] = tradeoff.of_transformer(other, store, temperatures, _PATCHES.value)
+    baseline = loading.load(_BASELINE.value)
+    law = table.of(baseline.run).writing
+    if law is None or law.takes_candidates:
+      raise errors.CalmError(
+        f"--baseline={_BASELINE.value} holds {table.of(baseline.run).title}: give a workdir whose "
+        "laws are exact, as the Transformer's"
+      )
+    figures["baseline"] = law.tradeoff(baseline, store, *settings)
   return figures
 
 
 def main() -> None:
   if not _WORKDIR.value:
     raise errors.CalmError("give --workdir=DIR, the folder of a training run")
-  distributed.initialize()
-  distributed.watch_peers(errors.EXIT_RESTART)
+  distributed.initialize(run_flags.processes())
   if _TEMPERATURES.value:
     name, figures = workdir.TRADEOFF, _tradeoff(_WORKDIR.value)
   else:

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, logs, and JSON that every reader takes."""
+"""Atomic file writes, appends, checksums, and JSON that is valid for every reader."""
 
 import contextlib
 import errno
@@ -16,19 +16,19 @@ from calm_jax import errors
 
 
 def absolute(path: epath.PathLike) -> str:
-  """Returns a local path from the root on, and a bucket's URL as it is."""
+  """Returns the absolute form of a local path; a bucket's URL is returned unchanged."""
   return os.path.abspath(path) if is_local(path) else os.fspath(path)
 
 
 def is_local(path: epath.PathLike) -> bool:
-  """Tells whether a path is of this machine's file system, and not a bucket's URL."""
+  """Returns whether a path is in this machine's file system, not a bucket's URL."""
   return "://" not in os.fspath(path)
 
 
 def sync(path: epath.PathLike) -> None:
-  """Returns when a local file or folder is on the disk; a bucket's are there once written.
+  """Flushes a local file or folder to disk; a bucket needs no flush.
 
-  A folder holds the names of its files: without it a new file can be lost at a power cut.
+  A folder holds the names of its files: if it is not flushed, a power cut can lose a new file.
   """
   if not is_local(path):
     return
@@ -39,21 +39,21 @@ def sync(path: epath.PathLike) -> None:
   try:
     os.fsync(descriptor)
   except OSError as error:
-    if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # Of systems that sync no folders.
+    if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # The file system can't sync folders.
       raise
   finally:
     os.close(descriptor)
 
 
 def write(path: epath.PathLike, content: str | bytes) -> None:
-  """Writes a file, or leaves the one that was there; on the disk when it returns.
+  """Replaces a file atomically and flushes it to disk; on an error the old file stays.
 
   Raises:
-    CalmError: if it can't be written, or a device or a pipe is there, whose place it would take.
+    CalmError: if the file can't be written, or `path` is a device or a pipe.
   """
   require_regular(path)
   target = epath.Path(path)
-  # Of this process: another one may be writing the same file.
+  # The name holds the process id because another process may be writing the same file.
   temporary = target.parent / f"{target.name}.{os.getpid()}.tmp"
   try:
     temporary.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -67,16 +67,16 @@ def write(path: epath.PathLike, content: str | bytes) -> None:
 
 
 def require_regular(path: epath.PathLike) -> None:
-  """Raises CalmError where a local path is there and is no regular file: a pipe, a device.
+  """Raises CalmError if a local path exists but is no regular file: a folder, pipe or device.
 
-  Reading one could wait for ever, or never end.
+  Reading a pipe could block, and reading a device could never end.
   """
   if not is_local(path):
     return
   try:
     mode = os.stat(path).st_mode
   except (OSError, ValueError):
-    return  # Whoever opens it tells why it can't be.
+    return  # Opening the file reports the reason.
   if not stat.S_ISREG(mode):
     kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, a device or a socket"
     raise errors.CalmError(f"{os.fspath(path)} is {kind}, not a file")
@@ -86,12 +86,12 @@ def read(path: epath.PathLike) -> bytes:
   """Returns the bytes of a file.
 
   Raises:
-    CalmError: if it is no regular file or can't be read.
+    CalmError: if it is not a regular file or can't be read.
   """
   require_regular(path)
   try:
     return epath.Path(path).read_bytes()
-  except (OSError, ValueError) as error:  # ValueError: a path that no system takes.
+  except (OSError, ValueError) as error:  # ValueError: the path is not valid.
     raise errors.CalmError(f"can't read {os.fspath(path)}: {error}") from error
 
 
@@ -99,27 +99,42 @@ def digest(path: epath.PathLike) -> str:
   """Returns the SHA-256 of a file's bytes, as hexadecimal digits.
 
   Raises:
-    CalmError: if it is no regular file or can't be read.
+    CalmError: if it is not a regular file or can't be read.
   """
   require_regular(path)
   try:
     with epath.Path(path).open("rb") as file:
-      found = hashlib.sha256()
+      sha256 = hashlib.sha256()
       while block := file.read(2**20):
-        found.update(block)
-      return found.hexdigest()
+        sha256.update(block)
+      return sha256.hexdigest()
   except (OSError, ValueError) as error:
     raise errors.CalmError(f"can't read {os.fspath(path)}: {error}") from error
 
 
-def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
-  """Returns the object that JSON text holds.
+def require_digest(path: epath.PathLike, expected: str, claim: str, advice: str) -> None:
+  """Raises CalmError unless a file's bytes have the SHA-256 `expected`.
 
   Args:
+    claim: what expects that sum, for the message, such as "manifest.json says".
+    advice: what to do about a difference.
+  """
+  actual = digest(path)
+  if actual != expected:
+    raise errors.CalmError(
+      f"{os.fspath(path)} has SHA-256 {actual[:16]}, but {claim} {expected[:16]}: {advice}"
+    )
+
+
+def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
+  """Returns the object in a JSON text.
+
+  Args:
+    text: the JSON text.
     where: names the text in errors: a path, or a path and a line.
 
   Raises:
-    CalmError: if it is no JSON, nested deeper than can be read, or no object.
+    CalmError: if the text is not valid JSON, nested too deep, or not an object.
   """
   try:
     values = json.loads(text)
@@ -132,19 +147,21 @@ def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
 
 
 def read_json(path: epath.PathLike) -> dict[str, Any]:
-  """Returns the object that a JSON file holds.
+  """Returns the object in a JSON file.
 
   Raises:
-    CalmError: if the file can't be read, or as `parse_json`.
+    CalmError: if the file can't be read; see also `parse_json`.
   """
   return parse_json(read(path), os.fspath(path))
 
 
 def append(path: epath.PathLike, content: str) -> None:
-  """Appends to a file, which may not be there yet, in one piece: no other's lies in between.
+  """Appends to a file in one write, so that lines of several writers do not mix.
+
+  The file is created if it does not exist.
 
   Raises:
-    CalmError: if it can't be written, or is a device or a pipe, which could wait for ever.
+    CalmError: if the file can't be written, or is a device or a pipe, which could block.
   """
   require_regular(path)
   try:
@@ -155,7 +172,7 @@ def append(path: epath.PathLike, content: str) -> None:
 
 
 def finite(figures: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the figures with None for NaN and infinities, which JSON does not know."""
+  """Returns the figures with None in place of NaN and infinities, which JSON lacks."""
   return {
     name: None if isinstance(value, float) and not math.isfinite(value) else value
     for name, value in figures.items()
@@ -166,20 +183,20 @@ def to_json(values: Mapping[str, Any]) -> str:
   """Returns indented JSON that ends in a newline.
 
   Raises:
-    ValueError: for NaN and infinities; see `finite`.
+    ValueError: if a value is NaN or infinite; see `finite`.
   """
   return json.dumps(values, indent=2, allow_nan=False) + "\n"
 
 
 def require_reachable(path: str) -> None:
-  """Raises CalmError where it can't even be told whether there is a file or folder at `path`."""
+  """Raises CalmError if it can't be determined whether `path` exists."""
   try:
-    if is_local(path):  # Its `exists` takes what it may not look at for missing.
+    if is_local(path):  # epath's `exists` returns False if permission is denied.
       with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         os.stat(path)
     else:
       epath.Path(path).exists()
-  except Exception as error:  # A bucket's client raises errors of its own.
+  except Exception as error:  # Clients of buckets have their own error classes.
     reason = " ".join(str(error).split()) or type(error).__name__
     advice = ": pip install 'etils[epath-gcs]'" if isinstance(error, ImportError) else ""
     raise errors.CalmError(f"can't reach {path}: {reason}{advice}") from error

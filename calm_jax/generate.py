@@ -20,7 +20,6 @@ from absl import flags
 from calm_jax import cli, config, errors, files, lease, workdir
 from calm_jax.generation import (
   choosers,
-  decode,
   precision,
   prompts,
   requests,
@@ -29,6 +28,7 @@ from calm_jax.generation import (
   text,
 )
 from calm_jax.parallel import mesh as mesh_lib
+from calm_jax.running import loading, texts
 
 _WORKDIR = flags.DEFINE_string("workdir", "", "Folder of a language model's training run.")
 _PROMPT = flags.DEFINE_string(
@@ -126,15 +126,12 @@ class _Act:
   """One run of the command."""
 
   def __init__(self, common: dict[str, Any]):
-    trained = workdir.load(_WORKDIR.value)
-    if isinstance(trained, workdir.TrainedAutoencoder):
-      raise errors.CalmError(
-        f"{_WORKDIR.value} holds an autoencoder, which writes no text by itself"
-      )
+    trained = loading.load(_WORKDIR.value)
+    texts.require_writing(trained.run, f"{_WORKDIR.value} holds")
     self._trained, self._common = precision.WEIGHTS[_WEIGHTS.value](trained), common
     self._tokenizer = workdir.tokenizer(_WORKDIR.value, trained.origin)
     sampler = requests.Sampler(_RULE.value, _AT_LIMIT.value)
-    self._decoder = decode.Decoder(self._trained, sampler, _note)
+    self._decoder = texts.decoder(self._trained, sampler, _note)
     self.session = session.Session(self._decoder, self._tokenizer)
     # What all texts of a run share, and what one that goes on must share with it.
     self._told = {
@@ -149,10 +146,10 @@ class _Act:
   def _write(self, wishes: list[dict[str, Any]], show=lambda row, piece: None) -> list[str]:
     """Writes a batch; returns a line of JSON for each text."""
     every = _EVERY.value or (1 if len(wishes) == 1 else 16)
-    texts = self.session.write([self._request(wish) for wish in wishes], every, show)
+    written = self.session.write([self._request(wish) for wish in wishes], every, show)
     return [
       prompts.line({**wish, **self._told}, found.record())
-      for wish, found in zip(wishes, texts, strict=True)
+      for wish, found in zip(wishes, written, strict=True)
     ]
 
   def one_prompt(self, prompt: str) -> None:

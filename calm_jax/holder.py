@@ -1,4 +1,4 @@
-"""A process, told apart from all others: who holds a lease, and whether it is still alive."""
+"""The identity of a process that holds a lease, and whether the process is still alive."""
 
 import contextlib
 import dataclasses
@@ -19,11 +19,14 @@ class Holder:
   """The process that a lease names.
 
   Attributes:
-    boot, namespace: of the kernel that it runs on and of its process ids; empty where the
-      system does not tell them.
-    started: of the process, in clock ticks since that boot: an id may be used again.
-    token: of this lease, random. since: seconds since the epoch, by the holder's clock.
-    beat: goes up as long as the holder lives.
+    host: name of its machine.
+    boot: id of the boot of its kernel; empty if the system does not report it.
+    namespace: its namespace of process ids; empty if the system does not report it.
+    pid: its process id.
+    started: its start in clock ticks since the boot, because process ids are reused.
+    token: random id of this lease.
+    since: when the lease was taken, in seconds since the epoch by the holder's clock.
+    beat: heartbeat; increases while the holder lives.
   """
 
   host: str
@@ -37,7 +40,7 @@ class Holder:
 
   @classmethod
   def here(cls) -> "Holder":
-    """Returns this process, with a token of its own."""
+    """Returns this process with a new token."""
     boot = namespace = ""
     with contextlib.suppress(OSError):
       boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -48,28 +51,28 @@ class Holder:
 
   @classmethod
   def parse(cls, content: bytes) -> "Holder | None":
-    """Returns the holder that a lease names, None where it is damaged."""
+    """Returns the holder in a lease's content, None if the content is damaged."""
     try:
-      found = cls(**files.parse_json(content, "lease"))
+      holder = cls(**files.parse_json(content, "lease"))
     except (errors.CalmError, TypeError):
       return None
-    kinds: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(cls)}
-    fits = all(isinstance(getattr(found, name), kind) for name, kind in kinds.items())
-    told = fits and found.host.isprintable() and math.isfinite(found.since)
-    return found if told and 0 < found.pid < 2**31 else None
+    types: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(cls)}
+    typed = all(isinstance(getattr(holder, name), kind) for name, kind in types.items())
+    sound = typed and holder.host.isprintable() and math.isfinite(holder.since)
+    return holder if sound and 0 < holder.pid < 2**31 else None
 
   def to_json(self) -> bytes:
-    """Returns what `parse` takes."""
+    """Returns the content of a lease, which `parse` reads."""
     return json.dumps(dataclasses.asdict(self)).encode()
 
   def runs(self) -> bool | None:
-    """Tells whether the process is alive, None where that can't be told from here."""
+    """Returns whether the process is alive, None if this process can't determine that."""
     here = Holder.here()
     places = [(x.host, x.boot, x.namespace) for x in (self, here)]
     if not (here.boot and here.namespace) or places[0] != places[1]:
       return None
     fields = _stat(self.pid)
-    if fields is None:  # Some systems hide the processes of other users.
+    if fields is None:  # Some systems hide other users' processes.
       return None if _exists(self.pid) else False
     return _started(fields) == self.started and not _ended(self.pid, fields)
 
@@ -81,20 +84,21 @@ class Holder:
 
 
 def _stat(pid: int) -> list[str] | None:
-  """Returns what /proc tells of a process, from its state on; None where that is nothing."""
+  """Returns the fields of /proc/PID/stat from the state on, None if there is no such file."""
   try:
     text = pathlib.Path(f"/proc/{pid}/stat").read_text()
   except OSError:
     return None
-  return text.rpartition(")")[2].split()  # The name before may hold anything.
+  return text.rpartition(")")[2].split()  # The process name before it may hold anything.
 
 
 def _started(fields: list[str]) -> int:
+  """Returns the start of a process in clock ticks since boot."""
   return int(fields[19])
 
 
 def _ended(pid: int, fields: list[str]) -> bool:
-  """Tells whether a process has ended, and only waits for its parent to notice."""
+  """Returns whether a process has ended and only waits for its parent to reap it."""
   try:
     return fields[0] in "ZX" and len(os.listdir(f"/proc/{pid}/task")) < 2
   except OSError:

@@ -1,7 +1,7 @@
-"""Ctrl-C in acts that have nothing to save: one word, whatever the process is in the middle of.
+"""Ctrl-C in acts that have nothing to save: print one word and exit, whatever is running.
 
-KeyboardInterrupt raised while JAX is imported or compiles ends in a traceback, is
-swallowed, or crashes what it is raised in.
+A KeyboardInterrupt raised while JAX is imported or compiles ends in a traceback, is swallowed, or
+crashes the code that it interrupts.
 """
 
 import contextlib
@@ -18,21 +18,24 @@ def _quit(*_) -> NoReturn:
 
 
 def end_at_once() -> None:
-  """Has Ctrl-C end the process with code 130, unless it does nothing here or something else."""
+  """Makes Ctrl-C end the process with code 130, unless it is ignored or handled already."""
   if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, _quit)
 
 
 @contextlib.contextmanager
 def first(action: Callable[[], None]) -> Iterator[None]:
-  """Has Ctrl-C do `action` before it ends the process, where `end_at_once` was called."""
+  """A context in which Ctrl-C runs `action` before it ends the process.
+
+  It has no effect unless `end_at_once` was called.
+  """
   in_main = threading.current_thread() is threading.main_thread()
   if not in_main or signal.getsignal(signal.SIGINT) is not _quit:
     yield
     return
 
   def act_and_quit(*_) -> NoReturn:
-    signal.signal(signal.SIGINT, _quit)  # The second does not wait.
+    signal.signal(signal.SIGINT, _quit)  # A second Ctrl-C does not wait for `action`.
     action()
     _quit()
 

@@ -1,15 +1,17 @@
-"""One writer at a time: a lease on a folder or a file, which ends with its holder.
+"""One writer at a time: a lease on a folder or a file that expires with its holder.
 
-A lease is a small file, `.lease` in a folder or NAME.lease beside a file, that names the process
-which writes there. It is written on condition that nobody else has meanwhile, which works alike
-on disks, network file systems and buckets. Whoever reads needs no lease and looks at none.
+A lease is a small file, `.lease` in a folder or NAME.lease next to a file, that names the process
+that writes there. It is written conditionally: the write fails if another process has written
+since, on disks, network file systems and buckets alike. Readers need no lease and ignore leases.
 
-  the holder is a process of this machine and runs     refused at once
-  it is one of this machine and is gone                taken at once
-  it is of another machine, or the lease is no JSON    waited for: refused when its heartbeat
-                                                       moves, taken when it stood still for EXPIRE
+  The holder of the lease                            a new process
+  runs on this machine                               is refused immediately
+  ran on this machine and has ended                  takes the lease immediately
+  is on another machine, or the lease is no JSON     waits: it is refused when the heartbeat
+                                                     changes, and takes the lease when it has not
+                                                     changed for EXPIRE seconds
 
-Clocks of two machines are never compared: the heartbeat is a number that goes up.
+Clocks of two machines are never compared: the heartbeat is an increasing number.
 """
 
 import atexit
@@ -27,12 +29,12 @@ from etils import epath
 from calm_jax import errors, files
 from calm_jax.holder import Holder
 
-# Seconds between two beats, and without one after which a holder counts as gone.
+# Seconds between two heartbeats, and seconds without one after which a holder counts as gone.
 HEARTBEAT, EXPIRE = 10.0, 60.0
-# Seconds that an answer of the storage is waited for.
+# Seconds to wait for an answer of the storage.
 ANSWER = 15.0
-# The share of EXPIRE after which a holder no longer takes its lease for granted; a beat that gets
-# no answers comes to an end before.
+# Share of EXPIRE after which a holder checks that it still has its lease. It is longer than a
+# heartbeat that gets no answers takes.
 DOUBT = 0.75
 
 
@@ -42,25 +44,25 @@ def of_folder(path: epath.PathLike) -> str:
 
 
 def of_file(path: epath.PathLike) -> str:
-  """Returns the path of a file's lease, the same for all links to it."""
+  """Returns the path of a file's lease, which is the same for all links to the file."""
   return f"{os.path.realpath(path) if files.is_local(path) else os.fspath(path)}.lease"
 
 
 class Lease:
-  """A context in which this process alone may write a folder or a file.
+  """A context in which only this process may write a folder or a file.
 
-  A thread renews the lease; it keeps no process alive, and outlasts errors of the disk.
+  A daemon thread renews the lease and retries after errors of the storage.
   """
 
   def __init__(self, path: str, what: str):
-    """Takes nothing yet.
+    """Opens the storage; `attempt` or entering the context takes the lease.
 
     Args:
-      path: of the lease, see `of_folder` and `of_file`.
-      what: names in errors what is held, as a flag: --workdir=W.
+      path: path of the lease; see `of_folder` and `of_file`.
+      what: the flag that names the leased path, for errors: --workdir=W.
     """
     self._what = what
-    # A pool of its own: a beat does not wait for what else is written.
+    # A separate thread pool, so that heartbeats do not wait for other writes.
     context = tensorstore.Context({"file_io_concurrency": {"limit": 1}})
     if files.is_local(path):
       # The file driver reads a backslash as a slash, but not in a key.
@@ -94,56 +96,56 @@ class Lease:
     self.release()
 
   def attempt(self) -> float:
-    """Takes the lease if that can be: returns 0 if so, else seconds after which to try again.
+    """Tries to take the lease; returns 0 on success, else the seconds until the next try.
 
     Raises:
-      CalmError: if another process holds it, or it can't be written.
+      CalmError: if another process holds the lease, or it can't be written.
     """
-    found = self._read()
-    if found.state == "value":
-      holder = Holder.parse(found.value)
-      if holder and holder.token == self._holder.token:  # Written, and the answer was lost.
-        return self._begin(found.stamp.generation)
+    current = self._read()
+    if current.state == "value":
+      holder = Holder.parse(current.value)
+      if holder and holder.token == self._holder.token:  # Written, but the answer was lost.
+        return self._begin(current.stamp.generation)
       runs = holder.runs() if holder else None
       if runs:
         raise self._refused(holder)
-      if runs is None and not self._stands_still(found.value, holder):
+      if runs is None and not self._has_expired(current.value, holder):
         return HEARTBEAT / 5
     self._made = self._made or self._missing_folders()
     self._tried = self._renewed = _now()
     try:
-      self._generation = self._write(self._holder.to_json(), found.stamp.generation)
+      self._generation = self._write(self._holder.to_json(), current.stamp.generation)
     except errors.CalmError:
       self._remove_made()
       if self._failed:
         raise
-      self._failed = True  # A folder may have gone with another one's lease: once more.
+      self._failed = True  # Another process may have removed a folder with its lease: try again.
     if not self._generation:
-      return HEARTBEAT / 100  # Another process was faster: see which.
+      return HEARTBEAT / 100  # Another process was faster: find out which.
     return self._begin(self._generation)
 
   def _begin(self, generation: bytes) -> float:
-    """Keeps the lease alive from now on; returns 0."""
+    """Starts to renew the lease; returns 0."""
     self._generation = generation
     atexit.register(self.release)
     self._thread.start()
     return 0
 
   def require_held(self) -> None:
-    """Raises CalmError where another process has taken the lease; called before what is written.
+    """Raises CalmError if another process has taken the lease; call it before each write.
 
-    That happens only to a process that stood still, or was cut off, for longer than EXPIRE.
+    That happens only if this process was suspended or cut off for longer than EXPIRE.
     """
-    if _now() - self._tried > DOUBT * EXPIRE:  # The thread stood still as well.
+    if _now() - self._tried > DOUBT * EXPIRE:  # The thread was suspended too.
       self._renew()
     if self._taker:
       raise errors.CalmError(
-        f"{self._what} was taken over by {self._taker} while this process stood still: nothing "
-        "more is written from here; when that one has ended, the same command goes on"
+        f"{self._what} was taken over by {self._taker} while this process was suspended: nothing "
+        "more is written here; when that process has ended, the same command resumes"
       )
 
   def release(self) -> None:
-    """Gives the lease back, and removes folders that were made for nothing else."""
+    """Gives the lease back and removes the folders that were made only for it."""
     if not self._generation:
       return
     atexit.unregister(self.release)
@@ -155,31 +157,35 @@ class Lease:
     self._remove_made()
 
   def _read(self) -> Any:
+    """Returns TensorStore's read result: state, value and stamp."""
     try:
       return self._store.read(self._key).result(ANSWER)
     except (OSError, ValueError) as error:
       raise self._unreachable(error) from error
 
   def _write(self, content: bytes | None, generation: bytes) -> bytes:
-    """Returns the new generation, b"" where what is there is not of the one that is given."""
+    """Writes the lease if it still has `generation`, and returns the new generation, else b""."""
     try:
       written = self._store.write(self._key, content, if_equal=generation)
       return written.result(ANSWER).generation
     except (OSError, ValueError) as error:
       raise self._unreachable(error) from error
 
-  def _stands_still(self, content: bytes, holder: Holder | None) -> bool:
-    """Tells whether a holder of another machine counts as gone; CalmError if it is alive.
+  def _has_expired(self, content: bytes, holder: Holder | None) -> bool:
+    """Returns whether a holder on another machine counts as gone.
 
-    It looks, not seconds, that count: where storage hangs, it hangs for the holder too.
+    Counts reads, not seconds, because storage that hangs here also hangs for the holder.
+
+    Raises:
+      CalmError: if the content has changed, so that the holder is alive.
     """
     if self._watched is None:
       self._watched = content
-      whose = f"by {holder}" if holder else f"by a process that {self._path} does not tell"
-      print(
-        f"{self._what} is held {whose}: waiting up to {EXPIRE:.0f} s for a sign of life",
-        file=sys.stderr, flush=True,
-      )  # fmt: skip
+      message = (
+        f"{self._what} is held by {self._name(holder)}: "
+        f"waiting up to {EXPIRE:.0f} s for a sign of life"
+      )
+      print(message, file=sys.stderr, flush=True)
       return False
     if content != self._watched:
       raise self._refused(holder)
@@ -187,41 +193,43 @@ class Lease:
     return self._polls * HEARTBEAT / 5 >= EXPIRE
 
   def _beat(self) -> None:
+    """Renews the lease every HEARTBEAT seconds until it is released."""
     while not self._over.wait(HEARTBEAT):
       self._renew()
 
   def _renew(self) -> None:
+    """Writes the lease with the next heartbeat."""
     with self._lock:
       if self._taker or self._over.is_set():
         return
       self._holder = dataclasses.replace(self._holder, beat=self._holder.beat + 1)
       with contextlib.suppress(errors.CalmError):  # The next beat tries again.
         self._replace(self._holder.to_json())
-      self._tried = _now()  # Only now, so that nobody relies on one that has just begun.
+      self._tried = _now()  # At the end, because a renewal that has begun proves nothing.
 
   def _replace(self, content: bytes | None) -> None:
-    """Writes the lease anew, or removes it, unless another process has taken it.
+    """Rewrites the lease, or removes it (None), unless another process has taken it.
 
-    One that somebody removed or damaged by hand is still ours, and so is what was left by a write
-    of which we heard no more. But where nothing was renewed for so long that another process may
-    have taken it, it may have given it back by now.
+    A lease that was removed or damaged by hand still belongs to this process, and so does the
+    result of a write whose answer was lost. But if the last renewal is so old that another process
+    may have taken the lease, that process may also have released it since.
     """
     for _ in range(2):
-      begun = _now()  # This process may be stopped before it hears that it was written.
+      begun = _now()  # Before the write: this process may be suspended before the answer.
       written = self._write(content, self._generation)
       if written:
         self._generation, self._renewed = written, begun
         return
-      found = self._read()
-      holder = Holder.parse(found.value)
-      known = holder or _now() - self._renewed < DOUBT * EXPIRE
-      if not known or (holder and holder.token != self._holder.token):
+      current = self._read()
+      holder = Holder.parse(current.value)
+      still_ours = holder or _now() - self._renewed < DOUBT * EXPIRE
+      if not still_ours or (holder and holder.token != self._holder.token):
         self._taker = str(holder or "a process that has ended")
         return
-      self._generation = found.stamp.generation
+      self._generation = current.stamp.generation
 
   def _missing_folders(self) -> list[str]:
-    """Returns the folders that the lease has to make, the deepest first."""
+    """Returns the folders that must be made for the lease, the deepest first."""
     made, folder = [], os.path.dirname(self._path)
     while files.is_local(self._path) and not os.path.exists(folder):
       made.append(folder)
@@ -229,17 +237,19 @@ class Lease:
     return made
 
   def _remove_made(self) -> None:
-    with contextlib.suppress(OSError):  # Most often: something else was written there.
+    with contextlib.suppress(OSError):  # Usually because something else was written there.
       for folder in self._made:
         os.rmdir(folder)
     self._made = []
 
   def _refused(self, holder: Holder | None) -> errors.CalmError:
-    whose = holder or f"a process that {self._path} does not tell"
     return errors.CalmError(
-      f"{self._what} is being written by {whose}: wait for its end or stop it, or give another "
-      f"{self._what.partition('=')[0]}"
+      f"{self._what} is being written by {self._name(holder)}: wait for its end or stop it, or "
+      f"give another {self._what.partition('=')[0]}"
     )
+
+  def _name(self, holder: Holder | None) -> str:
+    return str(holder or f"a process that {self._path} does not name")
 
   def _unreachable(self, error: Exception) -> errors.CalmError:
     reason = " ".join(str(error).split()) or "no answer"
@@ -247,5 +257,5 @@ class Lease:
 
 
 def _now() -> float:
-  """Returns seconds that go on while this machine sleeps, where it can tell them."""
+  """Returns a monotonic time in seconds that, if the system can, includes suspended time."""
   return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))

@@ -1,8 +1,8 @@
-"""Text -> token store.
+"""Text -> token store: `python -m calm_jax.prepare`.
 
   python -m calm_jax.prepare --input='corpus/*.jsonl.gz' --output=DIR --tokenizer=train:32768
 
-Killed and run again with the same flags, it goes on after the parts it finished.
+If a run is killed, the same command resumes after its finished parts.
 """
 
 import dataclasses
@@ -11,25 +11,23 @@ import hashlib
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-import tqdm
 from absl import flags
 from etils import epath
 
-from calm_jax import cli, errors, files, lease, sealed_json
-from calm_jax.data import holdout, manifest, sources, store
+from calm_jax import cli, errors, files, lease
+from calm_jax.data import corpus as corpus_lib
+from calm_jax.data import holdout, manifest, progress, readers, sources, store
 from calm_jax.data import parts as parts_lib
+from calm_jax.data import plan as plan_lib
 from calm_jax.data import tokenizer as tokenizer_lib
 
 TRAIN = "train:"
 
-_WORK = "unfinished"  # The folder of parts, below --output.
 _MIN_PART_BYTES = 2**20
 _MAX_PARTS = 4096
-_SAMPLE_BYTES = 2**26  # Text that a tokenizer is trained on, at most.
-_LINE_SECONDS = 10.0  # Between lines of progress where there is no terminal.
-_FEW_TOKENS = 20 * 256  # Blocks that a split should hold, of the quickstart's context.
+_FEW_TOKENS = 20 * 256  # A split should hold 20 blocks of the quickstart's context.
 
 _INPUT = flags.DEFINE_list(
   "input",
@@ -45,21 +43,26 @@ _TOKENIZER = flags.DEFINE_string(
   required=True,
 )
 _TEXT_FIELD = flags.DEFINE_string("text_field", "text", "Field of JSON lines, column of Parquet.")
-_SKIP_BAD_LINES = flags.DEFINE_boolean("skip_bad_lines", False, "Count bad lines and go on.")
+_SKIP_BAD_LINES = flags.DEFINE_boolean(
+  "skip_bad_lines", False, "Count bad lines and leave them out; by default they are errors."
+)
 _APPEND_EOS = flags.DEFINE_boolean("append_eos", True, "End every document with EOS.")
 _HELDOUT = flags.DEFINE_float(
   "heldout",
   0.02,
-  "Share of documents held out, by their hash; of fewer than 100 documents, or where none falls "
-  "into a split, the share of the text at its end. 0 holds nothing out.",
+  "Share of documents to hold out, chosen by a hash of their text. With fewer than 100 documents, "
+  "or if a split would be empty, this share of the text at its end is held out instead. 0 holds "
+  "nothing out.",
 )
-_WORKERS = flags.DEFINE_integer("workers", 0, "Processes; 0 for the number of cores.")
-_EOS_TOKEN = flags.DEFINE_string("eos_token", "", "Token that ends a document; empty: look it up.")
+_WORKERS = flags.DEFINE_integer("workers", 0, "Number of processes; 0 for the number of cores.")
+_EOS_TOKEN = flags.DEFINE_string(
+  "eos_token", "", "Name of the token that ends a document; by default a well-known name."
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """The flags; `workers` changes only the time it takes."""
+  """The values of the flags; `workers` changes only the running time."""
 
   input: tuple[str, ...]
   output: str
@@ -73,43 +76,44 @@ class Settings:
 
 
 def prepare(settings: Settings) -> store.TokenStore:
-  """Writes the store that `settings` describe, unless it is there, and returns it.
+  """Writes the store that `settings` describe, unless it exists, and returns it.
 
   Raises:
-    CalmError: if the input is bad, the output can't be written or holds something else,
-      or while another process prepares it.
+    CalmError: if the input is bad, the output can't be written or holds something else, or
+      another process is preparing it.
   """
   _check(settings)
   names, spans = sources.find(settings.input)
   plan = _plan(settings, names, spans)
-  finished = _finished(settings.output, plan)
-  if finished is None or (epath.Path(settings.output) / _WORK).exists():
-    output = settings.output
+  output = settings.output
+  finished = plan_lib.finished_store(output, plan)
+  if finished is None or plan_lib.has_work(output):
     with lease.Lease(lease.of_folder(output), f"--output={output}") as held:
-      finished = _finished(output, plan)  # Now that nobody writes there any more.
+      finished = plan_lib.finished_store(output, plan)  # Another process may have finished it.
       if finished is None:
         return _make(settings, names, spans, plan, held)
-      _remove_work(output)  # The run that wrote it was killed on its last step.
-  _say(f"{settings.output} is there already, made from the same input with the same settings")
+      plan_lib.remove_work(output)  # The run that wrote it was killed before its last step.
+  _say(f"{output} exists already, made from the same input with the same settings")
   return finished
 
 
 def _make(
   settings: Settings,
   names: Sequence[str],
-  spans: Sequence[sources.Span],
+  spans: Sequence[readers.Span],
   plan: dict[str, str],
   held: lease.Lease,
 ) -> store.TokenStore:
-  """Writes the store, after the parts that an attempt before finished, and returns it."""
+  """Writes the store, using the finished parts of an earlier attempt, and returns it."""
   began = time.monotonic()
   try:
-    work = _work_folder(settings.output, plan)
+    work = plan_lib.work_folder(settings.output, plan, _say_removed)
     part_bytes = max(_MIN_PART_BYTES, sum(span.size for span in spans) // _MAX_PARTS)
     parts = sources.split(spans, part_bytes)
-    division = _division(settings, parts)
-    tokenizer = _tokenizer(settings, work, parts, division)
-    job = parts_lib.Job(
+    corpus = corpus_lib.Corpus(parts, settings.text_field, settings.skip_bad_lines)
+    division = _division(corpus, settings.heldout)
+    tokenizer = _tokenizer(settings, work, corpus, division)
+    job = parts_lib.PartJob(
       directory=str(work),
       tokenizer=tokenizer.path,
       tokenizer_sha256=tokenizer.sha256,
@@ -122,15 +126,16 @@ def _make(
     made = _make_parts(job, parts, settings.workers or os.cpu_count() or 1, held)
     sources.require_unchanged(spans)
     written = _write(settings, job, tokenizer, made, names, plan, held)
-    _remove_work(settings.output)
+    plan_lib.remove_work(settings.output)
   except OSError as error:
     raise errors.CalmError(f"can't write {settings.output}: {error}") from error
   _summarize(written, time.monotonic() - began)
-  _warn_of_little(written)
+  _warn_of_small_splits(written)
   return written
 
 
 def _check(settings: Settings) -> None:
+  """Raises CalmError for flags that are wrong whatever the input is."""
   if not 0 <= settings.heldout < 1:
     raise errors.CalmError(
       f"--heldout={settings.heldout} is not in [0, 1): it is a share of documents, 0 for none"
@@ -141,20 +146,22 @@ def _check(settings: Settings) -> None:
     raise errors.CalmError("--input and --output must not be empty")
   if files.is_local(settings.output) and "\\" in files.absolute(settings.output):
     raise errors.CalmError(
-      f"--output={settings.output}: a token store can't lie in a path that holds a backslash, "
-      "which TensorStore reads as a slash; give another"
+      f"--output={settings.output}: the path of a token store can't hold a backslash, which "
+      "TensorStore reads as a slash; give another"
     )
   if settings.tokenizer.startswith(TRAIN):
     if not settings.tokenizer.removeprefix(TRAIN).isdecimal():
-      raise errors.CalmError(f"--tokenizer={settings.tokenizer} names no size, as train:1024 does")
+      raise errors.CalmError(
+        f"--tokenizer={settings.tokenizer} names no vocabulary size, as train:1024 does"
+      )
     if settings.eos_token:
       raise errors.CalmError("--eos_token is for a tokenizer's file; a trained one has </s>")
 
 
 def _plan(
-  settings: Settings, names: Sequence[str], spans: Sequence[sources.Span]
+  settings: Settings, names: Sequence[str], spans: Sequence[readers.Span]
 ) -> dict[str, str]:
-  """Returns what the bytes of the store follow from, in words that can be compared."""
+  """Returns everything that determines the bytes of the store, as text that can be compared."""
   stamps = hashlib.sha256(repr([dataclasses.astuple(span) for span in spans]).encode())
   tokenizer = settings.tokenizer
   if not tokenizer.startswith(TRAIN):
@@ -173,211 +180,101 @@ def _plan(
   }
 
 
-def _finished(output: str, plan: dict[str, str]) -> store.TokenStore | None:
-  """Returns the whole store at `output` if it was made by this plan, None if there is none.
-
-  Raises:
-    CalmError: if it was made by another plan, or is damaged.
-  """
-  found = manifest.read(output)
-  if found is None:
-    return None
-  path = epath.Path(output) / store.PLAN
-  stored = files.read_json(path)
-  store.require_digest(path, found.plan)
-  differing = [
-    f"{name} ({stored.get(name, 'unknown')} there, {value} now)"
-    for name, value in plan.items()
-    if stored.get(name) != value
-  ]
-  if differing:
-    raise errors.CalmError(
-      f"{output} holds a token store that differs in {'; '.join(differing)}: give another "
-      "--output, or remove that folder"
-    )
-  return store.TokenStore.open(output)
-
-
-def _work_folder(output: str, plan: dict[str, str]) -> epath.Path:
-  """Makes the folder for the parts of this plan, and removes those of other plans."""
-  root = epath.Path(output) / _WORK
-  work = root / sealed_json.digest(plan)[:16]
-  work.mkdir(parents=True, exist_ok=True)
-  for other in root.iterdir():
-    if other.name != work.name:
-      _say(f"removing the parts of an unfinished run with other settings: {other}")
-      other.rmtree()
-  return work
-
-
-def _remove_work(output: str) -> None:
-  root = epath.Path(output) / _WORK
-  try:
-    if root.exists():
-      root.rmtree()
-  except OSError as error:
-    raise errors.CalmError(f"can't remove {root}: {error}") from error
-
-
-def _division(settings: Settings, parts: Sequence[tuple[sources.Span, ...]]) -> holdout.Division:
-  """Returns what is held out, and says so where it is not documents by their hash."""
-  readers = [functools.partial(_texts, settings, part) for part in parts]
-  division = holdout.decide(readers, settings.heldout)
-  if division.by == holdout.END:
+def _division(corpus: corpus_lib.Corpus, share: float) -> holdout.Division:
+  """Returns what is held out, and prints a line if it is the end of the text."""
+  division = corpus.divide(share)
+  if division.heldout_by == holdout.END:
     few = division.documents < holdout.FEW_DOCUMENTS
-    reason = f"fewer than {holdout.FEW_DOCUMENTS}" if few else "of which none falls into a split"
+    reason = f"fewer than {holdout.FEW_DOCUMENTS}" if few else "which leave a split empty"
     _say(
-      f"held out is the last {settings.heldout:.2%} of the text, and not whole documents by their "
-      f"hash: there are {division.documents:,}, {reason}"
+      f"holding out the last {share:.2%} of the text, not documents by their hash: there are "
+      f"{division.documents:,} documents, {reason}"
     )
   return division
 
 
 def _tokenizer(
-  settings: Settings,
-  work: epath.Path,
-  parts: Sequence[tuple[sources.Span, ...]],
-  division: holdout.Division,
+  settings: Settings, work: epath.Path, corpus: corpus_lib.Corpus, division: holdout.Division
 ) -> tokenizer_lib.Tokenizer:
-  """Returns the tokenizer given, or one trained in this run or by an attempt before."""
+  """Returns the tokenizer of --tokenizer, or one trained in this run or an earlier attempt."""
   if not settings.tokenizer.startswith(TRAIN):
     return tokenizer_lib.load(settings.tokenizer, settings.eos_token)
-  path, whole = work / "tokenizer.model", work / "tokenizer.sum.json"
+  path, sum_path = work / "tokenizer.model", work / "tokenizer.sum.json"
   try:
-    if files.read_json(whole) == {"sha256": files.digest(path)}:
+    if files.read_json(sum_path) == {"sha256": files.digest(path)}:
       return tokenizer_lib.load(str(path))
   except errors.CalmError:
-    pass  # None is there yet, or it is damaged: it is trained anew.
+    pass  # There is none yet, or it is damaged: train it.
   _say(f"training a tokenizer: {settings.tokenizer}")
   vocab_size = int(settings.tokenizer.removeprefix(TRAIN))
-  sample = _sample(settings, parts, division)
-  trained = tokenizer_lib.train(sample, vocab_size, str(path))
-  files.write(whole, files.to_json({"sha256": trained.sha256}))
+  trained = tokenizer_lib.train(corpus.sample(division), vocab_size, str(path))
+  files.write(sum_path, files.to_json({"sha256": trained.sha256}))
   return trained
 
 
-def _sample(
-  settings: Settings, parts: Sequence[tuple[sources.Span, ...]], division: holdout.Division
-) -> Iterator[str]:
-  """Yields text that is not held out, at most _SAMPLE_BYTES, from all over the corpus."""
-  sizes = [sum(span.num_bytes for span in part) for part in parts]
-  share = min(1.0, _SAMPLE_BYTES / max(1, sum(sizes)))
-  for part, size in enumerate(sizes):
-    left = share * size
-    for number, document in enumerate(_texts(settings, parts[part])):
-      for split, text in division.of(part, number, document):
-        if split == "train":
-          yield text[: int(left) + 1]
-          left -= len(text.encode())
-      if left <= 0:
-        break
-
-
-def _texts(settings: Settings, spans: Sequence[sources.Span]) -> Iterator[str]:
-  """Yields the documents of a part, in order."""
-  for span in spans:
-    for item in parts_lib.good_documents(span, settings.text_field, settings.skip_bad_lines):
-      if isinstance(item, str):
-        yield item
-
-
 def _make_parts(
-  job: parts_lib.Job,
-  parts: Sequence[tuple[sources.Span, ...]],
+  job: parts_lib.PartJob,
+  parts: Sequence[tuple[readers.Span, ...]],
   workers: int,
   held: lease.Lease,
 ) -> list[parts_lib.Part]:
-  """Makes the parts that are missing or damaged and returns all, in order."""
-  made = {part: parts_lib.read_part(job, part, spans) for part, spans in enumerate(parts)}
-  missing = {part: parts[part] for part, found in made.items() if found is None}
+  """Makes the missing and damaged parts and returns all parts, in order."""
+  made = {number: parts_lib.read_part(job, number, spans) for number, spans in enumerate(parts)}
+  missing = {number: parts[number] for number, part in made.items() if part is None}
   if len(missing) < len(parts):
-    _say(f"going on: {len(parts) - len(missing)} of {len(parts)} parts are there")
-  size_of = {part: sum(span.num_bytes for span in spans) for part, spans in missing.items()}
-  progress = _Progress(sum(size_of.values()))
+    _say(f"resuming: {len(parts) - len(missing)} of {len(parts)} parts are finished")
+  size_of = {number: sum(span.num_bytes for span in spans) for number, spans in missing.items()}
+  shown = progress.Progress(sum(size_of.values()), _say)
 
-  def on_done(part: int, found: parts_lib.Part) -> None:
+  def on_done(number: int, part: parts_lib.Part) -> None:
     held.require_held()
-    made[part] = found
-    progress.add(size_of[part])
+    made[number] = part
+    shown.add(size_of[number])
 
   try:
     parts_lib.make_parts(job, missing, workers, on_done)
   finally:
-    progress.close()
-  return [found for found in made.values() if found is not None]
+    shown.close()
+  return [part for part in made.values() if part is not None]
 
 
 def _write(
   settings: Settings,
-  job: parts_lib.Job,
+  job: parts_lib.PartJob,
   tokenizer: tokenizer_lib.Tokenizer,
   made: Sequence[parts_lib.Part],
   names: Sequence[str],
   plan: dict[str, str],
   held: lease.Lease,
 ) -> store.TokenStore:
+  """Writes the store from its parts and returns it."""
   dtype = store.token_dtype(tokenizer.vocab_size)
   total = functools.reduce(lambda a, b: a + b, (part.counts for part in made))
   if not total["train.tokens"]:
     raise errors.CalmError(f"{tokenizer.path} makes no token of the training text")
-  return store.write(
-    settings.output,
-    tokenizer,
-    {split: parts_lib.read_split(job, made, split, dtype) for split in manifest.SPLITS},
-    [
+  provenance = store.Provenance(
+    sources=[
       manifest.Source(name, total[f"{i}.bytes"], total[f"{i}.documents"])
       for i, name in enumerate(names)
     ],
     appends_eos=settings.append_eos,
     heldout=settings.heldout,
-    heldout_by=job.division.by,
+    heldout_by=job.division.heldout_by,
     skipped_lines=total[parts_lib.SKIPPED],
     plan=plan,
-    proceed=held.require_held,
   )
-
-
-class _Progress:
-  """Bytes of source read so far: a bar on a terminal, elsewhere a line now and then."""
-
-  def __init__(self, total: int):
-    self._total, self._done, self._began = total, 0, time.monotonic()
-    self._shown = self._began
-    terminal = sys.stderr.isatty()
-    self._bar = tqdm.tqdm(total=total, unit="B", unit_scale=True) if terminal else None
-
-  def add(self, size: int) -> None:
-    """Counts `size` more bytes."""
-    self._done += size
-    now = time.monotonic()
-    if self._bar is not None:
-      self._bar.update(size)
-    elif now - self._shown > _LINE_SECONDS:
-      self._shown = now
-      rate = self._done / (now - self._began) / 1e6
-      share = self._done / max(1, self._total)
-      _say(f"{share:.0%} of {self._total / 1e6:.1f} MB, {rate:.1f} MB/s")
-
-  def close(self) -> None:
-    """Ends the bar and tells the speed of what was read."""
-    seconds = time.monotonic() - self._began
-    if self._bar is not None:
-      self._bar.close()
-    if not self._done:
-      return
-    _say(
-      f"read {self._done / 1e6:.1f} of {self._total / 1e6:.1f} MB in {seconds:.1f} s, "
-      f"{self._done / 1e6 / max(seconds, 1e-3):.1f} MB/s"
-    )
+  contents = {split: parts_lib.read_split(job, made, split, dtype) for split in manifest.SPLITS}
+  return store.write(settings.output, tokenizer, contents, provenance, held.require_held)
 
 
 def _summarize(written: store.TokenStore, seconds: float) -> None:
-  found = written.manifest
-  size = sum(source.bytes for source in found.sources)
-  tokens = sum(split.tokens for split in found.splits.values())
-  documents = sum(source.documents for source in found.sources)
-  heldout = found.splits["heldout"]
-  skipped = f", {found.skipped_lines} bad lines skipped" if found.skipped_lines else ""
+  """Prints the sizes of a store and the time it took."""
+  facts = written.manifest
+  size = sum(source.bytes for source in facts.sources)
+  tokens = sum(split.tokens for split in facts.splits.values())
+  documents = sum(source.documents for source in facts.sources)
+  heldout = facts.splits["heldout"]
+  skipped = f", {facts.skipped_lines} bad lines skipped" if facts.skipped_lines else ""
   _say(
     f"{written.path}: {documents:,} documents{skipped}, {size / 1e6:.1f} MB of text, "
     f"{tokens:,} tokens, {size / tokens:.3f} bytes a token; held out {heldout.documents:,} "
@@ -385,12 +282,12 @@ def _summarize(written: store.TokenStore, seconds: float) -> None:
   )
 
 
-def _warn_of_little(written: store.TokenStore) -> None:
-  """Says which splits are too small to tell much."""
+def _warn_of_small_splits(written: store.TokenStore) -> None:
+  """Prints a warning for each split that is too small for meaningful figures."""
   for split in manifest.SPLITS:
     tokens = written.num_tokens(split)
-    asked = split == "train" or written.manifest.heldout
-    if asked and tokens < _FEW_TOKENS:
+    requested = split == "train" or written.manifest.heldout
+    if requested and tokens < _FEW_TOKENS:
       _say(
         f"warning: the {split} split holds only {tokens:,} tokens, fewer than 20 blocks of 256: "
         "give more text" + (" or a larger --heldout" if split == "heldout" else "")
@@ -399,6 +296,10 @@ def _warn_of_little(written: store.TokenStore) -> None:
 
 def _say(line: str) -> None:
   print(f"prepare: {line}", file=sys.stderr, flush=True)
+
+
+def _say_removed(folder: epath.Path) -> None:
+  _say(f"removing the parts of an unfinished run with other settings: {folder}")
 
 
 def main() -> None:

@@ -6,12 +6,14 @@ standard output.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from absl import flags
 
 from calm_jax import cli, errors
 from calm_jax.reporting import page, records, summary
+from calm_jax.running import loading
+from calm_jax.stages import table
 
 _WORKDIR = flags.DEFINE_list("workdir", None, "Folders of training runs, with commas between.")
 _OUTPUT = flags.DEFINE_string(
@@ -26,18 +28,31 @@ def _note(line: str) -> None:
   print(f"report: {line}", file=sys.stderr)
 
 
+def _account(directory: str) -> records.Account:
+  run = loading.read_run(directory)
+  return records.read(directory, run, table.of(run).presentation)
+
+
 def _summarize(accounts: Sequence[records.Account], output: str) -> None:
   by_stage: dict[str, records.Account] = {}
   for account in accounts:
     if by_stage.setdefault(account.run.stage, account) is not account:
       _note(f"{account.directory} is not in the summary, which takes the first of each stage")
-  missing = [stage for stage in summary.STAGES if stage not in by_stage]
+  family = _family(by_stage)
+  missing = [stage for stage in family if stage not in by_stage]
   if missing:
     _note(f"no {summary.FILE}: it needs both stages, there is no workdir of stage {missing[0]!r}")
     return
-  figures = summary.summarize(by_stage, _SECONDS_TOTAL.value)
+  figures = summary.summarize([by_stage[stage] for stage in family], _SECONDS_TOTAL.value)
   summary.write(figures, output)
   print(summary.table(figures))
+
+
+def _family(stages: Container[str]) -> list[str]:
+  """Returns the first stage that is trained on others, those before it; one that is there first."""
+  children = [name for name, spec in table.STAGES.items() if spec.parents]
+  child = next((name for name in children if name in stages), children[0])
+  return [*table.STAGES[child].parents.values(), child]
 
 
 def main() -> None:
@@ -46,7 +61,7 @@ def main() -> None:
   if not directories:
     raise errors.CalmError("give --workdir=W1,W2, folders of training runs")
   output = _OUTPUT.value or directories[0]
-  accounts = [records.read(directory) for directory in directories]
+  accounts = [_account(directory) for directory in directories]
   _note(f"wrote {page.write(accounts, output)}")
   _summarize(accounts, output)
 

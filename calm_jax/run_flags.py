@@ -1,5 +1,6 @@
 """Flags -> settings: --config, and for acts without a workdir what else a model's sizes take."""
 
+import dataclasses
 import runpy
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +8,9 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from calm_jax import config, errors, files, settings
+from calm_jax import cli, config, distributed, errors, files, settings
+from calm_jax.running import untrained
+from calm_jax.stages import table
 
 # Flags defined here are those of the act that calls: its --help is to show them.
 flags.disclaim_key_flags()
@@ -20,26 +23,39 @@ class _ConfigFile(flags.ArgumentParser):
     self._loader = loader
 
   def parse(self, argument: str) -> Any:
-    files.require_regular(argument.partition(":")[0])
-    return self._loader.parse(argument)
+    place = settings.located(argument)
+    files.require_regular(place.partition(":")[0])
+    return self._loader.parse(place)
 
 
 def define(
   name: str = "config",
-  meaning: str = "Settings: configs/STAGE.py, with :SIZE where the file has sizes.",
+  meaning: str = "Settings: configs/STAGE.py, with :SIZE where the file has sizes; what is shipped "
+  "is found by its name too: STAGE.py.",
 ) -> None:
   """Defines a flag that takes a config file, and its settings as --NAME.setting=value."""
+  cli.require_flag_files()
   config_flags.DEFINE_config_file(name, None, meaning, lock_config=True)
   flag = flags.FLAGS[name]
   flag.parser = _ConfigFile(flag.parser)
 
 
+def _parents() -> dict[str, str]:
+  """Returns the names of all stages' parents, and the stage of each."""
+  return {name: stage for spec in table.STAGES.values() for name, stage in spec.parents.items()}
+
+
 def define_sizes() -> None:
-  """Defines --autoencoder_config and --vocab_size, which a workdir would tell."""
-  define(
-    "autoencoder_config",
-    "Sizes of stage two's autoencoder; by default of the one that goes with --config's size.",
-  )
+  """Defines --autoencoder_config, one for each kind of parent, and --vocab_size.
+
+  For acts without a workdir, which would hold them.
+  """
+  for name in _parents():
+    define(
+      f"{name}_config",
+      f"Sizes of the {name}, for a stage that reads one; by default of that which goes with "
+      "--config's size.",
+    )
   flags.DEFINE_integer(
     "vocab_size",
     None,
@@ -64,7 +80,7 @@ def run(name: str = "config") -> config.Run | None:
   except OSError as error:  # What went wrong when the flag was parsed shows here.
     file = config_flags.get_config_filename(flags.FLAGS[name])
     raise errors.CalmError(settings.unloadable(name, file, error)) from error
-  return config.from_mapping(values)
+  return table.run_from(values)
 
 
 def title() -> str:
@@ -76,31 +92,76 @@ def title() -> str:
 
 
 def companions() -> config.Companions:
-  """Returns the vocabulary and the autoencoder of --config: those given, else its size's own.
+  """Returns the vocabulary and the parents of --config: those given, else its size's own.
 
   Raises:
-    CalmError: where --autoencoder_config is of another stage, or of another K than the run.
+    CalmError: where a parent's config is of another stage, or does not fit the run.
   """
-  path, *size = config_flags.get_config_filename(flags.FLAGS["config"]).split(":", 1)
+  file = settings.located(config_flags.get_config_filename(flags.FLAGS["config"]))
+  path, *size = file.split(":", 1)
   own = runpy.run_path(path).get("get_companions", lambda *size: config.Companions())(*size)
-  given, ours = run("autoencoder_config"), run()
-  codec = own.autoencoder
-  if given is not None:
-    if not isinstance(given, config.AutoencoderRun):
-      raise errors.CalmError(f"--autoencoder_config is of stage {given.stage!r}: give stage one's")
-    codec = given.model
+  overrides, places, ours = dict(own.parents), {}, run()
+  for name, stage in _parents().items():
+    flag, override = f"--{name}_config", run(f"{name}_config")
+    if override is not None:
+      if override.stage != stage:
+        raise errors.CalmError(
+          f"{flag} is of stage {override.stage!r}: give {table.STAGES[stage].title}'s"
+        )
+      overrides[name] = override
+    places[name] = (f"the {name} of {flag if override is not None else 'this size'}", flag)
+  result = config.Companions(flags.FLAGS.vocab_size or own.vocab_size, overrides)
   if ours is not None:
-    whose = "the autoencoder of " + ("--autoencoder_config" if given else "this size")
-    config.require_same_patches(ours, codec, whose, "--autoencoder_config")
-  return config.Companions(flags.FLAGS.vocab_size or own.vocab_size, codec)
+    table.of(ours).check(ours, parents(ours, result), result.vocab_size, places)
+  return result
 
 
-def counted_with(ours: config.Run, found: config.Companions) -> str:
-  """Returns what of `companions` counts for these settings, for people."""
-  codec, line = found.autoencoder, f"vocabulary {found.vocab_size:,} (--vocab_size)"
-  if not isinstance(ours, config.CalmRun):
-    return line
-  return (
-    f"{line}; autoencoder of K = {codec.patch_size}, width {codec.width}, latent {codec.latent} "
-    "(--autoencoder_config)"
+def parents(ours: Any, used: config.Companions) -> dict[str, Any]:
+  """Returns the settings of all parents of a run."""
+  return untrained.parent_runs(ours, used.parents)
+
+
+def counted_with(ours: config.Run, used: config.Companions) -> str:
+  """Returns which of `companions` count for these settings, for people."""
+  line = f"vocabulary {used.vocab_size:,} (--vocab_size)"
+  for name, parent in parents(ours, used).items():
+    line += f"; {name} of {table.of(parent).presentation.brief(parent)} (--{name}_config)"
+  return line
+
+
+def define_processes() -> None:
+  """Defines the flags by which the processes of one job find each other."""
+  flags.DEFINE_string(
+    "coordinator_address", None, "HOST:PORT of process 0; detected on TPU pods and Slurm."
+  )
+  flags.DEFINE_string(
+    "coordinator_bind_address", None, "HOST:PORT that process 0 listens on, if it differs."
+  )
+  flags.DEFINE_integer("num_processes", None, "Number of processes of the job.", 1)
+  flags.DEFINE_integer("process_id", None, "Number of this process, from 0.", 0)
+  flags.DEFINE_list(
+    "local_device_ids", None, "Devices of this machine that this process uses; by default all."
+  )
+  flags.DEFINE_string(
+    "cluster_detection_method",
+    None,
+    "How the coordinator and the processes are detected; see jax.distributed.initialize.",
+  )
+  default = distributed.Processes()
+  for name, least, meaning in (
+    ("initialization_timeout", 1, "Seconds to wait for all processes to join."),
+    ("heartbeat_timeout", 6, "Seconds without a heartbeat after which a process counts as lost."),
+    ("shutdown_timeout", 1, "Seconds that a process waits for the others at the end."),
+    ("expected_processes", 0, "Refuse to run with another number of processes; 0 for any number."),
+  ):
+    flags.DEFINE_integer(name, getattr(default, name), meaning, least)
+
+
+def processes() -> distributed.Processes:
+  """Returns what the flags of `define_processes` say."""
+  names = [field.name for field in dataclasses.fields(distributed.Processes)]
+  values = {name: flags.FLAGS[name].value for name in names}
+  devices = values["local_device_ids"]
+  return distributed.Processes(
+    **{**values, "local_device_ids": devices and [int(device) for device in devices]}
   )

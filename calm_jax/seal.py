@@ -1,14 +1,15 @@
-"""Parts of a workdir -> one hash that binds them; every reader checks it.
+"""Parts of a workdir -> one hash that binds them together; every reader checks it.
 
-seal.json holds the SHA-256 of config.json, origin.json, the tokenizer's copy and the
-autoencoder's own seal.json. `bound` is one hash over those that never change and over
-a number of the run's own: every checkpoint holds it, so that one of another run is
-refused. A seal finds damage, mistakes and swapped parts, not malice.
+seal.json holds the SHA-256 of config.json, origin.json, the tokenizer's copy and each parent's
+own seal.json. `bound` is one hash over the parts that never change and over a random id of the
+run. Every checkpoint holds it, so a checkpoint of another run is refused. A seal detects damage,
+mistakes and swapped parts, but not malice.
 """
 
 import dataclasses
 import hashlib
 import uuid
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from etils import epath
@@ -16,7 +17,7 @@ from etils import epath
 from calm_jax import distributed, errors, files, sealed_json
 
 FILE = "seal.json"
-# Of a workdir; 1 had no seal.
+# Format of a workdir; format 1 had no seal.
 FORMAT_VERSION = 2
 
 
@@ -25,25 +26,28 @@ class Seal:
   """The hashes of a workdir's parts.
 
   Attributes:
-    run: tells apart two runs on the same data. origin, tokenizer, autoencoder: SHA-256
-      of origin.json, the tokenizer's copy and the autoencoder's seal.json, else empty.
-    config: of config.json; of the one before as well while it is being replaced.
+    run: random id of the run, because two runs may have the same parts.
+    origin: SHA-256 of origin.json.
+    tokenizer: SHA-256 of the tokenizer's copy.
+    config: SHA-256 of config.json; while it is being replaced, of the old and the new one.
+    parents: SHA-256 of each parent's seal.json, by the parent's name, which is its key in the file.
   """
 
   run: str
   origin: str
   tokenizer: str
-  autoencoder: str
   config: tuple[str, ...]
+  parents: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   @property
   def bound(self) -> str:
-    """One hash over all that never changes."""
-    return sealed_json.digest([self.run, self.origin, self.tokenizer, self.autoencoder])
+    """One hash over the parts that never change."""
+    parents = [self.parents[name] for name in sorted(self.parents)] or [""]
+    return sealed_json.digest([self.run, self.origin, self.tokenizer, *parents])
 
   def to_json(self) -> str:
     values = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
-    values["config"] = list(self.config)
+    values |= {"config": list(self.config), **values.pop("parents")}
     return files.to_json(sealed_json.sealed(values))
 
 
@@ -52,23 +56,26 @@ def of_bytes(content: bytes) -> str:
   return hashlib.sha256(content).hexdigest()
 
 
-def make(directory: str, config: str, origin: str, tokenizer: epath.PathLike) -> Seal:
-  """Returns the seal of a new workdir, the same on all processes; its autoencoder lies there.
+def make(
+  directory: str, config: str, origin: str, tokenizer: epath.PathLike, parents: Iterable[str]
+) -> Seal:
+  """Returns the seal of a new workdir, the same on all processes.
 
   Args:
-    config, origin: what its config.json and origin.json will hold.
-    tokenizer: the file that will be copied.
+    directory: the workdir, which holds copies of its parents already.
+    config, origin: content of the future config.json and origin.json.
+    tokenizer: the tokenizer file that will be copied.
+    parents: names of the parents.
 
   Raises:
     CalmError: if a file can't be read.
   """
-  inner = epath.Path(directory) / "autoencoder" / FILE
   return Seal(
     run=distributed.from_first("run", uuid.uuid4().hex),
     origin=of_bytes(origin.encode()),
     tokenizer=files.digest(tokenizer),
-    autoencoder=files.digest(inner) if inner.exists() else "",
     config=(of_bytes(config.encode()),),
+    parents={name: files.digest(epath.Path(directory) / name / FILE) for name in parents},
   )
 
 
@@ -85,7 +92,7 @@ def read(directory: str) -> Seal:
   """Returns the seal of a workdir.
 
   Raises:
-    CalmError: if there is none, it is of another format or was changed.
+    CalmError: if there is none, it has another format or was changed.
   """
   path = epath.Path(directory) / FILE
   if not path.exists():
@@ -97,8 +104,11 @@ def read(directory: str) -> Seal:
     values = sealed_json.unsealed(values, str(path))
   except errors.CalmError as error:
     raise errors.CalmError(f"{error}: put back the one of the run") from error
+  own = {name: values.pop(name) for name in ("run", "origin", "tokenizer")}
+  config = tuple(values.pop("config"))
   del values["format_version"]
-  return Seal(**{**values, "config": tuple(values["config"])})
+  parents = {name: digest for name, digest in values.items() if digest}
+  return Seal(**own, config=config, parents=parents)
 
 
 def _format_of_origin(directory: str) -> Any:
@@ -115,13 +125,13 @@ def _require_format(directory: str, version: Any) -> None:
 
 
 def read_part(directory: str, name: str) -> bytes:
-  """Returns what config.json or origin.json holds.
+  """Returns the content of config.json or origin.json.
 
   Raises:
-    CalmError: if it can't be read or is not what the seal was made over.
+    CalmError: if it can't be read or differs from what the seal covers.
   """
   path, is_config = epath.Path(directory) / name, name == "config.json"
-  for _ in range(2):  # Both may have been replaced between the two reads.
+  for _ in range(2):  # Twice, since the file and the seal may be replaced between the two reads.
     content, seal = files.read(path), read(directory)
     if of_bytes(content) in (seal.config if is_config else (seal.origin,)):
       return content
@@ -132,22 +142,17 @@ def read_part(directory: str, name: str) -> bytes:
 
 
 def require_tokenizer(directory: str, name: str) -> None:
-  """Raises CalmError unless a workdir's tokenizer is the one that the run began with."""
+  """Raises CalmError unless a workdir's tokenizer is the one that the run started with."""
   path = epath.Path(directory) / name
-  _require_digest(path, read(directory).tokenizer, "the tokenizer")
+  _require_digest(path, read(directory).tokenizer, "tokenizer")
 
 
-def require_autoencoder(directory: str) -> None:
-  """Raises CalmError unless a workdir's autoencoder, if it has one, is the run's own."""
-  expected = read(directory).autoencoder
-  if expected:
-    _require_digest(epath.Path(directory) / "autoencoder" / FILE, expected, "the autoencoder")
+def require_parents(directory: str) -> None:
+  """Raises CalmError if a parent in a workdir is not the one that the run was trained with."""
+  for name, expected in read(directory).parents.items():
+    _require_digest(epath.Path(directory) / name / FILE, expected, name)
 
 
-def _require_digest(path: epath.Path, expected: str, what: str) -> None:
-  found = files.digest(path)
-  if found != expected:
-    raise errors.CalmError(
-      f"{path} has SHA-256 {found[:16]}, but {what} that this run was trained with has "
-      f"{expected[:16]}: put back the one that was there"
-    )
+def _require_digest(path: epath.Path, expected: str, part: str) -> None:
+  claim = f"the {part} that this run was trained with has"
+  files.require_digest(path, expected, claim, "put back the one that was there")

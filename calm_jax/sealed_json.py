@@ -1,4 +1,4 @@
-"""JSON objects that carry a hash of themselves, so that one that was cut or edited is told."""
+"""JSON objects that carry their own hash, so that truncation and edits are detected."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ FIELD = "sha256"
 def digest(values: Any) -> str:
   """Returns the SHA-256 of JSON values in canonical form, as hexadecimal digits.
 
-  Canonical is: keys sorted, no spaces, letters beyond ASCII escaped.
+  The canonical form has sorted keys, no spaces, and escapes for non-ASCII characters.
   """
   return hashlib.sha256(
     json.dumps(values, sort_keys=True, separators=(",", ":")).encode()
@@ -21,27 +21,28 @@ def digest(values: Any) -> str:
 
 
 def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the values with their hash beside them, as `sha256`."""
+  """Returns the values with their hash added as `sha256`."""
   return {**values, FIELD: digest(values)}
 
 
 def unsealed(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-  """Returns what `sealed` was given.
+  """Returns the values without their hash, after checking it: the inverse of `sealed`.
 
   Args:
+    values: values that `sealed` returned.
     where: names the values in errors.
 
   Raises:
-    CalmError: if they are not as they were sealed.
+    CalmError: if the values were changed since they were sealed.
   """
   rest = {name: value for name, value in values.items() if name != FIELD}
   try:
-    found = digest(rest)
+    actual = digest(rest)
   except RecursionError as error:
     raise errors.CalmError(f"{where} is damaged: nested too deep") from error
-  if found != values.get(FIELD):
+  if actual != values.get(FIELD):
     raise errors.CalmError(
-      f"{where} is damaged: its fields have SHA-256 {found[:16]}, it says "
+      f"{where} is damaged: its fields have SHA-256 {actual[:16]}, but it says "
       f"{str(values.get(FIELD))[:16]}"
     )
   return rest

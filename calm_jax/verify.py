@@ -1,8 +1,8 @@
-"""The act of checking: `python -m calm_jax.verify PATH`.
+"""Checks that a folder is as it was written: `python -m calm_jax.verify PATH`.
 
-PATH is a token store, a workdir, or a folder as `calm_jax.convert` reads and writes. All
-that there is to check of it is read and told, a line each; the exit code is 2, and the
-last line says why, at the first thing that is not as it was written.
+PATH is a token store, a workdir, or a folder that `calm_jax.convert` reads and writes. Each check
+reads its part of the folder and prints a line. At the first difference the exit code is 2 and the
+last line says why.
 """
 
 import pathlib
@@ -16,19 +16,26 @@ from calm_jax import cli, errors, files, seal, workdir_checks
 from calm_jax.data import store
 from calm_jax.interchange import checking
 
-# What is checked, and the check: it returns what was found, and raises CalmError at a lie.
+# (name, check) pairs; a check returns a line on the result, or raises CalmError at a difference.
 Checks = Iterator[tuple[str, Callable[[], str]]]
 
 
 class Kind(NamedTuple):
-  """A kind of folder: what it is called, how it is told, and what there is to check of it."""
+  """A kind of folder.
+
+  Attributes:
+    name: its name for people.
+    matches: whether the folder at a path is of this kind.
+    checks: yields its checks.
+  """
 
   name: str
-  tells: Callable[[str], bool]
+  matches: Callable[[str], bool]
   checks: Callable[[str], Checks]
 
 
 def _holds(path: str, *names: str) -> bool:
+  """Returns whether the folder at `path` holds one of `names`."""
   return any((epath.Path(path) / name).exists() for name in names)
 
 
@@ -37,7 +44,7 @@ def _exported(path: str) -> Checks:
     yield name, lambda check=check: check(pathlib.Path(path))
 
 
-# In the order in which they are asked: a workdir may hold an exported folder's files too.
+# Tried in this order, because a workdir may hold the files of an exported folder too.
 KINDS = (
   Kind(
     "token store",
@@ -54,18 +61,17 @@ KINDS = (
 
 
 def verify(path: str, show: Callable[[str], None] = print) -> None:
-  """Checks all there is to check of a folder and shows a line for each thing that is whole.
+  """Runs all checks of a folder and shows a line for each that passes.
 
   Raises:
-    CalmError: at the first thing that is not as it was written, or where `path` is none
-      of KINDS.
+    CalmError: at the first check that fails, or if `path` is none of KINDS.
   """
   files.require_reachable(str(epath.Path(path) / seal.FILE))
-  kind = next((kind for kind in KINDS if kind.tells(path)), None)
+  kind = next((kind for kind in KINDS if kind.matches(path)), None)
   if kind is None:
-    there = "holds" if epath.Path(path).exists() else "is not there:"
-    names = ", no ".join(kind.name for kind in KINDS)
-    raise errors.CalmError(f"{path} {there} no {names}: give the path of one")
+    names = " or ".join(kind.name for kind in KINDS)
+    problem = f"is no {names}" if epath.Path(path).exists() else "does not exist"
+    raise errors.CalmError(f"{path} {problem}: give the path of a {names}")
   show(f"{kind.name} {path}")
   count = 0
   for name, check in kind.checks(path):
@@ -75,7 +81,8 @@ def verify(path: str, show: Callable[[str], None] = print) -> None:
 
 
 def main(path: str) -> None:
-  jax.config.update("jax_platforms", "cpu")  # An accelerator may be at work, and need not be.
+  """Verifies the folder at `path` and prints the checks."""
+  jax.config.update("jax_platforms", "cpu")  # An accelerator may be in use, and is not needed.
   verify(path, lambda line: print(line, flush=True))
 
 

@@ -1,34 +1,26 @@
-"""What a workdir holds, and how to read it: config, origin, tokenizer, weights.
+"""What a workdir holds, and how its small files are read and written; for weights see
+`training.trained`.
 
 seal.json         hashes that bind what follows, see `calm_jax.seal`
 config.json       the resolved settings
 origin.json       what they were trained on: hashes, vocabulary, first patch
 tokenizer.*       a copy, so that the workdir needs no token store to write text
 checkpoints/      see training.checkpoint
-autoencoder/      stage two only: the same five of its frozen autoencoder
+NAME/             of each parent (the frozen autoencoder of stage two): the same five
 metrics.jsonl evaluation.json temperature.json samples.jsonl   figures and texts
 """
 
 import dataclasses
 import os
-import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import jax
 from etils import epath
-from jax import numpy as jnp
 
-from calm_jax import config, distributed, errors, files, seal
+from calm_jax import config, errors, files, resolve, seal
 from calm_jax.data import store as store_lib
 from calm_jax.data import tokenizer as tokenizer_lib
-from calm_jax.models import autoencoder, calm, transformer
-from calm_jax.parallel import mesh, rules
-from calm_jax.training import checkpoint
 
-Params = Any
-
-AUTOENCODER = "autoencoder"
 METRICS = "metrics.jsonl"
 EVALUATION = "evaluation.json"
 TRADEOFF = "temperature.json"
@@ -48,7 +40,7 @@ class Origin:
       so many before its end. Generation puts them in front, so that a prompt stands
       at the start of a document and even the first patch has one before it. Imported
       weights have none: a prompt must then hold the first patch itself.
-    autoencoder_fingerprint: of stage two's frozen parameters, else empty.
+    parents: fingerprint of each parent's parameters, by the parent's name.
     format_version: of the workdir.
   """
 
@@ -59,7 +51,7 @@ class Origin:
   eos_id: int
   appends_eos: bool
   start_patch: tuple[int, ...]
-  autoencoder_fingerprint: str = ""
+  parents: Mapping[str, str] = dataclasses.field(default_factory=dict)
   format_version: int = seal.FORMAT_VERSION
 
   @classmethod
@@ -68,7 +60,7 @@ class Origin:
     store: store_lib.TokenStore,
     patch_size: int,
     vocab_size: int,
-    autoencoder_fingerprint: str = "",
+    parents: Mapping[str, str],
   ) -> "Origin":
     """Returns the origin of a run on `store`.
 
@@ -88,7 +80,7 @@ class Origin:
       eos_id=tokenizer.eos_id,
       appends_eos=store.manifest.appends_eos,
       start_patch=tuple(int(token) for token in store.read("train", end - patch_size, end)),
-      autoencoder_fingerprint=autoencoder_fingerprint,
+      parents=parents,
     )
 
   @classmethod
@@ -98,15 +90,19 @@ class Origin:
     Raises:
       CalmError: if a value is missing, of a wrong type or outside the vocabulary.
     """
+    own = {name: x for name, x in values.items() if not name.endswith(_FINGERPRINT)}
+    parents = {
+      name.removesuffix(_FINGERPRINT): x for name, x in values.items() if name not in own and x
+    }
     try:
-      origin = cls(**{**values, "start_patch": tuple(values["start_patch"])})
+      origin = cls(**{**own, "start_patch": tuple(own["start_patch"])}, parents=parents)
     except (KeyError, TypeError) as error:
       raise errors.CalmError(f"{where} is not of this version: {error}") from error
-    for field in dataclasses.fields(cls):
-      value, kind = getattr(origin, field.name), typing.get_origin(field.type) or field.type
+    for name, value in origin.values().items():
+      kind = _KINDS.get(name, str)
       config.require(
         type(value) is kind and (kind is not str or "/" not in value),
-        f"{where}: {field.name} is {config.shown(value)}",
+        f"{where}: {name} is {config.shown(value)}",
       )
     size = origin.vocab_size
     config.require(
@@ -120,18 +116,33 @@ class Origin:
       )
     return origin
 
+  def hashes(self) -> dict[str, str]:
+    """Returns what a resumed run must share, by name."""
+    shared = {name: x for name, x in self.values().items() if name.endswith(_FINGERPRINT)}
+    return {"tokenizer_hash": self.tokenizer_hash, "store_hash": self.store_hash, **shared}
+
+  def values(self) -> dict[str, Any]:
+    """Returns what origin.json holds: a parent's fingerprint has a name of its own."""
+    values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+    parents = values.pop("parents")
+    return values | {f"{name}{_FINGERPRINT}": x for name, x in parents.items()}
+
+
+# How origin.json names a parent's fingerprint, after the parent's name.
+_FINGERPRINT = "_fingerprint"
+# Types of the values that are not text.
+_NUMBERS = dict.fromkeys(("vocab_size", "eos_id", "format_version"), int)
+_KINDS: dict[str, type] = {**_NUMBERS, "appends_eos": bool, "start_patch": tuple}
+
 
 def sealed(workdir: str, run: config.Run, origin: Origin, tokenizer: epath.Path) -> seal.Seal:
-  """Returns the seal of a new workdir, whose autoencoder, if it has one, lies there already.
+  """Returns the seal of a new workdir, in which the copies of its parents are already.
 
   Raises:
     CalmError: if a file can't be read.
   """
-  return seal.make(workdir, config.to_json(run), _origin_json(origin), tokenizer)
-
-
-def _origin_json(origin: Origin) -> str:
-  return files.to_json(dataclasses.asdict(origin))
+  text = files.to_json(origin.values())
+  return seal.make(workdir, resolve.to_json(run), text, tokenizer, origin.parents)
 
 
 def create(
@@ -149,9 +160,9 @@ def create(
     files.sync(path / origin.tokenizer_file)
   except OSError as error:
     raise errors.CalmError(f"can't write workdir {workdir}: {error}") from error
-  files.write(path / "origin.json", _origin_json(origin))
+  files.write(path / "origin.json", files.to_json(origin.values()))
   seal.write(workdir, made)
-  files.write(path / "config.json", config.to_json(run))
+  files.write(path / "config.json", resolve.to_json(run))
 
 
 def change_config(workdir: str, run: config.Run) -> None:
@@ -160,7 +171,7 @@ def change_config(workdir: str, run: config.Run) -> None:
   Raises:
     CalmError: if they can't be written.
   """
-  text = config.to_json(run)
+  text = resolve.to_json(run)
   before, new = seal.read(workdir), seal.of_bytes(text.encode())
   if before.config == (new,):
     return
@@ -193,13 +204,13 @@ def exists(workdir: str) -> bool:
   return (epath.Path(workdir) / "config.json").exists()
 
 
-def read_run(workdir: str) -> config.Run:
-  """Returns the settings of a workdir.
+def read_config(workdir: str) -> dict[str, Any]:
+  """Returns what config.json of a workdir holds, as the run wrote it.
 
   Raises:
     CalmError: if there is none, or it can't be read.
   """
-  return config.from_mapping(_read_json(workdir, "config.json"))
+  return _read_json(workdir, "config.json")
 
 
 def read_origin(workdir: str) -> Origin:
@@ -222,19 +233,19 @@ def _read_json(workdir: str, name: str) -> dict[str, Any]:
 
 
 def require_whole(workdir: str) -> None:
-  """Raises CalmError unless config, origin, tokenizer and autoencoder are the run's own."""
-  read_run(workdir)
+  """Raises CalmError unless config, origin, tokenizer and parents are the run's own."""
+  read_config(workdir)
   seal.require_tokenizer(workdir, read_origin(workdir).tokenizer_file)
-  seal.require_autoencoder(workdir)
+  seal.require_parents(workdir)
 
 
-def require_autoencoder_weights(workdir: str, origin: Origin, found: str) -> None:
-  """Raises CalmError unless the autoencoder's weights have the fingerprint in origin.json."""
-  if found != origin.autoencoder_fingerprint:
+def require_parent_weights(workdir: str, origin: Origin, name: str, fingerprint: str) -> None:
+  """Raises CalmError unless a parent's weights have the fingerprint in origin.json."""
+  expected = origin.parents.get(name, "")
+  if fingerprint != expected:
     raise errors.CalmError(
-      f"{epath.Path(workdir) / AUTOENCODER} holds weights of fingerprint {found}, but {workdir} "
-      f"was trained with those of {origin.autoencoder_fingerprint}: put back the autoencoder that "
-      "was there"
+      f"{epath.Path(workdir) / name} holds weights of fingerprint {fingerprint}, but {workdir} "
+      f"was trained with those of {expected}: put back the {name} that was there"
     )
 
 
@@ -276,177 +287,11 @@ def require_trainable(workdir: str) -> None:
 
 def require_same_data(workdir: str, origin: Origin) -> None:
   """Raises CalmError, naming the hashes, unless the workdir's run began on the same data."""
-  begun = read_origin(workdir)
-  for name in ("tokenizer_hash", "store_hash", "autoencoder_fingerprint"):
-    before, now = getattr(begun, name), getattr(origin, name)
+  stored, current = read_origin(workdir).hashes(), origin.hashes()
+  for name, before in stored.items():
+    now = current.get(name, "")
     if before != now:
       raise errors.CalmError(
         f"{workdir} was trained with {name} {before}, now it is {now}: give the same data or a "
         "new --workdir"
       )
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainedAutoencoder:
-  """Stage one, ready to use. `fingerprint` is of its parameters."""
-
-  run: config.AutoencoderRun
-  origin: Origin
-  params: Params
-  step: int
-  fingerprint: str = ""
-
-  def module(self, dtype: str) -> autoencoder.Autoencoder:
-    """Returns the module, computing in `dtype`."""
-    return autoencoder.Autoencoder(self.run.model, self.origin.vocab_size, jnp.dtype(dtype))
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainedCalm:
-  """Stage two with its autoencoder, ready to use."""
-
-  run: config.CalmRun
-  origin: Origin
-  params: Params
-  step: int
-  autoencoder: TrainedAutoencoder
-  model: calm.Calm
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainedTransformer:
-  """The baseline, ready to use."""
-
-  run: config.TransformerRun
-  origin: Origin
-  params: Params
-  step: int
-  model: transformer.Transformer
-
-
-Trained = TrainedAutoencoder | TrainedCalm | TrainedTransformer
-
-
-def has_checkpoint(workdir: str) -> bool:
-  """Tells whether a run has saved anything yet."""
-  checkpoints = checkpoint.Checkpoints(workdir)
-  steps = checkpoints.steps()
-  checkpoints.close()
-  return bool(steps)
-
-
-def _restore(workdir: str, params: Params) -> checkpoint.Restored:
-  checkpoints = checkpoint.Checkpoints(workdir, concurrent_gb=checkpoint.few_gb(params))
-  bound = seal.read(workdir).bound
-  restored = checkpoints.restore(rules.abstract(params, mesh.current()), bound=bound)
-  checkpoints.close()
-  if restored is None:
-    raise errors.CalmError(f"{workdir} has no checkpoint yet: train it first")
-  return restored
-
-
-def _load_autoencoder(
-  workdir: str, run: config.AutoencoderRun, origin: Origin
-) -> TrainedAutoencoder:
-  model = autoencoder.Autoencoder(run.model, origin.vocab_size)
-  restored = _restore(workdir, jax.eval_shape(model.initial, jax.random.key(0)))
-  fingerprint = restored.meta["params_fingerprint"]
-  return TrainedAutoencoder(run, origin, restored.params, restored.step, fingerprint)
-
-
-def _load_calm(workdir: str, run: config.CalmRun, origin: Origin) -> TrainedCalm:
-  own = str(epath.Path(workdir) / AUTOENCODER)
-  codec = load_autoencoder(own)
-  require_autoencoder_weights(workdir, origin, codec.fingerprint)
-  model = calm.Calm.build(run, codec.module(run.training.compute_dtype), origin.vocab_size)
-  restored = _restore(workdir, jax.eval_shape(model.init, jax.random.key(0)))
-  return TrainedCalm(run, origin, restored.params, restored.step, codec, model)
-
-
-def _load_transformer(
-  workdir: str, run: config.TransformerRun, origin: Origin
-) -> TrainedTransformer:
-  dtype = jnp.dtype(run.training.compute_dtype)
-  model = transformer.Transformer(run.model, origin.vocab_size, dtype)
-  restored = _restore(workdir, jax.eval_shape(model.initial, jax.random.key(0)))
-  return TrainedTransformer(run, origin, restored.params, restored.step, model)
-
-
-_LOADERS: dict[str, Callable[..., Trained]] = {
-  "autoencoder": _load_autoencoder,
-  "calm": _load_calm,
-  "transformer": _load_transformer,
-}
-_NAMES = {
-  "autoencoder": "an autoencoder",
-  "calm": "a CALM language model",
-  "transformer": "a Transformer baseline",
-}
-
-
-def load(workdir: str, stage: str = "") -> Trained:
-  """Returns the newest readable weights of a workdir, ready to use.
-
-  Raises:
-    CalmError: if there are none there, they are not of the stage that is asked for, or a
-      part of the workdir is not the run's own.
-  """
-  require_whole(workdir)
-  run, origin = read_run(workdir), read_origin(workdir)
-  if stage and run.stage != stage:
-    raise errors.CalmError(f"{workdir} holds {_NAMES[run.stage]}, not {_NAMES[stage]}")
-  return _LOADERS[run.stage](workdir, run, origin)
-
-
-def load_autoencoder(workdir: str) -> TrainedAutoencoder:
-  """`load` for stage one."""
-  return typing.cast(TrainedAutoencoder, load(workdir, "autoencoder"))
-
-
-def load_calm(workdir: str) -> TrainedCalm:
-  """`load` for stage two."""
-  return typing.cast(TrainedCalm, load(workdir, "calm"))
-
-
-def write_weights(
-  target: str, run: config.Run, origin: Origin, params: Params, step: int, tokenizer: epath.Path
-) -> None:
-  """Writes weights that are not trained on there as a workdir.
-
-  Raises:
-    CalmError: if it can't be written.
-  """
-  checkpoint.require_writable_name(target)
-  few = checkpoint.few_gb(params)
-  made = sealed(target, run, origin, tokenizer)
-  checkpoints = checkpoint.Checkpoints(target, keep_latest=1, concurrent_gb=few)
-  saved = checkpoints.save(step, params, None, {"seal": made.bound})
-  if not distributed.everywhere("weights saved", checkpoints.wait() and saved):
-    checkpoints.close()
-    raise errors.CalmError(f"can't write the weights to {target}")
-  checkpoints.prove()
-  checkpoints.close()
-  distributed.on_first("weights", lambda: create(target, run, origin, tokenizer, made))
-
-
-def copy_autoencoder(trained: TrainedAutoencoder, source: str, target: str) -> None:
-  """Writes a frozen autoencoder as a workdir of its own, in place of what lies there.
-
-  Raises:
-    CalmError: if it can't be written.
-  """
-
-  def clear() -> None:
-    path = epath.Path(target)
-    trained_there = any((path / name).exists() for name in (METRICS, "ledger"))
-    if trained_there or os.path.realpath(source) == os.path.realpath(target):
-      raise errors.CalmError(
-        f"{target}, where a copy of the autoencoder would lie, is a workdir of its own: give "
-        "another --workdir"
-      )
-    if path.exists():  # Left by a start that was cut short.
-      path.rmtree()
-
-  distributed.on_first("clear", clear)
-  tokenizer = epath.Path(source) / trained.origin.tokenizer_file
-  write_weights(target, trained.run, trained.origin, trained.params, trained.step, tokenizer)

@@ -1,4 +1,4 @@
-"""A workdir -> all that can be checked of it, one thing at a time."""
+"""A workdir -> its checks, one part at a time."""
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
@@ -8,17 +8,17 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from calm_jax import errors, files, seal, workdir
+from calm_jax.running import loading
 from calm_jax.training import checkpoint, failures, fingerprint, ledger, meta, reread
 
-# Returns in a few words what was found; raises CalmError at a lie.
+# Returns a line on the result; raises CalmError at a difference.
 Check = Callable[[], str]
 
 
 def checks(directory: str) -> Iterator[tuple[str, Check]]:
-  """Yields what there is to check of a workdir: its path within, and the check.
+  """Yields (path within the workdir, check) for each part of a workdir.
 
-  What comes later is looked for when it is asked for: a table that ends at the first
-  error needs no more of the workdir than is whole.
+  The parts are looked up lazily, so a caller that stops at the first error reads no damaged part.
 
   Raises:
     CalmError: if there is no workdir.
@@ -31,11 +31,10 @@ def checks(directory: str) -> Iterator[tuple[str, Check]]:
   yield "origin.json", functools.partial(_origin, directory)
   origin = workdir.read_origin(directory)
   yield origin.tokenizer_file, functools.partial(_tokenizer, directory)
-  if seal.read(directory).autoencoder:
-    inner = str(path / workdir.AUTOENCODER)
-    yield workdir.AUTOENCODER, functools.partial(_autoencoder, directory)
-    for name, check in checks(inner):
-      yield f"{workdir.AUTOENCODER}/{name}", check
+  for parent in seal.read(directory).parents:
+    yield parent, functools.partial(_parent, directory, parent)
+    for name, check in checks(str(path / parent)):
+      yield f"{parent}/{name}", check
   for step in checkpoint.steps_in(directory):
     check = functools.partial(_checkpoint, directory, step)
     yield f"{checkpoint.DIRECTORY}/{step}", check
@@ -54,7 +53,7 @@ def _seal(directory: str) -> str:
 
 
 def _config(directory: str) -> str:
-  return f"as the run wrote it, stage {workdir.read_run(directory).stage}"
+  return f"as the run wrote it, stage {loading.read_run(directory).stage}"
 
 
 def _origin(directory: str) -> str:
@@ -67,26 +66,28 @@ def _tokenizer(directory: str) -> str:
   return f"the run's own, {workdir.tokenizer(directory, origin).vocab_size:,} tokens"
 
 
-def _autoencoder(directory: str) -> str:
-  """Its weights against the fingerprint in origin.json; `checks` of its own do the rest."""
-  seal.require_autoencoder(directory)
-  inner = str(epath.Path(directory) / workdir.AUTOENCODER)
+def _parent(directory: str, name: str) -> str:
+  """Compares a parent's weights with origin.json's fingerprint; its own `checks` do the rest."""
+  seal.require_parents(directory)
+  inner = str(epath.Path(directory) / name)
   steps = checkpoint.steps_in(inner)
   if not steps:
-    raise errors.CalmError(f"{inner} has no checkpoint: put back the autoencoder that was there")
+    raise errors.CalmError(f"{inner} has no checkpoint: put back the {name} that was there")
   found = _verified(inner, steps[-1], seal.read(inner).bound)["params_fingerprint"]
-  workdir.require_autoencoder_weights(directory, workdir.read_origin(directory), found)
+  workdir.require_parent_weights(directory, workdir.read_origin(directory), name, found)
   return f"the run's own, weights {found}"
 
 
 def _verified(workdir: str, step: int, bound: str) -> Mapping[str, Any]:
-  """Returns the meta of a checkpoint, all of which is read on the host and found whole.
+  """Reads a complete checkpoint on the host, checks it, and returns its meta.
 
   Args:
-    bound: of the workdir's seal; empty for any.
+    workdir: path of the workdir.
+    step: step of the checkpoint.
+    bound: `bound` of the workdir's seal; empty for any.
 
   Raises:
-    CalmError: if it is not, or can't be read.
+    CalmError: if the checkpoint is damaged or can't be read.
   """
   place = epath.Path(files.absolute(workdir)) / checkpoint.DIRECTORY / str(step)
   try:
@@ -97,7 +98,7 @@ def _verified(workdir: str, step: int, bound: str) -> Mapping[str, Any]:
         meta.require_fingerprint(found, name, fingerprint.digest(reread.lines(place / name)))
   except errors.CalmError:
     raise
-  except Exception as error:  # Damage shows as any error of Orbax or TensorStore.
+  except Exception as error:  # Damage can raise any error of Orbax or TensorStore.
     raise errors.CalmError(f"{place} can't be read: {failures.first_line(error)}") from error
   if "data" in found:
     meta.Taken.of(found["data"], step)
@@ -110,9 +111,9 @@ def _checkpoint(directory: str, step: int) -> str:
   except errors.CalmError:
     if step in checkpoint.steps_in(directory):
       raise
-    return "removed meanwhile by the run"
+    return "removed by the run in the meantime"
   names = [name for name in ("params", "rest") if f"{name}_fingerprint" in found]
-  return f"whole: {', '.join(names)}, meta"
+  return f"intact: {', '.join(names)}, meta"
 
 
 def _lines(path: epath.Path) -> str:

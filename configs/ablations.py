@@ -1,12 +1,12 @@
-"""The paper's ablations: one command a row.
+"""The paper's ablations: one command per row.
 
   python -m calm_jax.main --config=configs/ablations.py:NAME --config.data.path=DATA \
     --config.autoencoder=AE --workdir=RUNS/NAME
 
-Names that begin with `ae_` are autoencoders (without --config.autoencoder); BrierLM
-is that of `reference` trained on them. Unless the row says otherwise each is CALM-M
-at 50k steps of 2M tokens on the published autoencoder, where `reference` has
-BrierLM 4.70. All figures here are the paper's.
+Names that begin with `ae_` are autoencoders (omit --config.autoencoder); their BrierLM
+is that of `reference` trained on them. Unless stated otherwise a row is CALM-M trained
+for 50k steps of 2M tokens on the published autoencoder, for which `reference` has
+BrierLM 4.70. All figures are the paper's.
 
   regularisation  ae_plain 3.99, ae_kl 3.48, ae_kl_floor 4.13, ae_drop_token 4.55,
                   ae_reference 4.70; ae_kl_weight_0.1 is worse
@@ -19,9 +19,8 @@ BrierLM 4.70. All figures here are the paper's.
   patch size      k_1 7.15, k_2 7.03, k_4 6.58, k_8 5.31: CALM-L, 250k steps, each on
                   its own ae_k_1, ae_k_2, ae_k_4, ae_k_8
 
-`ae_plain` weighs the KL with 0: nothing then keeps the posterior from narrowing to
-a point, but it is still drawn from. The autoencoder with attention is not built:
-the paper found it worse.
+`ae_plain` has KL weight 0: the posterior may collapse to a point, but it is still
+sampled. The autoencoder with attention is not implemented: the paper found it worse.
 """
 
 import dataclasses
@@ -30,7 +29,7 @@ import runpy
 
 from ml_collections import ConfigDict
 
-from calm_jax import config
+from calm_jax import config, resolve
 
 _CALM = runpy.run_path(str(pathlib.Path(__file__).with_name("calm.py")))["SIZES"]
 _PAPER = runpy.run_path(str(pathlib.Path(__file__).with_name("autoencoder.py")))["PAPER"]
@@ -40,18 +39,18 @@ _REFERENCE = dataclasses.replace(
 
 
 def _changed(run: config.Run, part: str, **changes) -> config.Run:
-  """Returns `run` with some settings of one part changed."""
+  """Returns `run` with settings of one group changed."""
   return dataclasses.replace(run, **{part: dataclasses.replace(getattr(run, part), **changes)})
 
 
 def _autoencoder(**loss) -> config.Run:
-  """Returns the autoencoder with the regularisers that are named, and no others."""
+  """Returns the autoencoder with only the regularizers that are named."""
   none = {"kl_weight": 0.0, "kl_floor": 0.0, "drop_token": 0.0, "drop_latent": 0.0}
   return _changed(_PAPER, "loss", **(none | loss))
 
 
 def _patches_of(k: int) -> config.Run:
-  """CALM-L over 2048 patches of K tokens, 2M tokens a step."""
+  """Returns CALM-L over 2048 patches of K tokens, with 2M tokens per step."""
   run = _changed(_changed(_CALM["l"], "model", patch_size=k), "data", context=2048 * k)
   return _changed(run, "training", batch=_CALM["l"].training.batch * 4 // k)
 
@@ -89,11 +88,9 @@ ROWS: dict[str, config.Run] = {
 
 
 def get_config(name: str = "reference") -> ConfigDict:
-  return config.to_config_dict(config.choose(ROWS, name))
+  return resolve.to_config_dict(resolve.choose(ROWS, name))
 
 
 def get_companions(name: str = "reference") -> config.Companions:
-  own = ROWS.get(f"ae_{name}")  # Of the rows `k_`, which are written for their own.
-  if isinstance(own, config.AutoencoderRun):
-    return config.Companions(autoencoder=own.model)
-  return config.Companions()
+  own = ROWS.get(f"ae_{name}")  # The rows `k_` have their own autoencoders.
+  return config.Companions(parents={"autoencoder": own} if own else {})

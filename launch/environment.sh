@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by the other scripts with one argument, an extra of setup.py or "": makes .venv beside
+# Sourced by the other scripts with one argument, an extra of setup.py or "": makes .venv next to
 # this folder, installs calm_jax there and puts it first on PATH. PYTHON is the interpreter.
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
@@ -15,7 +15,7 @@ if [ "$(.venv/bin/python --version 2>/dev/null)" != "$version" ]; then
   echo "+ $PYTHON -m venv --clear .venv"
   "$PYTHON" -m venv --clear .venv
 fi
-# Installed once for each setup.py and extra.
+# Installs once per content of setup.py and extra.
 stamp=.venv/installed-$(cat setup.py <(echo "$1") | cksum | cut -d' ' -f1)
 if [ ! -e "$stamp" ]; then
   echo "+ .venv/bin/pip install -e .${1:+[$1]}"
@@ -23,5 +23,5 @@ if [ ! -e "$stamp" ]; then
   touch "$stamp"
 fi
 export PATH="$PWD/.venv/bin:$PATH"
-# On a CPU the arrays of a step are new memory every time: in large pages a step is faster.
+# On a CPU each step allocates new memory for its arrays, which is faster in large pages.
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}

@@ -1,17 +1,17 @@
 # shellcheck shell=bash
 # Sourced by the launch scripts that take flags: parsing, errors, and commands that --dry_run only
-# prints. A script's --help is the comment at its head.
+# prints. The --help of a script is the comment at its head.
 dry_run=""
 REST=()
 
-# One line about bad input, and exit code 2.
+# Prints one line about bad input and exits with 2.
 fail() {
   echo "error: $*" >&2
   exit 2
 }
 
 # parse "NAMES" "SWITCHES" ARGUMENTS...: sets the variable of each --name=value and --switch, and
-# REST to what comes behind the flags.
+# REST to the words after the flags.
 parse() {
   local values=" $1 " switches=" $2 dry_run " flag
   shift 2
@@ -45,7 +45,7 @@ parse() {
   REST=("$@")
 }
 
-# require NAME...: each variable was set.
+# require NAME...: fails unless each variable is set.
 require() {
   local flag
   for flag in "$@"; do
@@ -53,7 +53,7 @@ require() {
   done
 }
 
-# whole NAME...: each variable is a whole number of at least 1.
+# whole NAME...: fails unless each variable is an integer of at least 1.
 whole() {
   local flag
   for flag in "$@"; do
@@ -61,7 +61,7 @@ whole() {
   done
 }
 
-# The words as one line that a shell reads as the same words.
+# Prints the words as one line, quoted for a shell.
 quoted() {
   local line="" word
   for word in "$@"; do
@@ -71,7 +71,7 @@ quoted() {
   echo "${line# }"
 }
 
-# Prints a command and runs it; with --dry_run prints it alone, to standard output.
+# Prints a command and runs it; with --dry_run only prints it, to standard output.
 do_or_print() {
   if [ -n "$dry_run" ]; then
     quoted "$@"

@@ -1,21 +1,22 @@
 #!/usr/bin/env bash
-# TPU slices in GKE: fills in launch/jobset.yaml and applies it.
+# Trains on TPU slices in GKE: fills in launch/jobset.yaml and applies it.
 #
 #   launch/gke.sh [apply] --topology=v5p:4x4x4 --image=I --config=configs/calm.py:xl \
 #     --workdir=gs://BUCKET/W [--slices=2] [-- --config.data.path=gs://BUCKET/DATA ...]
-#   launch/gke.sh xpk --cluster=C ...    prints the xpk command that does about the same
+#   launch/gke.sh xpk --cluster=C ...    prints a similar command of xpk
 #   launch/gke.sh status | delete [--name=calm-jax] [--namespace=default]
 #
 # The cluster needs the JobSet controller and a node pool for each slice; the image needs calm_jax
-# with its extra tpu, and Python as "python". What is behind -- goes to calm_jax.main.
+# with its extra tpu, and Python as "python". Words after -- are passed to calm_jax.main.
 #
-#   --topology         TPU and chips of a slice: v4, v5e, v5p, v6e or tpu7x, a colon, 4x4 or 2x2x2
-#   --slices           how many, 1
-#   --chips_per_host   4, or fewer where the slice has fewer; 8 for a v5e or v6e host of 8
-#   --max_restarts     how often the set is started again, 50
-#   --service_account  of Kubernetes, one that may read and write the bucket; default
-#   --spot             on spot machines
-#   --dry_run          print what would be applied, or the command, and do nothing
+#   --topology         TPU type and chips of a slice: v4, v5e, v5p, v6e or tpu7x, a colon, and 4x4
+#                      or 2x2x2
+#   --slices           number of slices; by default 1
+#   --chips_per_host   by default 4, or all chips of a smaller slice; 8 for v5e or v6e hosts of 8
+#   --max_restarts     most restarts of the set; by default 50
+#   --service_account  Kubernetes account that may read and write the bucket; by default "default"
+#   --spot             use spot machines
+#   --dry_run          print the manifest, or the command, and do nothing
 set -euo pipefail
 # shellcheck source=launch/flags.sh
 source "$(dirname "${BASH_SOURCE[0]}")/flags.sh"
@@ -37,7 +38,7 @@ for flag in name namespace service_account; do
     fail "--$flag must be up to 40 of a-z, 0-9 and -, beginning with a letter, got ${!flag}"
 done
 
-# Words as one JSON array, which YAML reads too.
+# Prints words as a JSON array, which is also YAML.
 json() {
   local word line=""
   for word in "$@"; do
@@ -48,7 +49,7 @@ json() {
   echo "[${line#, }]"
 }
 
-# The manifest, filled in.
+# Prints the manifest, filled in.
 manifest() {
   local text value
   text=$(<"$(dirname "${BASH_SOURCE[0]}")/jobset.yaml")
@@ -67,12 +68,13 @@ case $act in
     [[ ${REST[0]:---} == --* ]] || fail "unexpected argument ${REST[0]}: see --help"
     require topology image config workdir
     whole slices max_restarts
-    [[ $workdir == gs://* ]] || fail "--workdir must be a bucket's, gs://..., got $workdir"
-    [[ $image$config$workdir != *[$'\n\t ']* ]] || fail "--image, --config, --workdir: no spaces"
+    [[ $workdir == gs://* ]] || fail "--workdir must be in a bucket, gs://..., got $workdir"
+    [[ $image$config$workdir != *[$'\n\t ']* ]] ||
+      fail "--image, --config and --workdir must have no spaces"
     tpu=${topology%%:*} shape=${topology#*:}
     [[ $topology =~ ^[a-z0-9]+:[1-9][0-9]*(x[1-9][0-9]*){1,2}$ ]] ||
       fail "--topology must be like v5p:4x4x4 or v6e:4x8, got $topology"
-    # GKE's name; xpk's prefix, with the TensorCores of a chip that it counts.
+    # GKE's name, the prefix of xpk's types, and the TensorCores per chip that these count.
     case $tpu in
       v4) accelerator=tpu-v4-podslice prefix=v4 cores=2 ;;
       v5e) accelerator=tpu-v5-lite-podslice prefix=v5litepod cores=1 ;;
@@ -85,13 +87,13 @@ case $act in
     chips_per_host=${chips_per_host:-$((chips < 4 ? chips : 4))}
     whole chips_per_host
     [ $((chips % chips_per_host)) = 0 ] ||
-      fail "$chips chips are not whole hosts of --chips_per_host=$chips_per_host"
+      fail "$chips chips are not a multiple of --chips_per_host=$chips_per_host"
     hosts=$((chips / chips_per_host))
     command=(python -m calm_jax.main --config="$config" --workdir="$workdir"
       ${REST[@]+"${REST[@]}"})
     ;;
   status | delete) [ ${#REST[@]} = 0 ] || fail "unexpected argument ${REST[0]}" ;;
-  *) fail "give one of apply, xpk, status, delete, or flags alone for apply; see --help" ;;
+  *) fail "give one of apply, xpk, status, delete, or only flags for apply; see --help" ;;
 esac
 [ "$act" = xpk ] || [ -n "$dry_run" ] || command -v kubectl >/dev/null ||
   fail "kubectl is not installed: see https://kubernetes.io/docs/tasks/tools"

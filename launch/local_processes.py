@@ -1,14 +1,15 @@
-"""Runs one command as several processes on this machine, as a cluster runs it on several hosts.
+"""Runs one command as several processes on this machine, like a cluster on several hosts.
 
     python launch/local_processes.py --processes=4 --devices=2 -- \\
       python -m calm_jax.main --config=configs/calm.py:quickstart --workdir=W
 
-Each process gets `--coordinator_address=127.0.0.1:PORT --num_processes=N --process_id=I` behind
-its command, and its lines begin with `[I] `. SIGTERM and SIGINT go to every process once. After
-one process has failed the others have --grace_seconds to stop on their own and are then killed.
+`--coordinator_address=127.0.0.1:PORT --num_processes=N --process_id=I` is appended to the command
+of each process, and its lines of output begin with `[I] `. SIGTERM and SIGINT are passed to every
+process once. After a process has failed, the others have --grace_seconds to stop and are then
+killed.
 
-Exits with 0 if all did; with 75, which asks for another start, if one did and all that failed
-otherwise were killed by a signal; else with the first other code.
+The exit code is 0 if all processes exit with 0; 75, which requests a restart, if a process exits
+with 75 and all other failures are signals; else the first other exit code.
 """
 
 import contextlib
@@ -31,26 +32,22 @@ DEVICE_COUNT = "--xla_force_host_platform_device_count"
 
 
 def free_port() -> int:
-  """A port of 127.0.0.1 that nobody listens on now."""
+  """Returns a port of 127.0.0.1 that is free now."""
   with socket.socket() as listener:
     listener.bind(("127.0.0.1", 0))
     return listener.getsockname()[1]
 
 
 def commands(command: Sequence[str], processes: int, port: int) -> list[list[str]]:
-  """The command of each process."""
-  address = f"127.0.0.1:{port}"
-  return [
-    [*command, f"--coordinator_address={address}", f"--num_processes={processes}",
-     f"--process_id={index}"]
-    for index in range(processes)
-  ]  # fmt: skip
+  """Returns the command of each process."""
+  job = [f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={processes}"]
+  return [[*command, *job, f"--process_id={index}"] for index in range(processes)]
 
 
 def settings(index: int, devices: int, platform: str) -> dict[str, str]:
-  """The environment variables that give process `index` its devices.
+  """Returns the environment variables that give process `index` its devices.
 
-  On `cpu` that many are made up; of `cuda` each process sees that many GPUs of its own.
+  On `cpu` the devices are simulated; on `cuda` each process sees its own GPUs.
   """
   if platform != "cpu":
     own = range(index * devices, (index + 1) * devices)
@@ -66,10 +63,10 @@ def run(
   platform: str = "cpu",
   grace_seconds: float = 120,
 ) -> list[int]:
-  """Runs the processes to their end, their output to ours; call it from the main thread.
+  """Runs the processes until they end and prints their output; call it from the main thread.
 
   Returns:
-    The exit code of each process, -n where signal n ended it.
+    The exit code of each process, -n if signal n ended it.
 
   Raises:
     OSError: if the command can't be started.
@@ -92,13 +89,13 @@ def run(
     finally:
       for child in children:
         _kill(child)
-  for reader in readers:  # Whatever a process left running may hold its output open.
+  for reader in readers:  # A process that was left running may hold the output open.
     reader.join(timeout=5)
   return [child.wait() for child in children]
 
 
 def exit_code(codes: Sequence[int]) -> int:
-  """The one exit code that tells what became of all processes; see the module."""
+  """Returns one exit code for all processes; see the module."""
   failed = [code for code in codes if code]
   worse = [code for code in failed if code > 0 and code != EXIT_START_AGAIN]
   if worse:
@@ -110,9 +107,9 @@ def exit_code(codes: Sequence[int]) -> int:
 
 @contextlib.contextmanager
 def _recorded(received: list[int]) -> Iterator[None]:
-  """Appends SIGTERM and SIGINT to `received` in place of acting on them.
+  """A context that appends SIGTERM and SIGINT to `received` instead of handling them.
 
-  A SIGINT that is ignored, as in a background job, stays so.
+  If SIGINT is ignored, as in a background job, it stays ignored.
   """
   before = {
     number: signal.signal(number, lambda number, _: received.append(number))
@@ -127,7 +124,7 @@ def _recorded(received: list[int]) -> Iterator[None]:
 
 
 def _start(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen:
-  # In a group of its own, so that Ctrl-C reaches it through us alone: once.
+  """Starts a process in its own process group, so that Ctrl-C reaches it once, through us."""
   return subprocess.Popen(
     command,
     stdin=subprocess.DEVNULL,
@@ -141,7 +138,7 @@ def _start(command: Sequence[str], environment: Mapping[str, str]) -> subprocess
 
 
 def _copy(source: IO[str], sink: IO[str], prefix: str, lock: threading.Lock) -> None:
-  """Copies lines until the source ends, even where nobody reads ours any more."""
+  """Copies lines until the source ends, even if our own reader has ended."""
   with source:
     for line in source:
       with lock, contextlib.suppress(OSError, ValueError):
@@ -150,7 +147,7 @@ def _copy(source: IO[str], sink: IO[str], prefix: str, lock: threading.Lock) -> 
 
 
 def _wait(children: Sequence[subprocess.Popen], received: list[int], grace_seconds: float) -> None:
-  """Returns when all have ended, or `grace_seconds` after the first that failed."""
+  """Waits until all processes have ended, or `grace_seconds` after the first failure."""
   deadline = None
   while any([child.poll() is None for child in children]):
     while received:
@@ -162,14 +159,14 @@ def _wait(children: Sequence[subprocess.Popen], received: list[int], grace_secon
       deadline = time.monotonic() + grace_seconds
     if deadline is not None and time.monotonic() > deadline:
       late = [str(index) for index, child in enumerate(children) if child.returncode is None]
-      told = f"still running {grace_seconds:g} s after another failed: killed"
-      print(f"process {', '.join(late)} {told}", file=sys.stderr)
+      problem = f"still running {grace_seconds:g} s after another failed: killed"
+      print(f"process {', '.join(late)} {problem}", file=sys.stderr)
       return
     time.sleep(POLL_SECONDS)
 
 
 def _kill(child: subprocess.Popen) -> None:
-  """Ends a process and whatever it left in its group."""
+  """Kills a process and the rest of its process group."""
   with contextlib.suppress(ProcessLookupError, PermissionError):
     os.killpg(child.pid, signal.SIGKILL)
   child.wait()
@@ -177,12 +174,12 @@ def _kill(child: subprocess.Popen) -> None:
 
 def main() -> None:
   """Parses flags, runs and exits."""
-  # Defined here, so that importing this file defines none.
-  processes = flags.DEFINE_integer("processes", None, "How many processes.", lower_bound=1)
+  # Flags are defined here so that an import of this file defines none.
+  processes = flags.DEFINE_integer("processes", None, "Number of processes.", lower_bound=1)
   devices = flags.DEFINE_integer("devices", 1, "Devices of each process.", lower_bound=1)
-  platform = flags.DEFINE_enum("platform", "cpu", ["cpu", "cuda"], "What JAX runs on.")
+  platform = flags.DEFINE_enum("platform", "cpu", ["cpu", "cuda"], "JAX platform.")
   grace_seconds = flags.DEFINE_float(
-    "grace_seconds", 120, "What the others have to stop after one process failed.", lower_bound=0
+    "grace_seconds", 120, "Seconds for the others to stop after a process failed.", lower_bound=0
   )
   dry_run = flags.DEFINE_bool("dry_run", False, "Print the commands and run nothing.")
 
@@ -192,7 +189,7 @@ def main() -> None:
       if processes.value is None:
         raise flags.Error("give --processes=N")
       if len(rest) < 2:
-        raise flags.Error("give the command that each process runs behind --")
+        raise flags.Error("give the command of the processes after --")
     except flags.Error as error:
       _fail(" ".join(str(error).split()))
     return rest
@@ -202,8 +199,8 @@ def main() -> None:
     if dry_run.value:
       for index, own in enumerate(commands(command, processes.value, free_port())):
         variables = settings(index, devices.value, platform.value)
-        given = " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items())
-        print(f"[{index}] {given} {shlex.join(own)}")
+        shown = " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items())
+        print(f"[{index}] {shown} {shlex.join(own)}")
       return 0
     try:
       codes = run(command, processes.value, devices.value, platform.value, grace_seconds.value)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The whole story on one machine without an accelerator: corpus -> tokenizer -> token store ->
-# autoencoder -> language model -> evaluation -> text -> report. At most 12 minutes on 2 cores
-# and 6 GB. Run again, it goes on where it stopped. QUICKSTART_DIR moves its output.
+# Runs the complete pipeline on one machine without an accelerator: corpus -> tokenizer -> token
+# store -> autoencoder -> language model -> evaluation -> text -> report. Takes at most 12 minutes on
+# 2 cores and 6 GB. When run again, it resumes. QUICKSTART_DIR is the folder of its output.
 set -euo pipefail
 began=$(date +%s)
 case ${QUICKSTART_DIR:=} in
@@ -13,16 +13,16 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" ""
 
 DIR=${QUICKSTART_DIR:-runs/quickstart}
 mkdir -p "$DIR"
-TIMES=$DIR/seconds.tsv # One line an attempt: step, seconds, finished or stopped.
+TIMES=$DIR/seconds.tsv # One line per attempt: step, seconds, finished or stopped.
 touch "$TIMES"
 printf 'install\t%s\tfinished\n' $(($(date +%s) - began)) >>"$TIMES"
 
-# Prints and runs one step's command, unless an earlier run of this script finished it.
+# step NAME COMMAND...: prints and runs a command, unless an earlier run of this script finished it.
 step() {
   local name=$1 start status=0
   shift
   if grep -q "^$name"$'\t.*\tfinished$' "$TIMES"; then
-    echo "= $name: finished before"
+    echo "= $name: already finished"
     return
   fi
   printf '\n+'

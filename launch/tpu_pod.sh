@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Cloud TPU VMs: one, a pod slice or several slices, by queued resources.
+# Trains on Cloud TPU VMs: a single VM, a pod slice or several slices, as queued resources.
 #
 #   launch/tpu_pod.sh create  --name=N --zone=Z --type=v5p-128 [--slices=2] [--spot]
 #   launch/tpu_pod.sh install --name=N --zone=Z [--slices=2]
@@ -7,19 +7,21 @@
 #   launch/tpu_pod.sh watch   FLAGS OF create -- python -m calm_jax.main ...
 #   launch/tpu_pod.sh follow | status | stop | delete  --name=N --zone=Z [--slices=2]
 #
-# create asks for the machines, install copies the commit that is checked out here (with
-# --clone=URL the workers fetch it themselves) and installs it, run starts the command on every
-# worker and follows the first. The run goes on without the connection; follow shows it again.
-# watch does all of it, and again after each preemption, until the run ends with 0, with 2 or with
-# another code that is not a preemption's.
+# create requests the machines. install copies the commit that is checked out here and installs it;
+# with --clone=URL the workers fetch it from there. run starts the command on every worker and
+# follows the first. The run continues without the connection; follow shows its output again.
+# watch does all of this, and repeats it after each preemption, until the run ends with 0, 2 or
+# another code that does not come from a preemption.
 #
-#   --type, --slices   accelerator type of a slice, as gcloud names it; how many slices
-#   --spot             machines that may be taken away at any time
-#   --runtime          software of the machines, by default the one for JAX on --type
+#   --type             accelerator type of a slice, as gcloud names it
+#   --slices           number of slices; by default 1
+#   --spot             use machines that can be preempted at any time
+#   --runtime          software of the machines; by default the one for JAX on --type
 #   --create_flags     more flags for gcloud's create, such as "--reserved --network=mine"
-#   --project          where it is not gcloud's default
-#   --attempts         restarts without progress, 10; see launch/restart.sh
-#   --poll             seconds between two looks of watch, 60
+#   --project          by default gcloud's
+#   --clone            URL of a git repository that the workers can read
+#   --attempts         most restarts without progress; by default 10, see launch/restart.sh
+#   --poll             seconds between two checks of watch; by default 60
 #   --dry_run          print the commands and run nothing
 set -euo pipefail
 # shellcheck source=launch/flags.sh
@@ -39,7 +41,7 @@ whole slices attempts poll
 place=("--zone=$zone" ${project:+"--project=$project"})
 resources=(gcloud compute tpus queued-resources)
 
-# on WORKERS LINE: runs one shell line there, on all or on worker 0 of slice 0.
+# on WORKERS LINE: runs a shell line on all workers, or on worker 0 of slice 0.
 on() {
   local ssh=(gcloud compute tpus tpu-vm ssh)
   [ "$slices" = 1 ] || ssh=("${resources[@]}" ssh "--node=$1")
@@ -55,8 +57,8 @@ create() {
     --runtime-version="$runtime" "${nodes[@]}" ${spot:+--spot} ${more[@]+"${more[@]}"}
 }
 
-# The machines' own Python may be older than 3.11, so that one is fetched.
-# shellcheck disable=SC2016 # For the workers' shells.
+# The machines' own Python may be older than 3.11, so Python 3.12 is fetched.
+# shellcheck disable=SC2016 # Expanded by the workers' shells.
 INSTALL='cd ~/calm_jax && python3 -m pip install --quiet --user uv \
   && python3 -m uv python install --quiet 3.12 \
   && export PYTHON="$(python3 -m uv python find --system 3.12)" \
@@ -79,7 +81,7 @@ install() {
     on all "mkdir -p ~/calm_jax && tar -xzf ~/$archive -C ~/calm_jax && $INSTALL"
 }
 
-# shellcheck disable=SC2016 # For the workers' shells.
+# shellcheck disable=SC2016 # Expanded by the workers' shells.
 HERE='cd ~/calm_jax && PATH="$PWD/.venv/bin:$PATH" launch/detached.sh'
 
 run() {
@@ -88,16 +90,18 @@ run() {
     on 0 "$HERE --follow"
 }
 
-# ACTIVE, SUSPENDED and the like; ABSENT; or UNKNOWN, where gcloud could not tell.
+# Prints the state of the machines: ACTIVE, SUSPENDED and so on; ABSENT if there are none; UNKNOWN
+# if gcloud fails.
 state() {
-  local told
-  if told=$("${resources[@]}" describe "$name" "${place[@]}" --format='value(state.state)' 2>&1); then
-    echo "$told"
-  elif [[ $told == *NOT_FOUND* ]]; then
+  local answer
+  if answer=$("${resources[@]}" describe "$name" "${place[@]}" \
+    --format='value(state.state)' 2>&1); then
+    echo "$answer"
+  elif [[ $answer == *NOT_FOUND* ]]; then
     echo ABSENT
   else
     echo UNKNOWN
-    echo "$told" >&2
+    echo "$answer" >&2
   fi
 }
 
@@ -117,8 +121,8 @@ watch() {
           run || code=$?
           case $code in
             0 | 2) exit "$code" ;;
-            75 | 255) ;; # To be started again; the connection ended.
-            *)           # Of a run whose machines go away, or of its own.
+            75 | 255) ;; # A restart is requested; the connection ended.
+            *)           # Perhaps because the machines are being taken away.
               sleep "$poll"
               [ "$(state)" != ACTIVE ] || exit "$code"
               ;;
@@ -149,18 +153,18 @@ case $act in
       *) default="" ;;
     esac
     runtime=${runtime:-$default}
-    [ -n "$runtime" ] || fail "give --runtime=...: the one for --type=$type is not known here"
+    [ -n "$runtime" ] || fail "give --runtime=...: there is no default for --type=$type"
     ;;
 esac
 case $act in
-  run | watch) [ ${#REST[@]} -gt 0 ] || fail "give the command to run behind --" ;;
+  run | watch) [ ${#REST[@]} -gt 0 ] || fail "give the command to run after --" ;;
   *) [ ${#REST[@]} = 0 ] || fail "unexpected argument ${REST[0]}" ;;
 esac
 case $act in
   install | watch)
     cd "$(dirname "${BASH_SOURCE[0]}")/.."
     commit=$(git rev-parse --short=12 HEAD 2>/dev/null) || fail "$PWD is not a git checkout"
-    git diff --quiet HEAD || echo "only what is committed is installed: $commit" >&2
+    git diff --quiet HEAD || echo "uncommitted changes are not installed; the commit is $commit" >&2
     ;;
 esac
 [ -n "$dry_run" ] || command -v gcloud >/dev/null ||
@@ -179,7 +183,7 @@ case $act in
       quoted "${resources[@]}" describe "$name" "${place[@]}" --format='value(state.state)'
       echo "# When it is SUSPENDED or FAILED:"
       delete
-      echo "# Then, and when there is none:"
+      echo "# Then, and when it is ABSENT:"
       create
       echo "# When it is ACTIVE, until the run ends with 0 or 2:"
       install

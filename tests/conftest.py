@@ -36,8 +36,13 @@ import pytest
 import tokenizers as tokenizers_lib
 from etils import epath
 
-from calm_jax import config, main, prepare, workdir
+from calm_jax import config, prepare
 from calm_jax.models import calm
+from calm_jax.running import loading, train
+from calm_jax.stages import autoencoder as autoencoder_stage
+from calm_jax.stages import calm as calm_stage
+from calm_jax.stages import transformer as transformer_stage
+from calm_jax.training import trained as trained_lib
 
 atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -81,8 +86,8 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
-def autoencoder_run(tokens: str) -> config.AutoencoderRun:
-  return config.AutoencoderRun(
+def autoencoder_run(tokens: str) -> autoencoder_stage.Run:
+  return autoencoder_stage.Run(
     data=config.Data(tokens, 32),
     model=config.Autoencoder(width=16, ffn=32, latent=8, init="fan_in"),
     optimizer=OPTIMIZER,
@@ -93,17 +98,17 @@ def autoencoder_run(tokens: str) -> config.AutoencoderRun:
 
 @pytest.fixture(scope="session")
 def trained_autoencoder(
-  autoencoder_run: config.AutoencoderRun, tmp_path_factory: pytest.TempPathFactory
+  autoencoder_run: autoencoder_stage.Run, tmp_path_factory: pytest.TempPathFactory
 ) -> pathlib.Path:
   """The workdir of a finished run of stage one."""
   workdir = tmp_path_factory.mktemp("autoencoder") / "run"
-  main.train_run(autoencoder_run, str(workdir))
+  train.train_run(autoencoder_run, str(workdir))
   return workdir
 
 
 @pytest.fixture(scope="session")
-def calm_run(tokens: str, trained_autoencoder: pathlib.Path) -> config.CalmRun:
-  return config.CalmRun(
+def calm_run(tokens: str, trained_autoencoder: pathlib.Path) -> calm_stage.Run:
+  return calm_stage.Run(
     data=config.Data(tokens, 32),
     autoencoder=str(trained_autoencoder),
     model=config.Backbone(layers=2, width=16, ffn=32, heads=2, kv_heads=1, init="fan_in"),
@@ -117,17 +122,17 @@ def calm_run(tokens: str, trained_autoencoder: pathlib.Path) -> config.CalmRun:
 
 @pytest.fixture(scope="session")
 def trained_calm(
-  calm_run: config.CalmRun, tmp_path_factory: pytest.TempPathFactory
+  calm_run: calm_stage.Run, tmp_path_factory: pytest.TempPathFactory
 ) -> pathlib.Path:
   """The workdir of a finished run of stage two."""
   workdir = tmp_path_factory.mktemp("calm") / "run"
-  main.train_run(calm_run, str(workdir))
+  train.train_run(calm_run, str(workdir))
   return workdir
 
 
 @pytest.fixture(scope="session")
-def transformer_run(tokens: str) -> config.TransformerRun:
-  return config.TransformerRun(
+def transformer_run(tokens: str) -> transformer_stage.Run:
+  return transformer_stage.Run(
     data=config.Data(tokens, 32),
     model=config.Transformer(layers=2, width=16, ffn=32, heads=2, kv_heads=1, init="fan_in"),
     optimizer=OPTIMIZER,
@@ -138,11 +143,11 @@ def transformer_run(tokens: str) -> config.TransformerRun:
 
 @pytest.fixture(scope="session")
 def trained_transformer(
-  transformer_run: config.TransformerRun, tmp_path_factory: pytest.TempPathFactory
+  transformer_run: transformer_stage.Run, tmp_path_factory: pytest.TempPathFactory
 ) -> pathlib.Path:
   """The workdir of a finished run of the baseline."""
   workdir = tmp_path_factory.mktemp("transformer") / "run"
-  main.train_run(transformer_run, str(workdir))
+  train.train_run(transformer_run, str(workdir))
   return workdir
 
 
@@ -167,17 +172,18 @@ def latent_reader(trained_calm: pathlib.Path, tmp_path: pathlib.Path) -> Callabl
   """Writes a workdir like `trained_calm` with another input, its weights untrained."""
 
   def write(kind: str) -> str:
-    trained = workdir.load_calm(str(trained_calm))
+    trained = loading.load(str(trained_calm))
     sizes = dataclasses.replace(trained.run.model, input=kind)
     run = dataclasses.replace(trained.run, model=sizes)
-    model = calm.Calm.build(run, trained.model.autoencoder, trained.origin.vocab_size)
-    params = model.init(jax.random.key(0))
+    autoencoder = trained.parents["autoencoder"].run.model
+    model = calm.Calm.build(sizes, run.head, autoencoder, trained.origin.vocab_size)
+    params = model.initial(jax.random.key(0))
     kernel = params["head"]["out"]["kernel"]  # Zero at the start of training.
     params["head"]["out"]["kernel"] = jax.random.normal(jax.random.key(1), kernel.shape)
     target = tmp_path / "latent_reader"
-    shutil.copytree(trained_calm / workdir.AUTOENCODER, target / workdir.AUTOENCODER)
+    shutil.copytree(trained_calm / "autoencoder", target / "autoencoder")
     tokenizer = epath.Path(trained_calm / trained.origin.tokenizer_file)
-    workdir.write_weights(str(target), run, trained.origin, params, 1, tokenizer)
+    trained_lib.write(str(target), run, trained.origin, params, 1, tokenizer)
     return str(target)
 
   return write

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 from safetensors import numpy as safetensors
 
-from calm_jax import workdir
-from calm_jax.interchange import to_workdir
+from calm_jax.running import conversion, loading
+from calm_jax.training import trained as trained_lib
 
 GOLDEN = pathlib.Path(__file__).parent / "testdata/golden"
 VOCAB = {"k4": 101, "k2_gqa": 97}
@@ -51,16 +51,15 @@ def sharded(folder: pathlib.Path) -> None:
   (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
 
 
-def converted(folder: pathlib.Path, **options) -> workdir.Trained:
+def converted(folder: pathlib.Path, **options) -> trained_lib.Trained:
   """The workdir that a folder becomes."""
   output = folder.parent / f"{folder.name}_workdir"
-  to_workdir.write(str(folder), str(output), **options)
-  return workdir.load(str(output))
+  conversion.convert(str(folder), str(output), "workdir", **options)
+  return loading.load(str(output))
 
 
-def all_params(trained: workdir.Trained):
-  inner = trained.autoencoder.params if isinstance(trained, workdir.TrainedCalm) else {}
-  return trained.params, inner
+def all_params(trained: trained_lib.Trained):
+  return trained.params, {name: parent.params for name, parent in trained.parents.items()}
 
 
 def assert_same(a, b) -> None:

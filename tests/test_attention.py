@@ -1,4 +1,4 @@
-"""Claims about attention: every kernel computes the same, and the TPU's compiles for every head."""
+"""Claims about attention: each form equals the plain one; the TPU's compiles for every head."""
 
 import functools
 
@@ -9,9 +9,9 @@ from jax import numpy as jnp
 from jax.sharding import NamedSharding
 
 from calm_jax import config, errors
-from calm_jax.models import attention
+from calm_jax.kernels import attention
 from calm_jax.parallel import mesh as mesh_lib
-from calm_jax.planning import matmuls, program, topologies
+from calm_jax.planning.compiled import matmuls, program, topologies
 
 BATCH, POSITIONS, HEADS, CHANNELS = 2, 256, 4, 64
 
@@ -41,41 +41,43 @@ def by_numpy(query, key, value):
   return np.einsum("bhpq,bqhc->bphc", weights, value)
 
 
+def assert_plain(outputs, inputs):
+  """Asserts that values and gradients are those of the plain form, and values those of NumPy."""
+  expected = jax.jit(functools.partial(values_and_gradients, attention.plain))(*inputs)
+  np.testing.assert_allclose(outputs[0], by_numpy(*inputs[:3]), atol=1e-5)
+  for output, plain in zip(outputs, expected, strict=True):
+    np.testing.assert_allclose(output, plain, atol=2e-5)
+
+
 interpreted = functools.partial(attention._splash, interpret=True)
 
 
 @pytest.mark.parametrize("kv_heads", [HEADS, 2, 1])
-def test_the_kernel_of_tpus_has_the_numbers_and_gradients_of_plain_attention(kv_heads: int):
-  given = arrays(kv_heads)
-  expected = jax.jit(functools.partial(values_and_gradients, attention.KERNELS["xla"].run))(*given)
-  found = jax.jit(functools.partial(values_and_gradients, interpreted))(*given)
-  np.testing.assert_allclose(found[0], by_numpy(*given[:3]), atol=1e-5)
-  for a, b in zip(found, expected, strict=True):
-    np.testing.assert_allclose(a, b, atol=2e-5)
+def test_the_tpu_kernel_has_the_values_and_gradients_of_plain_attention(kv_heads: int):
+  inputs = arrays(kv_heads)
+  outputs = jax.jit(functools.partial(values_and_gradients, interpreted))(*inputs)
+  assert_plain(outputs, inputs)
 
 
 @pytest.mark.parametrize("kv_heads", [HEADS, 2, 1])
 @pytest.mark.parametrize("positions", [POSITIONS, 250, 40])
-def test_blocks_of_queries_have_the_numbers_and_gradients_of_plain_attention(
+def test_blocks_of_queries_have_the_values_and_gradients_of_plain_attention(
   kv_heads: int, positions: int
 ):
-  given = tuple(x[:, :positions] for x in arrays(kv_heads))
-  plain, blocks = (attention.KERNELS[name].run for name in ("xla", "blocks"))
-  expected = jax.jit(functools.partial(values_and_gradients, plain))(*given)
-  found = jax.jit(functools.partial(values_and_gradients, blocks))(*given)
-  np.testing.assert_allclose(found[0], by_numpy(*given[:3]), atol=1e-5)
-  for a, b in zip(found, expected, strict=True):
-    np.testing.assert_allclose(a, b, atol=2e-5)
+  inputs = tuple(x[:, :positions] for x in arrays(kv_heads))
+  blocks = attention.KERNELS["blocks"].run
+  outputs = jax.jit(functools.partial(values_and_gradients, blocks))(*inputs)
+  assert_plain(outputs, inputs)
 
 
-def test_a_cpu_takes_blocks_unless_positions_are_divided():
+def test_a_cpu_uses_blocks_unless_positions_are_divided():
   assert attention.choose("auto", POSITIONS, jnp.float32) == "blocks"
   with jax.set_mesh(mesh_lib.build(config.Mesh(fsdp=2, sequence=2, tensor=2), jax.devices())):
     assert attention.choose("auto", POSITIONS, jnp.float32) == "xla"
 
 
-def test_a_gpu_takes_cudnn_where_it_computes_in_half_precision():
-  """Found on an H200: cuDNN refuses float32 while the step is traced."""
+def test_a_gpu_uses_cudnn_where_it_computes_in_half_precision():
+  """cuDNN refuses float32 while the step is traced."""
   for dtype, kernel in ((jnp.bfloat16, "cudnn"), (jnp.float16, "cudnn"), (jnp.float32, "xla")):
     assert attention.choose("auto", POSITIONS, dtype, "gpu") == kernel
   with pytest.raises(errors.CalmError, match="bfloat16 or float16, not float32; auto chooses"):
@@ -83,21 +85,21 @@ def test_a_gpu_takes_cudnn_where_it_computes_in_half_precision():
 
 
 @pytest.mark.parametrize("sequence, tensor", [(2, 1), (1, 2), (2, 2)])
-def test_parts_of_positions_and_heads_change_no_number(sequence: int, tensor: int):
-  given = arrays(kv_heads=2)
-  expected = jax.jit(functools.partial(values_and_gradients, interpreted))(*given)
+def test_dividing_positions_and_heads_changes_no_value(sequence: int, tensor: int):
+  inputs = arrays(kv_heads=2)
+  expected = jax.jit(functools.partial(values_and_gradients, interpreted))(*inputs)
   mesh = mesh_lib.build(config.Mesh(fsdp=2, sequence=sequence, tensor=tensor), jax.devices())
   place = NamedSharding(mesh, mesh_lib.spec("batch", "position", "width", None))
   with jax.set_mesh(mesh):
-    placed = [jax.device_put(x, place) for x in given]
-    found = jax.jit(functools.partial(values_and_gradients, interpreted))(*placed)
-  for a, b in zip(found, expected, strict=True):
-    np.testing.assert_allclose(a, b, atol=2e-5)
+    placed = [jax.device_put(x, place) for x in inputs]
+    outputs = jax.jit(functools.partial(values_and_gradients, interpreted))(*placed)
+  for output, undivided in zip(outputs, expected, strict=True):
+    np.testing.assert_allclose(output, undivided, atol=2e-5)
 
 
 @pytest.fixture
 def libtpu(monkeypatch: pytest.MonkeyPatch) -> None:
-  pytest.importorskip("libtpu", reason="compiling for a TPU takes its compiler")
+  pytest.importorskip("libtpu", reason="compiling for a TPU needs its compiler")
   monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 
@@ -116,7 +118,7 @@ def compiled(topology: str, channels: int, settings: config.Mesh, kv_heads: int 
 
 
 @pytest.mark.parametrize("channels", [64, 96, 128, 160])
-def test_the_kernel_compiles_for_every_published_head(channels: int, libtpu):
+def test_the_tpu_kernel_compiles_for_every_published_head(channels: int, libtpu):
   for topology in ("v5e:2x2", "v5p:2x2x1", "v6e:2x2"):
     kind, made = compiled(topology, channels, config.Mesh())
     assert kind == "splash" and made.overflow is None
@@ -128,13 +130,15 @@ def test_the_kernel_compiles_for_every_published_head(channels: int, libtpu):
   "settings, kv_heads",
   [(config.Mesh(sequence=2), HEADS), (config.Mesh(tensor=2), HEADS), (config.Mesh(sequence=4), 1)],
 )
-def test_the_kernel_compiles_in_parts(settings: config.Mesh, kv_heads: int, libtpu):
+def test_the_tpu_kernel_compiles_on_divided_positions_and_heads(
+  settings: config.Mesh, kv_heads: int, libtpu
+):
   kind, made = compiled("v5e:2x2", 96, settings, kv_heads)
   assert kind == "splash" and len(matmuls.kernels(made.module)) == 2
 
 
-def test_a_kernel_fills_blocks_on_the_diagonal_and_lanes():
-  """512 of 2,048 positions at once: 10 blocks of 16 where 8 are needed; 96 channels in 128."""
+def test_the_tpu_kernel_pads_blocks_on_the_diagonal_and_lanes():
+  """512 of 2,048 positions at once: 10 blocks of 16 where 8 are causal; 96 channels in 128."""
   assert attention.padding(2048, 128, {"sequence": 1}) == pytest.approx(10 / 8)
   assert attention.padding(2048, 96, {"sequence": 1}) == pytest.approx(10 / 8 * 4 / 3)
   assert attention.padding(2048, 128, {"sequence": 16}) == pytest.approx(17 / 16)

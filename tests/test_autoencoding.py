@@ -1,3 +1,5 @@
+"""Claims about stage one's objective: KL divergences, their floor, dropout."""
+
 import jax
 import numpy as np
 from jax import numpy as jnp
@@ -5,7 +7,7 @@ from jax import numpy as jnp
 from calm_jax.objectives import autoencoding
 
 
-def test_kl_equals_the_closed_form_by_head():
+def test_kl_equals_the_closed_form_by_hand():
   """mean 1, std e^0.5: 0.5 · (1 + e − 1 − 1)."""
   kl = autoencoding.kl_to_standard_normal(jnp.float32(1.0), jnp.float32(0.5))
   np.testing.assert_allclose(kl, 0.5 * (np.e - 1), rtol=1e-6)

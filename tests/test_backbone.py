@@ -1,4 +1,4 @@
-"""Claims about the Transformer over patches: causal, and the same with and without a cache."""
+"""Claims about the Transformer over patches: it is causal, and a cache changes no number."""
 
 import jax
 import numpy as np
@@ -28,7 +28,7 @@ def params(model, token_BPK):
 
 
 def test_no_gradient_flows_from_a_hidden_state_to_later_patches(params):
-  """Every token is another row of the table, so the gradient by row is that by position."""
+  """Each token has its own row of the table, so the gradient per row is that per position."""
   token_BPK = jnp.arange(PATCHES * PATCH).reshape(1, PATCHES, PATCH)
   model = backbone.Backbone(SIZES, token_BPK.size)
   table_VD = params["embed"]["embedding"][: token_BPK.size]
@@ -46,21 +46,21 @@ def test_no_gradient_flows_from_a_hidden_state_to_later_patches(params):
 
 
 @pytest.mark.parametrize("prefill", [1, 3, PATCHES])
-def test_patch_by_patch_with_a_cache_equals_all_at_once(model, params, token_BPK, prefill):
+def test_patch_by_patch_with_a_cache_equals_all_patches_at_once(model, params, token_BPK, prefill):
   expected_BPD, _ = layers.apply(model, params, token_BPK)
   cache = memory.Cache.empty(PATCHES + 2)
-  found_BPD, cache = layers.apply(model, params, token_BPK[:, :prefill], None, cache)
-  parts = [found_BPD]
+  hidden_BPD, cache = layers.apply(model, params, token_BPK[:, :prefill], None, cache)
+  parts = [hidden_BPD]
   for patch in range(prefill, PATCHES):
-    found_BPD, cache = layers.apply(model, params, token_BPK[:, patch : patch + 1], None, cache)
-    parts.append(found_BPD)
+    hidden_BPD, cache = layers.apply(model, params, token_BPK[:, patch : patch + 1], None, cache)
+    parts.append(hidden_BPD)
   np.testing.assert_allclose(jnp.concatenate(parts, axis=1), expected_BPD, atol=2e-5)
   assert int(cache.next_position) == PATCHES
 
 
 @pytest.mark.parametrize("slots", [3, 5])
 def test_a_full_window_forgets_the_oldest_patch(slots, model, params, token_BPK):
-  """In one layer, what has left the window changes nothing, what is in it does."""
+  """With one layer: a patch outside the window changes nothing, one inside it does."""
   one_layer = backbone.Backbone(
     config.Backbone(layers=1, width=16, ffn=24, heads=4, kv_heads=2, init="fan_in"), VOCAB
   )
@@ -82,22 +82,22 @@ def test_a_full_window_forgets_the_oldest_patch(slots, model, params, token_BPK)
   assert np.abs(last(remembered) - last(token_BPK)).max() > 1e-3
 
 
-def test_an_example_that_begins_later_sees_nothing_before_its_start(model, params, token_BPK):
-  """Filled up in front with anything, it gives what it gives alone."""
+def test_an_example_that_starts_later_sees_nothing_before_its_start(model, params, token_BPK):
+  """Padded in front with anything, it has the hidden states that it has alone."""
   start_B = jnp.array([0, 2, 4])
   cache = memory.Cache.empty(PATCHES + 1, start_B)
-  filled_BPD, cache = layers.apply(model, params, token_BPK, None, cache)
-  one_B1K = token_BPK[:, :1]
-  next_BPD, _ = layers.apply(model, params, one_B1K, None, cache)
+  padded_BPD, cache = layers.apply(model, params, token_BPK, None, cache)
+  next_B1K = token_BPK[:, :1]
+  next_BPD, _ = layers.apply(model, params, next_B1K, None, cache)
   for row, start in enumerate(start_B):
     own_1PK = token_BPK[row : row + 1, start:]
     alone_1PD, after = layers.apply(model, params, own_1PK, None, memory.Cache.empty(PATCHES + 1))
-    np.testing.assert_allclose(filled_BPD[row, start:], alone_1PD[0], atol=2e-5)
-    next_1PD, _ = layers.apply(model, params, one_B1K[row : row + 1], None, after)
+    np.testing.assert_allclose(padded_BPD[row, start:], alone_1PD[0], atol=2e-5)
+    next_1PD, _ = layers.apply(model, params, next_B1K[row : row + 1], None, after)
     np.testing.assert_allclose(next_BPD[row], next_1PD[0], atol=2e-5)
 
 
-def test_rotation_makes_attention_depend_on_distance_alone():
+def test_rotation_makes_attention_depend_only_on_distance():
   q_C, k_C = jax.random.normal(jax.random.key(0), (2, 8))
 
   def score(query_at, key_at):
@@ -110,24 +110,24 @@ def test_rotation_makes_attention_depend_on_distance_alone():
 
 
 def test_rotation_by_hand():
-  """Position 2, two channels of frequency 1: a plain turn by 2 radians."""
+  """Position 2, two channels of frequency 1: a rotation by 2 radians."""
   x_BPHC = jnp.array([1.0, 0.0]).reshape(1, 1, 1, 2)
-  found = llama.rotate(x_BPHC, jnp.array([2]), 10000.0)[0, 0, 0]
-  np.testing.assert_allclose(found, [np.cos(2.0), np.sin(2.0)], rtol=1e-6)
+  rotated_C = llama.rotate(x_BPHC, jnp.array([2]), 10000.0)[0, 0, 0]
+  np.testing.assert_allclose(rotated_C, [np.cos(2.0), np.sin(2.0)], rtol=1e-6)
 
 
-def test_layers_keep_no_activation_that_is_cheap_to_compute_again(model, params, token_BPK):
-  """Of the inner width SwiGLU's inputs alone, and in bfloat16 nothing of float32."""
+def test_layers_keep_no_activation_that_is_cheap_to_recompute(model, params, token_BPK):
+  """Of the inner width, only the inputs of SwiGLU; in bfloat16, nothing in float32."""
   model = backbone.Backbone(SIZES, VOCAB, jnp.bfloat16)
 
   def loss(params):
     return jnp.sum(layers.apply(model, params, token_BPK)[0].astype(jnp.float32))
 
   traced = jax.make_jaxpr(jax.grad(loss))(params)
-  (forward, _) = [one for one in traced.eqns if one.primitive.name == "scan"]
-  stacks = [one.aval for one in forward.outvars]  # And what is carried, of no layer.
+  forward, _ = (equation for equation in traced.eqns if equation.primitive.name == "scan")
+  stacks = [output.aval for output in forward.outvars]  # Stacked over layers, or carried.
   lead = (SIZES.layers, len(token_BPK), PATCHES)
-  inner = [one for one in stacks if one.shape == (*lead, SIZES.ffn)]
-  assert [one.dtype for one in inner] == [jnp.bfloat16] * 2, stacks
-  wide = [one.dtype for one in stacks if one.shape == (*lead, SIZES.width)]
+  inner = [stack.dtype for stack in stacks if stack.shape == (*lead, SIZES.ffn)]
+  assert inner == [jnp.bfloat16] * 2, stacks
+  wide = [stack.dtype for stack in stacks if stack.shape == (*lead, SIZES.width)]
   assert wide and jnp.dtype("float32") not in wide, stacks

@@ -1,4 +1,4 @@
-"""Claims about folders of others that are damaged or lie: the first fault is named, in one line."""
+"""Claims about damaged or wrong folders of other frameworks: one line names the first fault."""
 
 import json
 import os
@@ -21,16 +21,17 @@ from folders import (
 from safetensors import numpy as safetensors
 
 from calm_jax import errors
-from calm_jax.interchange import formats, tensors
+from calm_jax.interchange import tensors
+from calm_jax.running import conversion
 
 
 def changed(apply: Callable[[Weights], object]) -> Callable[[pathlib.Path], None]:
-  """Applies a function to the weights in place."""
+  """Returns a function that changes the weights of a folder in place by `apply`."""
 
   def change(folder: pathlib.Path) -> None:
-    held = weights(folder)
-    apply(held)
-    rewrite(folder, held)
+    loaded = weights(folder)
+    apply(loaded)
+    rewrite(folder, loaded)
 
   return change
 
@@ -69,7 +70,7 @@ def gone(folder: pathlib.Path) -> None:
 
 
 def code_in_a_pickle(folder: pathlib.Path) -> None:
-  pytest.importorskip("torch", reason="a .bin file takes torch to read")
+  pytest.importorskip("torch", reason="a .bin file needs torch to read")
   import pickle
 
   class Evil:
@@ -81,10 +82,10 @@ def code_in_a_pickle(folder: pathlib.Path) -> None:
 
 
 def pickle_of(value: object) -> Callable[[pathlib.Path], None]:
-  """Saves something else than tensors by name, or nothing at all."""
+  """Returns a function that pickles a value in place of the weights; None leaves an empty file."""
 
   def change(folder: pathlib.Path) -> None:
-    torch = pytest.importorskip("torch", reason="a .bin file takes torch to read")
+    torch = pytest.importorskip("torch", reason="a .bin file needs torch to read")
     (folder / "model.safetensors").unlink()
     if value is None:
       (folder / "pytorch_model.bin").write_bytes(b"")
@@ -102,25 +103,25 @@ def config_of(**values) -> Callable[[pathlib.Path], None]:
   return lambda folder: set_config(folder, **values)
 
 
-def other_autoencoder(held: Weights) -> None:
-  held["ae_model.encoder.norm.weight"] = held["ae_model.encoder.norm.weight"] + 1
+def other_autoencoder(loaded: Weights) -> None:
+  loaded["ae_model.encoder.norm.weight"] = loaded["ae_model.encoder.norm.weight"] + 1
 
 
-def copies_that_differ(held: Weights) -> None:
-  table = held["ae_model.encoder.embed_tokens.weight"]
-  held["ae_model.decoder.lm_head_weight"] = table + 1
+def copies_that_differ(loaded: Weights) -> None:
+  table = loaded["ae_model.encoder.embed_tokens.weight"]
+  loaded["ae_model.decoder.lm_head_weight"] = table + 1
 
 
 def too_few_rows(folder: pathlib.Path) -> None:
-  held = weights(folder)
+  loaded = weights(folder)
   name = "transformer.embed_tokens.weight"
-  rewrite(folder, held | {name: held[name][:-1]})
+  rewrite(folder, loaded | {name: loaded[name][:-1]})
   set_config(folder, vocab_size=100)
 
 
-def unknown_head(held: Weights) -> None:
-  for name in [name for name in held if name.startswith("generative_head.")]:
-    held[name.replace("generative_head", "mystery_head")] = held.pop(name)
+def unknown_head(loaded: Weights) -> None:
+  for name in [name for name in loaded if name.startswith("generative_head.")]:
+    loaded[name.replace("generative_head", "mystery_head")] = loaded.pop(name)
 
 
 def config_text(text: str) -> Callable[[pathlib.Path], None]:
@@ -131,7 +132,7 @@ def config_text(text: str) -> Callable[[pathlib.Path], None]:
 
 
 def index_of(text: str) -> Callable[[pathlib.Path], None]:
-  """Puts an index of this text in the place of the weights."""
+  """Returns a function that replaces the weights by shards with an index of this text."""
 
   def change(folder: pathlib.Path) -> None:
     sharded(folder)
@@ -141,7 +142,7 @@ def index_of(text: str) -> Callable[[pathlib.Path], None]:
 
 
 def in_both(folder: pathlib.Path) -> None:
-  """A tensor stands in both shards."""
+  """Writes a tensor to both shards."""
   sharded(folder)
   first = folder / "model-0.safetensors"
   second = safetensors.load_file(folder / "model-1.safetensors")
@@ -157,7 +158,7 @@ def pipe(name: str) -> Callable[[pathlib.Path], None]:
 
 
 def device(name: str) -> Callable[[pathlib.Path], None]:
-  """A file without an end."""
+  """Returns a function that replaces a file by one without an end."""
 
   def change(folder: pathlib.Path) -> None:
     (folder / name).unlink()
@@ -176,20 +177,20 @@ def folder_for_weights(folder: pathlib.Path) -> None:
   (folder / "model.safetensors").mkdir()
 
 
-def empty_table(held: Weights) -> None:
-  held["ae_model.encoder.embed_tokens.weight"] = np.zeros((101, 0), np.float32)
+def empty_table(loaded: Weights) -> None:
+  loaded["ae_model.encoder.embed_tokens.weight"] = np.zeros((101, 0), np.float32)
 
 
-def far_layer(held: Weights) -> None:
-  """Layers up to that one would take for ever to build."""
-  for name in [name for name in held if ".encoder_layers.1." in name]:
-    held[name.replace(".1.", f".{10**12}.")] = held.pop(name)
+def far_layer(loaded: Weights) -> None:
+  """Gives a layer so high a number that building all layers below it would never end."""
+  for name in [name for name in loaded if ".encoder_layers.1." in name]:
+    loaded[name.replace(".1.", f".{10**12}.")] = loaded.pop(name)
 
 
 def entry_of(name: str, value: float) -> Callable[[Weights], None]:
-  def change(held: Weights) -> None:
-    held[name] = held[name].copy()
-    held[name].flat[3] = value
+  def change(loaded: Weights) -> None:
+    loaded[name] = loaded[name].copy()
+    loaded[name].flat[3] = value
 
   return change
 
@@ -209,13 +210,13 @@ BAD: dict[str, tuple[Callable[[pathlib.Path], None], str]] = {
     changed(lambda w: w.update({"embed_proj.0.bias": np.ones(64, np.int32)})),
     "tensor embed_proj.0.bias has dtype I32",
   ),
-  "unknown head": (changed(unknown_head), "holds no head that is known .* mystery_head"),
-  "truncated": (truncate, "can't read .*model.safetensors.*is it cut short"),
+  "unknown head": (changed(unknown_head), "holds no known head .* mystery_head"),
+  "truncated": (truncate, "can't read .*model.safetensors.*is it truncated"),
   "index outside": (outside, r"names a file outside its folder: '../model-0.safetensors'"),
-  "index wrong": (misplaced, "holds 'embed_proj.0.(bias|weight)', which .* does not put there"),
+  "index wrong": (misplaced, "holds 'embed_proj.0.(bias|weight)', which .* does not assign to it"),
   "index of more": (ghost, "says that 'more' is in 'model-1.safetensors', which has no such ten"),
-  "shard gone": (gone, "names 'model-1.safetensors', which is not there"),
-  "pickle with code": (code_in_a_pickle, "pytorch_model.bin as plain weights.* is not done"),
+  "shard gone": (gone, "names 'model-1.safetensors', which does not exist"),
+  "pickle with code": (code_in_a_pickle, "pytorch_model.bin as plain weights.* is not executed"),
   "pickle of a list": (pickle_of([1, 2]), "holds no tensors by name, but a list"),
   "pickle of numbers": (pickle_of({"a": 1}), "holds 'a', which is no tensor: int"),
   "empty pickle": (pickle_of(None), "pytorch_model.bin as plain weights; it is damaged"),
@@ -247,15 +248,15 @@ BAD: dict[str, tuple[Callable[[pathlib.Path], None], str]] = {
   "index a list": (index_of("[1]"), "index.json must hold a JSON object, got list"),
   "map a list": (index_of('{"weight_map": ["a"]}'), "has no weight_map from tensors to files"),
   "map of lists": (index_of('{"weight_map": {"a": ["b"]}}'), "has no weight_map from tensors to"),
-  "shard of no name": (index_of('{"weight_map": {"a": "b\\nc"}}'), r"names 'b\\nc', which is not"),
-  "twice": (in_both, "model-0.safetensors holds '.*', which .* does not put there"),
+  "shard of no name": (index_of('{"weight_map": {"a": "b\\nc"}}'), r"names 'b\\nc', which does n"),
+  "twice": (in_both, "model-0.safetensors holds '.*', which .* does not assign to it"),
   "weights a pipe": (pipe("model.safetensors"), "safetensors is a pipe, a device or a socket"),
   "weights a device": (device("model.safetensors"), "safetensors is a pipe, a device or a socket"),
   "weights a folder": (folder_for_weights, "model.safetensors is a folder, not a file"),
   "shard a pipe": (pipe_for_a_shard, "model-1.safetensors is a pipe, a device or a socket"),
   "tokenizer a pipe": (pipe("tokenizer.json"), "tokenizer.json is a pipe, a device or a socket"),
   "no width": (changed(empty_table), r"embed_tokens.weight is empty: its shape is \[101, 0\]"),
-  "odd name": (changed(lambda w: w.update({"a\nb": np.ones(1)})), r"no tensor is called 'a\\nb'"),
+  "odd name": (changed(lambda w: w.update({"a\nb": np.ones(1)})), r"a tensor is called 'a\\nb'"),
   "far layer": (changed(far_layer), r"lacks tensors: ae_model.encoder.encoder_layers.1\.\*"),
   "10^6 layers": (config_of(num_hidden_layers=10**6), "num_hidden_layers = 1000000, but its weig"),
   "10^6 blocks": (config_of(num_mlp_layers=10**6), "num_mlp_layers = 1000000, but its weights"),
@@ -287,11 +288,11 @@ BAD: dict[str, tuple[Callable[[pathlib.Path], None], str]] = {
     "values of tensor ae_model.encoder.norm.weight are NaN or infinite",
   ),
   "copies": (changed(copies_that_differ), "lm_head_weight and .*embed_tokens.* should be equal"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("change", "reason"), BAD.values(), ids=BAD.keys())
-def test_a_bad_folder_is_named_and_leaves_none(change, reason, folder, capfd):
+def test_a_bad_folder_is_named_and_no_workdir_is_left(change, reason, folder, capfd):
   change(folder)
   before = sorted(folder.parent.iterdir())
   with pytest.raises(errors.CalmError, match=reason) as caught:
@@ -302,7 +303,7 @@ def test_a_bad_folder_is_named_and_leaves_none(change, reason, folder, capfd):
   assert "this ran" not in capfd.readouterr().out
 
 
-def test_weights_that_are_not_finite_are_taken_where_that_is_asked_for(folder):
+def test_non_finite_weights_are_accepted_on_request(folder):
   changed(entry_of("embed_proj.0.bias", np.nan))(folder)
   changed(lambda w: w.update(with_table_twice(w)))(folder)
   changed(entry_of("ae_model.encoder.embed_tokens.weight", np.inf))(folder)
@@ -320,8 +321,8 @@ def test_a_llamas_positions_must_be_a_context(position: int, words, tmp_path):
     converted(tmp_path / "ar", tokenizer=words(101))
 
 
-def test_an_eos_that_the_tokenizer_has_not_is_told(folder):
-  """Its own has no well-known name, so that of config.json is to be taken."""
+def test_an_eos_outside_the_tokenizers_vocabulary_is_refused(folder):
+  """The tokenizer's own EOS has no well-known name, so that of config.json would be used."""
   text = (folder / "tokenizer.json").read_text().replace("</s>", "<fin>")
   (folder / "tokenizer.json").write_text(text)
   for eos in (101, 2**70, -1):
@@ -332,8 +333,8 @@ def test_an_eos_that_the_tokenizer_has_not_is_told(folder):
       converted(folder)
 
 
-def test_what_cant_be_looked_at_is_told(folder, tmp_path, monkeypatch):
-  """As in a folder of another user."""
+def test_missing_permission_is_reported(folder, tmp_path, monkeypatch):
+  """For example in a folder of another user."""
   denied = PermissionError(13, "Permission denied", "config.json")
 
   def refuse(path, *args, **more):
@@ -350,7 +351,7 @@ def test_what_cant_be_looked_at_is_told(folder, tmp_path, monkeypatch):
 
   monkeypatch.setattr(os, "stat", refuse_config)
   with pytest.raises(errors.CalmError, match=r"can't reach .*config.json: .*Permission denied"):
-    formats.convert(str(folder), str(tmp_path / "out"), "workdir")
+    conversion.convert(str(folder), str(tmp_path / "out"), "workdir")
 
 
 def test_another_autoencoder_than_the_models_own_is_refused(folder):
@@ -359,7 +360,7 @@ def test_another_autoencoder_than_the_models_own_is_refused(folder):
     converted(folder, autoencoder=str(GOLDEN / "k4/autoencoder"))
 
 
-def test_a_tokenizer_must_be_there_and_must_fit(folder, words):
+def test_a_tokenizer_is_required_and_must_fit(folder, words):
   with pytest.raises(errors.CalmError, match="has 150 tokens, but the model's table has 101"):
     converted(folder, tokenizer=words(150))
   (folder / "tokenizer.json").unlink()

@@ -15,11 +15,13 @@ import pytest
 import tokenizers
 from jax import numpy as jnp
 
-from calm_jax import config, errors, main, prepare, workdir
+from calm_jax import config, errors, prepare, workdir
 from calm_jax.data import pipeline
 from calm_jax.data import store as store_lib
 from calm_jax.data import tokenizer as tokenizer_lib
 from calm_jax.interchange import reading
+from calm_jax.running import loading, train
+from calm_jax.training import trained as trained_lib
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -33,7 +35,7 @@ def changed(run: config.Run, **parts) -> config.Run:
 
 def refused(run: config.Run, directory: pathlib.Path, reason: str) -> None:
   with pytest.raises(errors.CalmError, match=reason) as caught:
-    main.train_run(run, str(directory))
+    train.train_run(run, str(directory))
   assert "\n" not in str(caught.value)
   assert not workdir.exists(str(directory))
 
@@ -68,7 +70,7 @@ def test_a_store_without_a_held_out_split_where_evaluations_are_due(
   reason = "has no held-out split.* --heldout=0.02, or train with --config.training.eval_every=0"
   refused(run, tmp_path / "new", reason)
   run = changed(run, training={"eval_every": 0})
-  main.train_run(run, str(tmp_path / "new"), main.Options(dry_run=True))
+  train.train_run(run, str(tmp_path / "new"), train.Options(dry_run=True))
   told = capfd.readouterr().err
   assert "the train split of" in told and "fewer than 20" in told and "heldout split" not in told
 
@@ -78,7 +80,7 @@ def test_a_store_whose_tokenizer_was_swapped(autoencoder_run, tokens, tmp_path):
   with (store / "tokenizer.model").open("ab") as file:
     file.write(b"x")
   run = changed(autoencoder_run, data={"path": str(store)})
-  refused(run, tmp_path / "new", "tokenizer.model is damaged")
+  refused(run, tmp_path / "new", "tokenizer.model has SHA-256")
 
 
 def test_splits_of_few_blocks_are_warned_of(tokens):
@@ -130,14 +132,14 @@ def test_a_run_written_for_another_k_names_both_and_the_flags(calm_run, tmp_path
     "--config.model.patch_size=4 --config.data.context=64, which keeps the patches"
   )
   with pytest.raises(errors.CalmError, match=reason) as caught:
-    main.train_run(run, str(tmp_path / "new"), main.Options(dry_run=dry_run))
+    train.train_run(run, str(tmp_path / "new"), train.Options(dry_run=dry_run))
   assert "\n" not in str(caught.value) and not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(("case", "k"), [("k4", 4), ("k2_gqa", 2)])
 def test_an_imported_model_is_written_for_the_k_of_its_autoencoder(case: str, k: int):
-  run = reading.read(folders.GOLDEN / case / "energy").run
-  assert isinstance(run, config.CalmRun) and run.model.patch_size == k
+  imported = reading.read(folders.GOLDEN / case / "energy")
+  assert imported.stage == "calm" and imported.sizes.patch_size == k
 
 
 def test_weights_of_another_k_are_no_start(calm_run, trained_calm, tmp_path):
@@ -160,7 +162,7 @@ def test_a_workdir_whose_config_differs(autoencoder_run, trained_autoencoder):
   before = (trained_autoencoder / "config.json").read_text()
   run = changed(autoencoder_run, optimizer={"learning_rate": 0.5})
   with pytest.raises(errors.CalmError, match=r"optimizer.learning_rate: 0.003, 0.5"):
-    main.train_run(run, str(trained_autoencoder))
+    train.train_run(run, str(trained_autoencoder))
   assert (trained_autoencoder / "config.json").read_text() == before
 
 
@@ -175,7 +177,7 @@ def test_another_model_is_refused_even_where_changes_are_allowed(
     with pytest.raises(
       errors.CalmError, match=rf"{name}: .*Give a new --workdir or the stored settings$"
     ):
-      main.train_run(run, str(trained_autoencoder), main.Options(allow_config_change=True))
+      train.train_run(run, str(trained_autoencoder), train.Options(allow_config_change=True))
   assert (trained_autoencoder / "config.json").read_text() == before
 
 
@@ -188,11 +190,11 @@ def test_a_refused_run_leaves_no_autoencoder_behind_for_the_next(calm_run, tmp_p
 def test_what_a_start_cut_short_left_is_replaced(calm_run, trained_calm, tmp_path):
   """The weights of another autoencoder lie there, but no config.json."""
   own, expected = (str(place / "autoencoder") for place in (tmp_path / "new", trained_calm))
-  other = workdir.load_autoencoder(expected)
+  other = loading.load(expected)
   zeros = jax.tree.map(jnp.zeros_like, other.params)
-  workdir.copy_autoencoder(dataclasses.replace(other, params=zeros), expected, own)
-  main.train_run(changed(calm_run, training={"steps": 2}), str(tmp_path / "new"))
-  found = workdir.load_autoencoder(own)
+  trained_lib.copy_parent(dataclasses.replace(other, params=zeros), "autoencoder", expected, own)
+  train.train_run(changed(calm_run, training={"steps": 2}), str(tmp_path / "new"))
+  found = loading.load(own)
   jax.tree.map(np.testing.assert_array_equal, found.params, other.params)
   assert (found.run, found.origin) == (other.run, other.origin)
 
@@ -222,7 +224,7 @@ def test_other_data_for_a_run_that_has_begun(
   shutil.copytree(trained_autoencoder, tmp_path / "copy")
   run = changed(autoencoder_run, data={"path": other_tokens})
   with pytest.raises(errors.CalmError, match="was trained with tokenizer_hash"):
-    main.train_run(run, str(tmp_path / "copy"), main.Options(allow_config_change=True))
+    train.train_run(run, str(tmp_path / "copy"), train.Options(allow_config_change=True))
   for name in ("config.json", "origin.json"):
     assert (tmp_path / "copy" / name).read_text() == (trained_autoencoder / name).read_text()
 
@@ -248,7 +250,7 @@ def test_a_broken_file_of_a_workdir_is_named(trained_calm, tmp_path):
   for name, content in (("config.json", "{"), ("origin.json", "{}")):
     (tmp_path / "copy" / name).write_text(content)
     with pytest.raises(errors.CalmError, match=name) as caught:
-      workdir.load_calm(str(tmp_path / "copy"))
+      loading.load(str(tmp_path / "copy"))
     assert "\n" not in str(caught.value)
     shutil.copy(trained_calm / name, tmp_path / "copy")
 

@@ -1,12 +1,11 @@
-"""Claims about the benchmarks: what they compare is equal, and the figures are all there."""
+"""Claims about the benchmarks: what they compare is equal, and all figures are there."""
 
 import dataclasses
 import json
 
 import pytest
 
-from calm_jax import config, errors, files
-from calm_jax.benchmarking import (
+from benchmarks import (
   contenders,
   conversion,
   data,
@@ -16,6 +15,9 @@ from calm_jax.benchmarking import (
   peaks,
   training,
 )
+from calm_jax import config, errors, files
+from calm_jax.stages import calm as calm_stage
+from calm_jax.stages import transformer as transformer_stage
 
 
 def test_branches_and_passes_give_the_same_hidden_states(monkeypatch: pytest.MonkeyPatch):
@@ -36,53 +38,53 @@ def test_branches_and_passes_give_the_same_hidden_states(monkeypatch: pytest.Mon
 
 def test_a_conversion_is_measured_both_ways(monkeypatch: pytest.MonkeyPatch):
   sizes = config.Backbone(layers=1, width=16, ffn=32, heads=2, kv_heads=2)
-  monkeypatch.setattr(conversion, "RUN", config.CalmRun(model=sizes))
-  monkeypatch.setattr(conversion, "CODEC", config.Autoencoder(width=16, ffn=32, latent=8))
+  monkeypatch.setattr(conversion, "RUN", calm_stage.Run(model=sizes))
+  monkeypatch.setattr(conversion, "AUTOENCODER", config.Autoencoder(width=16, ffn=32, latent=8))
   monkeypatch.setattr(conversion, "VOCAB", 50)
   lines, figures = conversion.measure()
   assert [row["format"] for row in figures] == ["workdir", "torch"] and len(lines) == 2
   assert all(row["peak_bytes"] > row["weights_bytes"] > 0 for row in figures)
 
 
-class Slow:
-  """Steps that are known: the first ends when the second has begun, and so on."""
+class Recorded:
+  """Steps that record when they start and when they are waited for."""
 
   def __init__(self, lag: bool):
-    self.lag, self.told = lag, []
+    self.lag, self.events = lag, []
 
   def dispatch(self):
-    self.told.append("begun")
-    return (lambda: self.told.append("ended")) if self.lag else None
+    self.events.append("started")
+    return (lambda: self.events.append("ended")) if self.lag else None
 
   def facts(self):
     return {}
 
 
-def test_a_step_is_begun_before_the_one_before_it_has_ended():
-  steps = Slow(lag=True)
-  assert len(contenders.taken(steps, 3)) == 3
-  assert steps.told == ["begun", "begun", "ended", "begun", "ended", "ended"]
-  assert len(contenders.taken(Slow(lag=False), 3)) == 3
+def test_a_step_starts_before_its_predecessor_has_ended():
+  steps = Recorded(lag=True)
+  assert len(contenders.step_seconds(steps, 3)) == 3
+  assert steps.events == ["started", "started", "ended", "started", "ended", "ended"]
+  assert len(contenders.step_seconds(Recorded(lag=False), 3)) == 3
 
 
-def test_training_is_measured_beside_what_is_missing_and_what_fails(
+def test_training_is_measured_beside_contenders_that_are_missing_or_fail(
   monkeypatch: pytest.MonkeyPatch,
 ):
-  """In processes of their own: the first is ours, one is not installed, one can't be built."""
-  found = (
-    training.CONTENDERS[0],
-    contenders.Contender("other", training._torch, ("no_such_package",)),
+  """Each in its own process: the first is ours, one is not installed, one can't be built."""
+  rows = (
+    contenders.CONTENDERS[0],
+    contenders.Contender("other", contenders._torch, ("no_such_package",)),
     contenders.Contender("broken", int),
   )
-  monkeypatch.setattr(training, "CONTENDERS", found)
+  monkeypatch.setattr(contenders, "CONTENDERS", rows)
   monkeypatch.setattr(contenders, "CPU", contenders.Turns(2, 2))
-  run = config.TransformerRun(
+  run = transformer_stage.Run(
     data=config.Data(context=16),
     model=config.Transformer(layers=1, width=16, ffn=32, heads=2, kv_heads=2),
     training=config.Training(batch=2, compute_dtype="float32"),
     mesh=config.Mesh(fsdp=1),
   )
-  job = contenders.Job("toy", run, config.Autoencoder(), 64)
+  job = contenders.BenchmarkJob("toy", run, {}, 64)
   lines, (figures,) = training.measure(job)
   ours, other, broken = figures["contenders"].values()
   assert ours["steps"] == 4 and ours["tokens_per_second"] == 32 / ours["step_seconds"]
@@ -93,11 +95,11 @@ def test_training_is_measured_beside_what_is_missing_and_what_fails(
   json.dumps(figures, allow_nan=False)
 
 
-def test_input_is_measured_for_both_tokenizers(monkeypatch: pytest.MonkeyPatch):
+def test_the_input_is_measured_for_both_tokenizers(monkeypatch: pytest.MonkeyPatch):
   for name, value in (("TEXT_BYTES", 2**18), ("VOCAB", 2048), ("SECONDS", 0.1), ("CONTEXT", 512)):
     monkeypatch.setattr(data, name, value)
   lines, figures = data.measure()
-  kinds = [(one["tokenizer"], one["workers"]) for one in figures["preparing"]]
+  kinds = [(row["tokenizer"], row["workers"]) for row in figures["preparing"]]
   assert {name for name, _ in kinds} == {"SentencePiece", "Llama 3's kind"}
   assert figures["reading_tokens_per_second"] > 0 and len(lines) == 1 + len(kinds)
 
@@ -134,15 +136,14 @@ def test_every_known_device_has_a_peak():
 
 
 def test_losses_are_measured_with_their_errors(monkeypatch: pytest.MonkeyPatch):
-  for name, value in (
-    ("EXAMPLES", 2), ("PATCHES", 4), ("FEW_PATCHES", 2), ("LATENT", 16), ("MANY_DRAWS", 3000),
-    ("POSITIONS", 64), ("WIDTH", 8), ("VOCAB", 32), ("REPETITIONS", 1),
-  ):  # fmt: skip
+  sizes = {"EXAMPLES": 2, "PATCHES": 4, "FEW_PATCHES": 2, "LATENT": 16, "MANY_DRAWS": 3000}
+  sizes |= {"POSITIONS": 64, "WIDTH": 8, "VOCAB": 32, "REPETITIONS": 1}
+  for name, value in sizes.items():
     monkeypatch.setattr(losses, name, value)
   lines, figures = losses.measure()
-  whole, draws, exact = figures["energy"]
-  assert whole["name"] == "whole array of pairs" and len(lines) == 7
-  # 3,000 draws are no truth, but nearer to it than 100.
+  pairs, draws, exact = figures["energy"]
+  assert pairs["name"] == "whole array of pairs" and len(lines) == 7
+  # 3,000 draws are nearer to the expectation than 100.
   assert exact["gradient_error"] < draws["gradient_error"] / 2 and exact["error"] < 0.02
   assert figures["cross_entropy"][1]["gradient_error"] < 1e-5
-  assert all(one["seconds"] > 0 for kind in figures.values() for one in kind)
+  assert all(row["seconds"] > 0 for rows in figures.values() for row in rows)

@@ -1,3 +1,5 @@
+"""Claims about BrierLM: its terms by hand, its expectation, its standard error, its chain."""
+
 import jax
 import numpy as np
 import pytest
@@ -5,7 +7,7 @@ from jax import numpy as jnp
 
 from calm_jax.objectives import brier
 
-# A law over the patches of K = 4: (tokens, probability).
+# A distribution over patches of K = 4: (tokens, probability).
 LAW = (((1, 2, 3, 4), 0.5), ((1, 2, 3, 5), 0.3), ((1, 9, 9, 9), 0.15), ((8, 8, 8, 8), 0.05))
 PATCHES = np.array([tokens for tokens, _ in LAW])
 PROBABILITY = np.array([p for _, p in LAW])
@@ -33,15 +35,15 @@ def test_terms_by_hand():
   np.testing.assert_array_equal(collision_Pn, [[1, 1, 1, 0]])
 
 
-def test_an_ngram_is_one_outcome_a_late_match_after_a_miss_does_not_count():
+def test_a_match_after_a_miss_does_not_count():
   sample_NPK = jnp.array([[[1, 7, 3, 4]], [[1, 6, 3, 4]]])
   accuracy_Pn, collision_Pn = scores(sample_NPK, jnp.array([[1, 2, 3, 4]]))
   np.testing.assert_array_equal(accuracy_Pn, [[1, 0, 0, 0]])
   np.testing.assert_array_equal(collision_Pn, [[1, 0, 0, 0]])
 
 
-def test_a_calibrated_model_scores_the_exact_value_of_its_law():
-  """Where x and y share one law, every Brier-n is its collision, known in closed form."""
+def test_a_calibrated_model_scores_the_exact_value_of_its_distribution():
+  """If x and y have one distribution, every Brier-n is its collision, known in closed form."""
   rng = np.random.default_rng(0)
   blocks, patches, samples = 40, 50, 8
   accuracy, collision = [], []
@@ -49,13 +51,13 @@ def test_a_calibrated_model_scores_the_exact_value_of_its_law():
     a_Pn, c_Pn = scores(jnp.array(draw(rng, samples, patches)), jnp.array(draw(rng, patches)))
     accuracy.append(np.mean(a_Pn, axis=0))
     collision.append(np.mean(c_Pn, axis=0))
-  found = brier.summary(np.stack(accuracy), np.stack(collision))
+  result = brier.summary(np.stack(accuracy), np.stack(collision))
   exact = [exact_collision(n) for n in range(1, 5)]
   for n in range(1, 5):
-    error = found[f"brier_{n}_stderr"]
-    assert abs(found[f"brier_{n}"] - 100 * exact[n - 1]) < 3 * error
+    error = result[f"brier_{n}_stderr"]
+    assert abs(result[f"brier_{n}"] - 100 * exact[n - 1]) < 3 * error
     assert 0 < error < 3
-  assert abs(found["brier_lm"] - 100 * np.prod(exact) ** 0.25) < 3 * found["brier_lm_stderr"]
+  assert abs(result["brier_lm"] - 100 * np.prod(exact) ** 0.25) < 3 * result["brier_lm_stderr"]
 
 
 def test_more_samples_give_the_same_expectation_and_less_variance():
@@ -85,9 +87,9 @@ def test_a_uniform_model_over_many_tokens_scores_about_zero():
   sample_NPK = jax.random.randint(key_a, (8, 500, 4), 0, 10_000)
   target_PK = jax.random.randint(key_b, (500, 4), 0, 10_000)
   accuracy_Pn, collision_Pn = scores(sample_NPK, target_PK)
-  found = brier.summary(np.asarray(accuracy_Pn), np.asarray(collision_Pn))
-  assert abs(found["brier_1"]) < 0.2
-  assert found["brier_lm"] == 0.0
+  result = brier.summary(np.asarray(accuracy_Pn), np.asarray(collision_Pn))
+  assert abs(result["brier_1"]) < 0.2
+  assert result["brier_lm"] == 0.0
 
 
 def test_two_negative_parts_do_not_make_a_positive_score():
@@ -95,7 +97,7 @@ def test_two_negative_parts_do_not_make_a_positive_score():
   assert brier.brier_lm(accuracy_n, collision_n) == 0.0
 
 
-def test_one_sample_has_no_pair():
+def test_one_sample_is_refused():
   with pytest.raises(ValueError, match="N >= 2"):
     scores(jnp.zeros((1, 2, 4), int), jnp.zeros((2, 4), int))
 
@@ -106,11 +108,11 @@ def test_jackknife_of_a_mean_is_its_standard_error():
   assert brier.jackknife(values, lambda mean: mean) == pytest.approx(expected)
 
 
-def test_marginal_score_of_a_known_law():
+def test_marginal_score_of_a_known_distribution():
   rng = np.random.default_rng(4)
-  found = brier.marginal(draw(rng, 200_000), draw(rng, 200_000))["brier_lm_marginal"]
+  score = brier.marginal(draw(rng, 200_000), draw(rng, 200_000))["brier_lm_marginal"]
   exact = [exact_collision(n) for n in range(1, 5)]
-  assert found == pytest.approx(100 * np.prod(exact) ** 0.25, rel=0.02)
+  assert score == pytest.approx(100 * np.prod(exact) ** 0.25, rel=0.02)
 
 
 def test_marginal_gives_unseen_patches_no_probability():
@@ -118,20 +120,20 @@ def test_marginal_gives_unseen_patches_no_probability():
   heldout_PK = np.array([[1, 2, 3, 4], [7, 7, 7, 7]])
   # n <= 3: accuracy 1/2, collision 1; n = 4: accuracy 0.75/2, collision 10/16.
   parts = [2 * 0.5 - 1] * 3 + [0.75 - 0.625]
-  found = brier.marginal(train_PK, heldout_PK)["brier_lm_marginal"]
-  assert parts[0] == 0 and found == 0.0
+  score = brier.marginal(train_PK, heldout_PK)["brier_lm_marginal"]
+  assert parts[0] == 0 and score == 0.0
 
 
 CHAIN = np.array([[0.6, 0.4], [0.2, 0.8]])  # P(next token | token), for two tokens.
 
 
 def follow(rng: np.random.Generator, token: np.ndarray) -> np.ndarray:
-  """Tokens drawn after each of the given ones."""
+  """Returns a token drawn after each given token."""
   return (rng.random(token.shape) < CHAIN[token, 1]).astype(int)
 
 
 def chain_collision(token: int, n: int) -> float:
-  """The probability that two continuations of n tokens are equal."""
+  """Returns the probability that two continuations of n tokens are equal."""
   shares = CHAIN[token] ** 2
   if n == 1:
     return shares.sum()
@@ -139,8 +141,8 @@ def chain_collision(token: int, n: int) -> float:
 
 
 @pytest.mark.parametrize("patch_size", [1, 2, 3])
-def test_short_patches_are_chained_into_n_grams_of_the_right_expectation(patch_size: int):
-  """A law whose every probability is known: scores of patches against exact sums."""
+def test_short_patches_chain_into_n_grams_of_the_right_expectation(patch_size: int):
+  """A Markov chain with known probabilities: scores of patches against exact sums."""
   rng, count, samples = np.random.default_rng(5), 60_000, 3
 
   def patch_after(token):
@@ -165,12 +167,12 @@ def test_short_patches_are_chained_into_n_grams_of_the_right_expectation(patch_s
   accuracy_n = np.asarray(brier.chain(within_a, whole_a[:-1])).mean(axis=0)
   collision_n = np.asarray(brier.chain(within_c, whole_c[:-1])).mean(axis=0)
   exact = [np.mean([chain_collision(x, n) for x in (0, 1)]) for n in range(1, 5)]
-  # The text is drawn from the law itself: accuracy and collision have one expectation.
+  # The text is drawn from the chain itself: accuracy and collision have one expectation.
   np.testing.assert_allclose(accuracy_n, exact, atol=0.006)
   np.testing.assert_allclose(collision_n, exact, atol=0.006)
 
 
-def test_grams_begin_where_patches_do():
+def test_grams_start_where_patches_do():
   token_S = np.arange(9)
   np.testing.assert_array_equal(brier.grams(token_S, 4), [[0, 1, 2, 3], [4, 5, 6, 7]])
   expected = [[0, 1, 2, 3], [2, 3, 4, 5], [4, 5, 6, 7]]

@@ -1,4 +1,4 @@
-"""Claims about what the devices of a compiled program send each other."""
+"""Claims about the collectives of a compiled program."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ from jax import numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from calm_jax.planning import collectives, runs, topologies
+from calm_jax.planning.compiled import collectives, runs, topologies
 
 RING = topologies.parse("v5e:16x16")
 FLAT = topologies.parse("v5e:4x4")
@@ -17,7 +17,7 @@ LINK = 50e9
 
 
 def placement(topology: topologies.Topology) -> collectives.Placement:
-  """All devices, the last axis fastest, a chip's own before that, slice by slice."""
+  """All devices, slice by slice, row-major over chips, the devices of a chip together."""
   places = [
     place for place in np.ndindex(*topology.shape) for _ in range(topology.chip.devices)
   ] * topology.slices
@@ -36,7 +36,7 @@ def read(line: str, topology: topologies.Topology, partitions: int | None = None
 
 
 @pytest.mark.parametrize(
-  "written, groups",
+  "text, groups",
   [
     ("{{0,1},{2,3}}", [[0, 1], [2, 3]]),
     ("{{0,2},{1,3}}", [[0, 2], [1, 3]]),
@@ -53,43 +53,51 @@ def read(line: str, topology: topologies.Topology, partitions: int | None = None
     ("mesh['a'=2,'b'=2], device_ids=(3,2,1,0) {'b'}", [[3, 2], [1, 0]]),
   ],
 )
-def test_groups_are_read_in_every_form(written: str, groups: list[list[int]]):
-  found = collectives.replica_groups(written, 4)
-  assert [list(group) for group in found] == groups
+def test_groups_are_parsed_in_every_notation(text: str, groups: list[list[int]]):
+  assert [list(group) for group in collectives.replica_groups(text, 4)] == groups
 
 
-# A MiB of float32 on each device: gathered over a full row of the torus, a closed ring of 16
-# whose two directions carry 2 x 50 GB/s.
-WHOLE = 1024 * 256 * 4
+# A MiB of float32 on each device. A full row of the torus is a closed ring of 16, with 50 GB/s in
+# each of its two directions.
+SIZE = 1024 * 256 * 4
 
 
 @pytest.mark.parametrize(
   "line, kind, size, seconds",
   [
-    ("all-reduce(%p)", "all-reduce", WHOLE, 2 * 15 / 16 * WHOLE / (2 * LINK)),
-    ("all-gather(%p), dimensions={0}", "all-gather", 16 * WHOLE, 15 * WHOLE / (2 * LINK)),
-    ("reduce-scatter(%p), dimensions={0}", "reduce-scatter", WHOLE, 15 / 16 * WHOLE / (2 * LINK)),
-    ("all-to-all(%p)", "all-to-all", WHOLE, 16 / 4 * WHOLE / (2 * LINK)),
-    ("collective-permute(%p), source_target_pairs={{0,1},{1,0}}", "collective-permute", WHOLE,
-     WHOLE / LINK),
+    ("all-reduce(%p)", "all-reduce", SIZE, 2 * 15 / 16 * SIZE / (2 * LINK)),
+    ("all-gather(%p), dimensions={0}", "all-gather", 16 * SIZE, 15 * SIZE / (2 * LINK)),
+    ("reduce-scatter(%p), dimensions={0}", "reduce-scatter", SIZE, 15 / 16 * SIZE / (2 * LINK)),
+    ("all-to-all(%p)", "all-to-all", SIZE, 16 / 4 * SIZE / (2 * LINK)),
+    (
+      "collective-permute(%p), source_target_pairs={{0,1},{1,0}}",
+      "collective-permute",
+      SIZE,
+      SIZE / LINK,
+    ),
   ],
-)  # fmt: skip
+)
 def test_rings_by_hand(line: str, kind: str, size: int, seconds: float):
   groups = ", replica_groups=[16,16]<=[256]" if "permute" not in line else ""
-  (one,) = read(f"%c = f32[1024,256]{{1,0}} {line}{groups}", RING)
-  assert (one.kind, one.network, one.bytes, one.count) == (kind, collectives.ICI, size, 1)
-  assert one.group == (2 if "permute" in line else 16)
-  assert one.seconds == pytest.approx(seconds)
+  (collective,) = read(f"%c = f32[1024,256]{{1,0}} {line}{groups}", RING)
+  assert (collective.kind, collective.network, collective.bytes, collective.count) == (
+    kind,
+    collectives.ICI,
+    size,
+    1,
+  )
+  assert collective.group == (2 if "permute" in line else 16)
+  assert collective.seconds == pytest.approx(seconds)
 
 
-def test_more_axes_carry_more_and_an_open_axis_half():
+def test_two_axes_are_twice_as_fast_and_an_open_axis_is_half_as_fast():
   line = "%c = f32[1024,256]{1,0} all-reduce(%p), replica_groups="
   (row,) = read(line + "[16,16]<=[256]", RING)
   (both,) = read(line + "[1,256]<=[256]", RING)
   (open_row,) = read(line + "[4,4]<=[16]", FLAT)
-  assert row.seconds == pytest.approx(2 * 15 / 16 * WHOLE / (2 * LINK))
-  assert both.seconds == pytest.approx(2 * 255 / 256 * WHOLE / (4 * LINK))
-  assert open_row.seconds == pytest.approx(2 * 3 / 4 * WHOLE / LINK)
+  assert row.seconds == pytest.approx(2 * 15 / 16 * SIZE / (2 * LINK))
+  assert both.seconds == pytest.approx(2 * 255 / 256 * SIZE / (4 * LINK))
+  assert open_row.seconds == pytest.approx(2 * 3 / 4 * SIZE / LINK)
 
 
 def test_devices_of_a_chip_share_its_links():
@@ -98,21 +106,21 @@ def test_devices_of_a_chip_share_its_links():
   (alone,) = read(line + "[32,4]<=[16,4,2]T(0,2,1)", topology)  # One device of each of 4 chips.
   (together,) = read(line + "[16,8]<=[128]", topology)
   (within,) = read(line + "[64,2]<=[128]", topology)
-  assert alone.seconds == pytest.approx(2 * 3 / 4 * WHOLE / (2 * 100e9 / 2))
-  assert together.seconds == pytest.approx(2 * 7 / 8 * WHOLE / (2 * 100e9))
-  assert within.seconds == pytest.approx(2 * 1 / 2 * WHOLE / (6 * 100e9))
+  assert alone.seconds == pytest.approx(2 * 3 / 4 * SIZE / (2 * 100e9 / 2))
+  assert together.seconds == pytest.approx(2 * 7 / 8 * SIZE / (2 * 100e9))
+  assert within.seconds == pytest.approx(2 * 1 / 2 * SIZE / (6 * 100e9))
 
 
 def test_groups_that_cross_slices_go_through_the_network():
   topology = dataclasses.replace(FLAT, slices=2)
   line = "%c = f32[1024,256]{1,0} all-reduce(%p), replica_groups=[1,32]<=[32]"
-  (one,) = read(line, topology)
+  (collective,) = read(line, topology)
   # Each of the 16 devices of a slice exchanges a sixteenth.
-  assert one.network == collectives.DCN and one.group == 32
-  assert one.seconds == pytest.approx(2 * 1 / 2 * WHOLE / 16 / (25e9 / 8))
+  assert collective.network == collectives.DCN and collective.group == 32
+  assert collective.seconds == pytest.approx(2 * 1 / 2 * SIZE / 16 / (25e9 / 8))
 
 
-def test_a_program_for_one_slice_numbers_that_slices_devices():
+def test_a_program_for_one_slice_numbers_the_devices_of_that_slice():
   topology = dataclasses.replace(FLAT, slices=2)
   places = placement(topology)
   turns = [index for pair in zip(range(16), range(16, 32), strict=True) for index in pair]
@@ -122,20 +130,27 @@ def test_a_program_for_one_slice_numbers_that_slices_devices():
     slices=tuple(places.slices[index] for index in turns),
   )
   line = "ROOT %c = f32[1024,256]{1,0} all-reduce(%p), replica_groups=[4,4]<=[16]"
-  (one,) = collectives.read(program(f"  {line}", partitions=16), mixed)
+  (collective,) = collectives.read(program(f"  {line}", partitions=16), mixed)
   # Devices 0 to 3 of a slice are a row of four, an open axis.
-  assert one.network == "ICI" and one.seconds == pytest.approx(2 * 3 / 4 * WHOLE / LINK)
+  assert collective.network == "ICI" and collective.seconds == pytest.approx(
+    2 * 3 / 4 * SIZE / LINK
+  )
 
 
-def test_what_a_slice_sends_to_others_is_read():
+def test_transfers_between_slices_are_found():
   topology = dataclasses.replace(FLAT, slices=2)
   line = (
     "%send = (f32[1024,256]{1,0}, u32[], token[]) send(%p, %p), channel_id=2, "
     'is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}'
   )
-  (one,) = read(line, topology, partitions=16)
-  assert (one.kind, one.network, one.group, one.bytes) == ("all-reduce", "DCN", 2, WHOLE)
-  assert one.seconds == pytest.approx(2 * 1 / 2 * WHOLE / (25e9 / 8))
+  (collective,) = read(line, topology, partitions=16)
+  assert (collective.kind, collective.network, collective.group, collective.bytes) == (
+    "all-reduce",
+    "DCN",
+    2,
+    SIZE,
+  )
+  assert collective.seconds == pytest.approx(2 * 1 / 2 * SIZE / (25e9 / 8))
   assert not read(line.replace("ALL_REDUCE", "").replace("transfer_type", "other"), topology)
 
 
@@ -170,12 +185,12 @@ ENTRY %main (p: f32[1024,256]) -> f32[64,256] {
 """  # noqa: E501
 
 
-def test_starts_middles_and_ends_count_once():
-  found = collectives.read(runs.read(ASYNC), placement(FLAT))
-  assert {(one.kind, one.count, one.bytes) for one in found} == {
-    ("all-gather", 1, 16 * WHOLE),
-    ("all-reduce", 1, WHOLE),
-    ("reduce-scatter", 1, WHOLE),
+def test_the_parts_of_an_asynchronous_collective_count_once():
+  merged = collectives.read(runs.read(ASYNC), placement(FLAT))
+  assert {(row.kind, row.count, row.bytes) for row in merged} == {
+    ("all-gather", 1, 16 * SIZE),
+    ("all-reduce", 1, SIZE),
+    ("reduce-scatter", 1, SIZE),
   }
 
 
@@ -194,7 +209,7 @@ def test_a_scanned_step_on_eight_devices_gathers_every_layer():
   x = jax.ShapeDtypeStruct((32, 64), jnp.float32, sharding=batch)
   compiled = jax.jit(loss).lower(ws, x).compile()
   topology = topologies.parse("v5e:2x4")
-  found = collectives.by_kind(collectives.read(runs.read(compiled.as_text()), placement(topology)))
-  assert found[("all-gather", "ICI", 8)]["count"] == 5
-  assert found[("all-gather", "ICI", 8)]["bytes"] == 5 * 64 * 64 * 4
-  assert found[("all-reduce", "ICI", 8)]["bytes"] == 4
+  sums = collectives.by_kind(collectives.read(runs.read(compiled.as_text()), placement(topology)))
+  assert sums[("all-gather", "ICI", 8)]["count"] == 5
+  assert sums[("all-gather", "ICI", 8)]["bytes"] == 5 * 64 * 64 * 4
+  assert sums[("all-reduce", "ICI", 8)]["bytes"] == 4

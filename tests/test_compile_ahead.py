@@ -1,4 +1,4 @@
-"""Claims about compiling ahead: the real programs for TPUs that are not there, and their plans."""
+"""Claims about compiling ahead: the real programs for TPUs that are absent, and their plans."""
 
 import dataclasses
 import json
@@ -15,23 +15,28 @@ from jax import numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from calm_jax import config, errors
-from calm_jax.models import flops
-from calm_jax.objectives import vocabulary
+from calm_jax.kernels import cross_entropy
 from calm_jax.parallel import mesh as mesh_lib
-from calm_jax.planning import comparison, result, runs, search, steps, tables, topologies
+from calm_jax.planning import comparison, result, search, steps, tables
+from calm_jax.planning.compiled import runs, topologies
+from calm_jax.running import counting
+from calm_jax.stages import autoencoder as autoencoder_stage
+from calm_jax.stages import calm as calm_stage
+from calm_jax.stages import transformer as transformer_stage
 
 ROOT = pathlib.Path(__file__).parent.parent
 VOCAB = 512
 SIZES: dict[str, Any] = dict(layers=2, width=128, ffn=256, heads=2, kv_heads=2)
-CODEC = config.Autoencoder(width=64, ffn=128, latent=16)
-CALM = config.CalmRun(
+AUTOENCODER = config.Autoencoder(width=64, ffn=128, latent=16)
+PARENTS = {"autoencoder": autoencoder_stage.Run(model=AUTOENCODER)}
+CALM = calm_stage.Run(
   data=config.Data(context=512),
   model=config.Backbone(**SIZES),
   head=config.Head(blocks=1, noise=16),
   loss=config.CalmLoss(samples=4, posterior_draws=4),
   training=config.Training(batch=128, eval_blocks=8),
 )
-BASELINE = config.TransformerRun(
+BASELINE = transformer_stage.Run(
   data=config.Data(context=128),
   model=config.Transformer(**SIZES),
   training=config.Training(batch=8, eval_blocks=8),
@@ -40,14 +45,14 @@ BASELINE = config.TransformerRun(
 
 @pytest.fixture(scope="module", autouse=True)
 def libtpu():
-  pytest.importorskip("libtpu", reason="compiling for a TPU takes its compiler")
+  pytest.importorskip("libtpu", reason="compiling for a TPU needs its compiler")
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     yield
 
 
-def job(run: config.Run, topology: str = "v5e:2x2", slices: int = 1) -> steps.Job:
-  return steps.Job("toy", run, topologies.parse(topology, slices), VOCAB, CODEC)
+def job(run: config.Run, topology: str = "v5e:2x2", slices: int = 1) -> steps.PlanJob:
+  return steps.PlanJob("toy", run, topologies.parse(topology, slices), VOCAB, PARENTS)
 
 
 def changed(run: config.Run, **parts) -> config.Run:
@@ -65,21 +70,21 @@ def test_the_step_is_the_real_one(calm_plan: result.Plan):
   facts = calm_plan.facts
   assert calm_plan.fits and calm_plan.donated and not calm_plan.unknown_loops
   assert facts.choices["attention"] == "splash" and facts.tokens == 128 * 512
-  # Parameters and both of Adam's moments in float32, over four chips; vectors are whole.
+  # Parameters and both of Adam's moments in float32, over four chips; vectors are replicated.
   assert 12 * facts.parameters / 4 < facts.state_bytes < 13 * facts.parameters / 4
   assert sorted(calm_plan.kernels.values()) == [2, 2]  # Forward and backward, a layer.
 
 
 def test_the_program_computes_what_is_counted(calm_plan: result.Plan):
-  counted = flops.computed_per_token(CALM, CODEC, VOCAB) * calm_plan.facts.tokens / 4
+  counted = counting.program_per_token(CALM, PARENTS, VOCAB) * calm_plan.facts.tokens / 4
   assert calm_plan.program_flops == pytest.approx(counted, rel=0.01)
 
 
 def test_examples_stay_on_their_devices(calm_plan: result.Plan):
-  """Where they don't, activations are sent: more than all parameters, at this batch."""
+  """Otherwise activations are sent, which have more bytes than all parameters at this batch."""
   weights = 4 * calm_plan.facts.parameters
-  sent = sum(one.total_bytes for one in calm_plan.collectives)
-  activation = 128 * 4 * 128 * 128 * 2  # One of the head's, of all examples.
+  sent = sum(collective.total_bytes for collective in calm_plan.collectives)
+  activation = 128 * 4 * 128 * 128 * 2  # An activation of the head, for all examples.
   assert activation > 3 * weights / 2
   assert sent < 6 * weights
   assert calm_plan.memory.temporaries < 30 * activation / 4
@@ -100,20 +105,21 @@ def test_unrolled_and_scanned_baselines_compute_what_is_counted():
 
 def test_the_table_of_the_cross_entropy_is_gathered_once_for_all_positions():
   mesh = mesh_lib.build(config.Mesh(fsdp=4), topologies.devices(topologies.parse("v5e:2x2")))
-  divided = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
+  sharded = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
   rows = NamedSharding(mesh, mesh_lib.spec("batch"))
-  positions = (8, 2 * vocabulary.AT_ONCE)  # Two examples a device: four turns.
-  given = [
-    jax.ShapeDtypeStruct((1024, 512), jnp.float32, sharding=divided),
+  positions = (8, 2 * cross_entropy.CHUNK)  # Two examples a device: four chunks.
+  inputs = [
+    jax.ShapeDtypeStruct((1024, 512), jnp.float32, sharding=sharded),
     jax.ShapeDtypeStruct((*positions, 512), jnp.bfloat16, sharding=rows),
     jax.ShapeDtypeStruct(positions, jnp.int32, sharding=rows),
     jax.ShapeDtypeStruct(positions, jnp.float32, sharding=rows),
   ]
   with jax.set_mesh(mesh):
-    gradient = jax.grad(lambda *given: vocabulary.cross_entropy(*given).loss)
-    compiled = jax.jit(gradient, out_shardings=divided).lower(*given).compile()
+    gradient = jax.grad(lambda *inputs: cross_entropy.scores(*inputs).loss)
+    compiled = jax.jit(gradient, out_shardings=sharded).lower(*inputs).compile()
   running = runs.read(compiled.as_text()).running()
-  gathers = [n for _, one, n in running if one.opcode in ("all-gather", "all-gather-start")]
+  opcodes = ("all-gather", "all-gather-start")
+  gathers = [n for _, instruction, n in running if instruction.opcode in opcodes]
   assert gathers == [1]
 
 
@@ -128,19 +134,19 @@ def test_evaluation_and_decoding_compile():
 def test_slices_talk_over_their_network():
   run = changed(BASELINE, mesh={"data": 2, "sequence": 1})
   plan = steps.train_plan(job(run, slices=2))
-  assert {one.network for one in plan.collectives} == {"ICI", "DCN"}
+  assert {collective.network for collective in plan.collectives} == {"ICI", "DCN"}
   assert plan.facts.choices["mesh.data"] == 2 and plan.topology.chips == 8
 
 
-def test_what_does_not_divide_is_told():
-  with pytest.raises(errors.CalmError, match="slices, which lie along data"):
+def test_sizes_that_do_not_divide_are_refused():
+  with pytest.raises(errors.CalmError, match="slices: give --config"):
     job(CALM, slices=2)
   with pytest.raises(errors.CalmError, match=r"multiple of accumulation . data . fsdp = 4"):
     job(changed(CALM, training={"batch": 6}))
-  with pytest.raises(errors.CalmError, match="takes a multiple of 3 devices and there are 4"):
+  with pytest.raises(errors.CalmError, match="needs a multiple of 3 devices and there are 4"):
     job(changed(CALM, mesh={"data": 3}))
   with pytest.raises(errors.CalmError, match="writes no text"):
-    steps.decode_plans(job(config.AutoencoderRun(data=config.Data(context=512), model=CODEC)))
+    steps.decode_plans(job(autoencoder_stage.Run(data=config.Data(context=512), model=AUTOENCODER)))
 
 
 # The act.
@@ -149,8 +155,12 @@ def test_what_does_not_divide_is_told():
 def act(*words: str) -> subprocess.CompletedProcess[str]:
   return subprocess.run(
     [sys.executable, "-m", "calm_jax.compile_ahead", *words],
-    cwd=ROOT, capture_output=True, text=True, check=False, env=dict(os.environ),
-  )  # fmt: skip
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
+    env=dict(os.environ),
+  )
 
 
 TOY = ("--config=configs/transformer.py:quickstart", f"--vocab_size={VOCAB}")
@@ -171,75 +181,76 @@ def test_the_act_prints_a_table_and_writes_json(tmp_path: pathlib.Path):
   assert row.startswith("| transformer.py:quickstart model.layers=1 | v5e:2x2 | fsdp=4 | yes |")
 
 
-def test_what_does_not_fit_ends_in_a_line_that_says_what_to_change():
+def test_a_step_that_does_not_fit_ends_in_a_line_that_says_what_to_change():
   done = act(*TOY, "--topology=v5e:2x2", "--config.training.batch=65536")
   assert done.returncode == errors.EXIT_BAD_INPUT
   last = done.stderr.strip().splitlines()[-1]
   assert "does not fit v5e" in last and "too much; " in last and "remat full" in last
 
 
-def test_an_unknown_topology_is_told_with_those_that_are_known():
+def test_the_error_for_an_unknown_topology_lists_valid_ones():
   done = act(*TOY, "--topology=v9:2x2")
   assert done.returncode == errors.EXIT_BAD_INPUT
   assert done.stderr.strip().splitlines()[-1].startswith("error: unknown chip 'v9'")
   assert "v5p:8x8x16" in done.stderr and "Traceback" not in done.stderr
 
 
-# The search, its plans made up.
+# The search, with invented plans.
 
 
-def made_up(monkeypatch: pytest.MonkeyPatch, needed) -> list[search.Layout]:
-  """Plans of `needed(layout)` GiB on chips of 16, their times the predicted cost."""
+def invent_plans(monkeypatch: pytest.MonkeyPatch, needed) -> list[search.Layout]:
+  """Has a plan need `needed(layout)` GiB of 16 and its predicted cost as time; records layouts."""
   tried: list[search.Layout] = []
 
-  def plan(given: steps.Job):
-    run = given.run
+  def plan(job: steps.PlanJob):
+    run = job.run
     layout = search.Layout(run.mesh, run.training.accumulation, run.execution.remat)
     tried.append(layout)
     peak = needed(layout) * result.GIB
     fits = peak <= 16 * result.GIB
     roofline = types.SimpleNamespace(bound="compute", fastest=layout.cost, slowest=2 * layout.cost)
     return types.SimpleNamespace(
-      fits=fits, roofline=roofline, memory=types.SimpleNamespace(peak=peak),
+      fits=fits,
+      roofline=roofline,
+      memory=types.SimpleNamespace(peak=peak),
       facts=types.SimpleNamespace(state_bytes=result.GIB // 4),
       overflow=None if fits else types.SimpleNamespace(available=16 * result.GIB),
       refusal=lambda: "by far too much",
-    )  # fmt: skip
+    )
 
   monkeypatch.setattr(steps, "train_plan", plan)
   return tried
 
 
 def test_a_layout_that_fits_at_once_ends_the_search(monkeypatch: pytest.MonkeyPatch):
-  tried = made_up(monkeypatch, lambda layout: 1)
-  found = search.search(job(CALM), 12, lambda line: None)
+  tried = invent_plans(monkeypatch, lambda layout: 1)
+  trials = search.search(job(CALM), 12, lambda line: None)
   assert tried == [search.Layout(config.Mesh(1, 4), 1, "none")]
   flags = "--config.mesh.fsdp=4 --config.training.accumulation=1 --config.execution.remat=none"
-  assert search.table(found).endswith(flags)
+  assert search.table(trials).endswith(flags)
 
 
 def test_the_fastest_that_fits_is_recommended_and_leaner_ones_are_not_tried(
   monkeypatch: pytest.MonkeyPatch,
 ):
   def needed(layout: search.Layout) -> float:
-    return {"none": 60, "dots": 40, "named": 36, "offload": 30, "full": 20}[
-      layout.remat
-    ] / layout.accumulation
+    sizes = {"none": 60, "dots": 40, "named": 36, "offload": 30, "full": 20}
+    return sizes[layout.remat] / layout.accumulation
 
-  tried = made_up(monkeypatch, needed)
-  found = search.search(job(CALM), 40, lambda line: None)
-  fitting = [one for one in found if one.fits]
-  best = min(fitting, key=lambda one: one.layout.cost)
+  tried = invent_plans(monkeypatch, needed)
+  trials = search.search(job(CALM), 40, lambda line: None)
+  fitting = [trial for trial in trials if trial.fits]
+  best = min(fitting, key=lambda trial: trial.layout.cost)
   assert (best.layout.accumulation, best.layout.remat) == (4, "none")
-  assert best.layout.flags in search.table(found).splitlines()[-1]
+  assert best.layout.flags in search.table(trials).splitlines()[-1]
   assert len(tried) < 25
-  for one in tried:  # Nothing that keeps as much as what was refused before it on its mesh.
-    before = tried[: tried.index(one)]
-    assert not any(one.keeps_at_least(other) for other in before if needed(other) > 16)
+  for layout in tried:  # None keeps as much as one that was refused before it on its mesh.
+    before = tried[: tried.index(layout)]
+    assert not any(layout.keeps_at_least(other) for other in before if needed(other) > 16)
 
 
-def test_where_nothing_fits_the_nearest_is_told(monkeypatch: pytest.MonkeyPatch):
-  made_up(monkeypatch, lambda layout: 1000)
-  found = search.search(job(CALM), 3, lambda line: None)
-  assert len(found) == 3 and search.nearest(found) == "by far too much"
-  assert "Fastest" not in search.table(found)
+def test_where_nothing_fits_the_leanest_layout_is_named(monkeypatch: pytest.MonkeyPatch):
+  invent_plans(monkeypatch, lambda layout: 1000)
+  trials = search.search(job(CALM), 3, lambda line: None)
+  assert len(trials) == 3 and search.nearest(trials) == "by far too much"
+  assert "Fastest" not in search.table(trials)

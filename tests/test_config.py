@@ -4,7 +4,10 @@ import re
 
 import pytest
 
-from calm_jax import config, errors
+from calm_jax import config, errors, resolve
+from calm_jax.stages import autoencoder as autoencoder_stage
+from calm_jax.stages import calm as calm_stage
+from calm_jax.stages import table
 from calm_jax.training import optimizer
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -12,7 +15,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 def changed(run, path, value):
   """Returns the run as a nested dict with one setting replaced or added."""
-  values = config.to_config_dict(run).to_dict()
+  values = resolve.to_config_dict(run).to_dict()
   *parents, name = path.split(".")
   node = values
   for parent in parents:
@@ -21,9 +24,9 @@ def changed(run, path, value):
   return values
 
 
-@pytest.mark.parametrize("run", [config.AutoencoderRun(), config.CalmRun()])
+@pytest.mark.parametrize("run", [autoencoder_stage.Run(), calm_stage.Run()])
 def test_a_run_survives_the_way_through_a_config_dict(run):
-  assert config.from_mapping(config.to_config_dict(run).to_dict()) == run
+  assert table.run_from(resolve.to_config_dict(run).to_dict()) == run
 
 
 @pytest.mark.parametrize(
@@ -48,20 +51,20 @@ def test_a_run_survives_the_way_through_a_config_dict(run):
   ],
 )
 def test_a_bad_setting_is_named_with_its_value_and_a_way_out(path, value, message):
-  values = changed(config.CalmRun(), path, value)
+  values = changed(calm_stage.Run(), path, value)
   if message is None:
-    config.from_mapping(values)
+    table.run_from(values)
     return
   with pytest.raises(errors.CalmError, match=message):
-    config.from_mapping(values)
+    table.run_from(values)
 
 
 def test_a_batch_that_accumulation_does_not_divide_is_refused():
-  values = changed(config.CalmRun(), "training.accumulation", 3)
+  values = changed(calm_stage.Run(), "training.accumulation", 3)
   with pytest.raises(
     errors.CalmError, match="batch must be divisible by accumulation = 3, got 256"
   ):
-    config.from_mapping(values)
+    table.run_from(values)
 
 
 def test_an_unknown_schedule_and_a_decay_longer_than_the_run_are_refused():
@@ -72,13 +75,13 @@ def test_an_unknown_schedule_and_a_decay_longer_than_the_run_are_refused():
 
 
 def test_differences_name_both_values():
-  other = dataclasses.replace(config.CalmRun(), loss=config.CalmLoss(samples=4))
-  assert config.differences(config.CalmRun(), other) == {"loss.samples": (8, 4)}
-  assert config.differences(other, other) == {}
+  other = dataclasses.replace(calm_stage.Run(), loss=config.CalmLoss(samples=4))
+  assert resolve.differences(calm_stage.Run(), other) == {"loss.samples": (8, 4)}
+  assert resolve.differences(other, other) == {}
 
 
 def settings_fields():
-  for run in config.RUNS.values():
+  for run in [spec.run for spec in table.STAGES.values()]:
     for part in dataclasses.fields(run):
       if dataclasses.is_dataclass(part.default_factory):
         yield from ((part.name, field.name) for field in dataclasses.fields(part.default_factory))

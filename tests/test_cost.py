@@ -1,4 +1,4 @@
-"""Claims about costs: they are what the program computes, and the published ones where told."""
+"""Claims about costs: they are what the program computes, and agree with the published ones."""
 
 import dataclasses
 
@@ -7,50 +7,42 @@ import pytest
 from jax import numpy as jnp
 
 from calm_jax import config
-from calm_jax.generation import candidates, laws, requests
-from calm_jax.models import autoencoder, calm, memory, transformer
-from calm_jax.planning import matmuls, published, runs, topologies, writing
-from calm_jax.workdir import TrainedAutoencoder, TrainedCalm, TrainedTransformer
+from calm_jax.generation import candidates, cost, requests
+from calm_jax.models import memory
+from calm_jax.planning import published, writing
+from calm_jax.planning.compiled import matmuls, runs, topologies
+from calm_jax.running import texts, untrained
+from calm_jax.stages import autoencoder as autoencoder_stage
+from calm_jax.stages import calm as calm_stage
+from calm_jax.stages import transformer as transformer_stage
 
 VOCAB, ROWS, WINDOW, DRAWS = 512, 8, 16, 3
-CODEC = config.Autoencoder(width=64, ffn=128, latent=32)
+SIZES = config.Autoencoder(width=64, ffn=128, latent=32)
+PARENTS = {"autoencoder": autoencoder_stage.Run(model=SIZES)}
 LAYERS = {"layers": 2, "width": 64, "ffn": 128, "heads": 4, "kv_heads": 2}
 
 
-def program_flops(function, *given) -> float:
-  """FLOPs of the matrix products of a function, compiled for this machine."""
-  compiled = jax.jit(function).lower(*given).compile()
+def program_flops(function, *inputs) -> float:
+  """FLOPs of a function's matrix products, compiled for this machine."""
+  compiled = jax.jit(function).lower(*inputs).compile()
   return matmuls.flops(runs.read(compiled.as_text()))
 
 
-def abstract(init):
-  return jax.eval_shape(init, jax.random.key(0))
-
-
-def law_of(run: config.CalmRun | config.TransformerRun):
-  """What is written by, without a parameter in memory."""
-  if isinstance(run, config.TransformerRun):
-    model = transformer.Transformer(run.model, VOCAB)
-    trained = TrainedTransformer(run, None, abstract(model.initial), 0, model)
-    return laws.TransformerLaw(trained, requests.Sampler())
-  codec = autoencoder.Autoencoder(CODEC, VOCAB)
-  model = calm.Calm.build(run, codec, VOCAB)
-  stage_one = TrainedAutoencoder(
-    config.AutoencoderRun(model=CODEC), None, abstract(codec.initial), 0
-  )
-  trained = TrainedCalm(run, None, abstract(model.init), 0, stage_one, model)
-  return laws.CalmLaw(trained, requests.Sampler())
+def law_of(run: calm_stage.Run | transformer_stage.Run):
+  """The law that writes text, with abstract parameters."""
+  trained = untrained.trained(run, PARENTS, VOCAB, untrained.abstract)
+  return texts.decoder(trained, requests.Sampler(), print).law
 
 
 @pytest.mark.parametrize("kind", ["energy", "flow", "diffusion", "transformer"])
 def test_a_step_computes_what_is_counted(kind: str):
-  """Attention to all slots of the cache, as the program masks those that hold nothing."""
+  """With attention to all slots of the cache: the program masks the empty ones."""
   float32 = config.Training(compute_dtype="float32")
   if kind == "transformer":
-    run = config.TransformerRun(model=config.Transformer(**LAYERS), training=float32)
+    run = transformer_stage.Run(model=config.Transformer(**LAYERS), training=float32)
   else:
     head = config.Head(kind=kind, blocks=2, steps=4 if kind != "energy" else 0)
-    run = config.CalmRun(model=config.Backbone(**LAYERS), head=head, training=float32)
+    run = calm_stage.Run(model=config.Backbone(**LAYERS), head=head, training=float32)
   law = law_of(run)
   size = law.patch_size
   token_BPK = jax.ShapeDtypeStruct((ROWS, 1, size), jnp.int32)
@@ -62,18 +54,21 @@ def test_a_step_computes_what_is_counted(kind: str):
   def choose(params, hidden_BD, key_B):
     ones_B = jnp.ones(ROWS, jnp.int32)
     wanted = candidates.Wanted(
-      key_B, 3.0 * ones_B, DRAWS * ones_B, DRAWS * ones_B, jnp.zeros((ROWS, size), jnp.int32),
-      0 * ones_B, ones_B > 0,
-    )  # fmt: skip
+      key_B,
+      3.0 * ones_B,
+      DRAWS * ones_B,
+      DRAWS * ones_B,
+      jnp.zeros((ROWS, size), jnp.int32),
+      0 * ones_B,
+      ones_B > 0,
+    )
     return law.choose(params, hidden_BD, wanted, DRAWS, [DRAWS * ROWS]).patch
 
-  # The loop over rounds runs once: its trips are unknown, and it is counted once.
+  # The loop over rounds runs once, and has an unknown trip count, which is counted as one.
   chosen = program_flops(choose, law.params, hidden_BD, key_B)
-  job = writing.Job(
-    run, None if kind == "transformer" else CODEC, VOCAB, WINDOW + 1,
-    draws=DRAWS, batch=ROWS, full=kind == "transformer",
-  )  # fmt: skip
-  # Half the window is counted, all of it is computed.
+  full = kind == "transformer"
+  job = cost.WritingJob(run, PARENTS, VOCAB, WINDOW + 1, draws=DRAWS, batch=ROWS, full=full)
+  # The program computes attention to the full window, the count has half of it.
   doubled = [
     dataclasses.replace(part, flops=2 * part.flops)
     if part.name == "attention" and not job.full
@@ -84,7 +79,7 @@ def test_a_step_computes_what_is_counted(kind: str):
   assert advance + chosen == pytest.approx(counted, rel=0.01)
 
 
-def test_the_published_costs_come_out_within_three_percent_where_told():
+def test_the_published_costs_agree_within_three_percent_but_those_listed():
   apart = set()
   for row in published.ROWS:
     for name, counted in (
@@ -105,11 +100,11 @@ def test_two_hundred_draws_cost_seventy_times_the_transformer():
 
 
 def test_more_texts_share_the_weights():
-  """By hand: a step of one text is bound by memory, that of very many by compute."""
+  """A step of one text is bound by memory, by a count by hand; one of very many by compute."""
   row, chip = published.ROWS[3], topologies.CHIPS["v5e"]
 
   def bound(batch: int, window: int) -> tuple[float, str]:
-    job = writing.Job(row.run, None, published.VOCAB, window, batch=batch)
+    job = cost.WritingJob(row.run, {}, published.VOCAB, window, batch=batch)
     return writing.seconds(writing.parts(job), chip)
 
   alone, together = bound(1, 2), bound(4096, 2)

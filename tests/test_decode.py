@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 
-from calm_jax import config, errors, workdir
+from calm_jax import config, errors
 from calm_jax.generation import candidates, decode, laws, requests, rules, text
 from calm_jax.models import memory
+from calm_jax.running import loading, texts
+from calm_jax.stages import calm as calm_stage
+from calm_jax.training import trained as trained_lib
 
 SYMBOLS = 4  # The known law: each of a patch's tokens is one of 0..3, all equally likely.
 VOCAB = 10
@@ -66,7 +69,7 @@ class Model:
 
 def writer(said: list[str] | None = None, appends_eos: bool = False, context=24, **sampler):
   """A decoder over the known law, and its model."""
-  run = config.CalmRun(
+  run = calm_stage.Run(
     data=config.Data("", context),
     model=config.Backbone(layers=1, width=2, ffn=2, heads=1, kv_heads=1),
     training=config.Training(compute_dtype="float32"),
@@ -74,11 +77,12 @@ def writer(said: list[str] | None = None, appends_eos: bool = False, context=24,
   origin = SimpleNamespace(start_patch=(5, 6, 7), appends_eos=appends_eos, eos_id=EOS)
   model = Model()
   params = {"head": {}}
+  autoencoder = SimpleNamespace(params={}, model=model.autoencoder)
   trained = SimpleNamespace(
-    model=model, run=run, origin=origin, params=params, autoencoder=SimpleNamespace(params={})
+    model=model, run=run, origin=origin, params=params, parents={"autoencoder": autoencoder}
   )
   report = [].append if said is None else said.append
-  return decode.Decoder(trained, requests.Sampler(**sampler), report), model
+  return texts.decoder(trained, requests.Sampler(**sampler), report), model
 
 
 def write_all(decoder: decode.Decoder, *wishes: requests.Request, every: int = 2):
@@ -252,8 +256,8 @@ def wanted(key: jax.Array, rows: int = 1) -> candidates.Wanted:
 
 def test_a_trained_model_writes_the_same_with_its_cache_as_without(trained_calm: pathlib.Path):
   """One noise for all, so that only the hidden states can differ."""
-  trained = workdir.load_calm(str(trained_calm))
-  decoder = decode.Decoder(trained, requests.Sampler(), lambda line: None)
+  trained = loading.load(str(trained_calm))
+  decoder = texts.decoder(trained, requests.Sampler(), lambda line: None)
   prompt = list(range(20, 28))
   new = write(decoder, prompt, max_tokens=16)
   known = [*trained.origin.start_patch, *prompt, *new]
@@ -269,8 +273,8 @@ def test_a_trained_model_writes_the_same_with_its_cache_as_without(trained_calm:
 @pytest.mark.parametrize("kind", ["continuous", "both"])
 def test_a_model_that_reads_latents_reads_the_chosen_samples(kind: str, latent_reader):
   """By hand: posterior draws of the prompt, then the samples that its tokens came from."""
-  trained = workdir.load_calm(latent_reader(kind))
-  decoder = decode.Decoder(trained, requests.Sampler(), print)
+  trained = loading.load(latent_reader(kind))
+  decoder = texts.decoder(trained, requests.Sampler(), print)
   decode_patches = 8  # What the prompt of three patches is filled up to.
   prompt = [*trained.origin.start_patch, *range(20, 28)]
   new = write(decoder, prompt[4:], 3, max_tokens=12)
@@ -290,8 +294,8 @@ def test_a_model_that_reads_latents_reads_the_chosen_samples(kind: str, latent_r
 
 @pytest.mark.parametrize("temperature", [0.7, 1.3])
 def test_the_baseline_draws_at_any_temperature_exactly(temperature: float, trained_transformer):
-  trained = workdir.load(str(trained_transformer), "transformer")
-  assert isinstance(trained, workdir.TrainedTransformer)
+  trained = loading.load(str(trained_transformer), "transformer")
+  assert isinstance(trained, trained_lib.Trained)
   law = laws.TransformerLaw(trained, requests.Sampler())
   hidden_1D = jax.random.normal(jax.random.key(0), (1, 16))
   table = trained.params["out"]["kernel"]

@@ -1,4 +1,4 @@
-"""Claims about where folders are written: nothing half is left, whatever ends the process."""
+"""Claims about output folders: however the process ends, no partial folder is left for good."""
 
 import os
 import pathlib
@@ -12,9 +12,9 @@ import pytest
 from calm_jax import errors
 from calm_jax.interchange import destination
 
-# Before what a test runs: a process that is started in the background ignores Ctrl-C.
-HEARS = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-WRITES = HEARS + textwrap.dedent("""
+# For the code of a test: a process that is started in the background ignores Ctrl-C.
+HANDLE_CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+WRITE = HANDLE_CTRL_C + textwrap.dedent("""
   import os, sys, threading, time
   from calm_jax import interrupts
   from calm_jax.interchange import destination
@@ -36,14 +36,14 @@ WRITES = HEARS + textwrap.dedent("""
 
 
 def writing(output: pathlib.Path, *args: str) -> subprocess.Popen:
-  """A process that has begun to write a folder and does not end."""
-  command = [sys.executable, "-c", WRITES, str(output), *args]
+  """Returns a process that is writing a folder and does not end."""
+  command = [sys.executable, "-c", WRITE, str(output), *args]
   process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
   assert process.stdout and process.stdout.readline() == "writing\n"
   return process
 
 
-def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
+def test_the_partial_folder_of_a_killed_process_is_removed_by_the_next(tmp_path):
   with writing(tmp_path / "out") as process:
     process.kill()
   (left,) = tmp_path.iterdir()
@@ -53,7 +53,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
   assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_what_a_process_still_writes_and_what_is_not_ours_is_left_alone(tmp_path):
+def test_folders_in_use_and_folders_of_others_are_left_alone(tmp_path):
   own = tmp_path / ".out.notes"
   own.mkdir()
   with writing(tmp_path / "out") as process:
@@ -68,10 +68,10 @@ def test_what_a_process_still_writes_and_what_is_not_ours_is_left_alone(tmp_path
 def test_ctrl_c_is_one_word_and_leaves_nothing(busy, tmp_path):
   with writing(tmp_path / "out", *busy) as process:
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=60)
-  assert (process.returncode, told) == (errors.EXIT_INTERRUPTED, "interrupted\n")
+    _, complaint = process.communicate(timeout=60)
+  assert (process.returncode, complaint) == (errors.EXIT_INTERRUPTED, "interrupted\n")
   left = [path for path in tmp_path.iterdir() if not busy or any(path.glob("out/half"))]
-  assert not left  # What threads write on until the process has ended, the next run removes.
+  assert not left  # The next run removes what threads write until the process has ended.
   with destination.new_folder(str(tmp_path / "out")):
     pass
   assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -82,16 +82,16 @@ def test_ctrl_c_while_jax_is_imported_is_one_word(tmp_path):
   (tmp_path / "jax/__init__.py").write_text(
     "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
   )
-  code = f"{HEARS}import runpy; runpy.run_module('calm_jax.convert', run_name='__main__')"
+  code = f"{HANDLE_CTRL_C}import runpy; runpy.run_module('calm_jax.convert', run_name='__main__')"
   paths = os.pathsep.join([str(tmp_path), str(pathlib.Path(__file__).parent.parent)])
-  found = subprocess.run(
+  done = subprocess.run(
     [sys.executable, "-c", code],
     env=os.environ | {"PYTHONPATH": paths},
     capture_output=True,
     text=True,
     timeout=60,
   )
-  assert (found.returncode, found.stderr) == (errors.EXIT_INTERRUPTED, "interrupted\n")
+  assert (done.returncode, done.stderr) == (errors.EXIT_INTERRUPTED, "interrupted\n")
 
 
 def test_an_exception_leaves_nothing(tmp_path):
@@ -101,7 +101,7 @@ def test_an_exception_leaves_nothing(tmp_path):
   assert not list(tmp_path.iterdir())
 
 
-def test_a_lock_that_cant_be_put_in_place_leaves_nothing(tmp_path, monkeypatch):
+def test_a_lock_that_can_not_be_made_leaves_nothing(tmp_path, monkeypatch):
   def fails(self, target):
     raise OSError(28, "No space left on device")
 

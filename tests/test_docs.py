@@ -1,9 +1,12 @@
 """Claims about the documents: their tree is the tree, and their commands' flags exist."""
 
+import dataclasses
 import pathlib
 import re
 
-from calm_jax.benchmarking import documents
+from benchmarks import documents
+from calm_jax import distributed
+from calm_jax.stages import table
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = sorted(f"configs/{path.name}" for path in (ROOT / "configs").glob("*.py"))
@@ -14,7 +17,7 @@ def files() -> set[str]:
   """Every file that a reader of the tree looks for: all but tests and empty packages."""
   found = {path for path in ROOT.iterdir() if path.suffix in (".md", ".py", ".toml")}
   found |= {ROOT / "LICENSE", ROOT / ".ci/run"}
-  for folder in ("calm_jax", "configs"):
+  for folder in ("calm_jax", "configs", "benchmarks"):
     found |= {path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".sh")}
   kinds = (".py", ".sh", ".yaml", ".md")
   found |= {path for path in (ROOT / "launch").rglob("*") if path.suffix in kinds}
@@ -43,24 +46,27 @@ def test_the_readmes_tree_is_the_tree():
 def test_the_readmes_figures_are_those_that_were_measured():
   text = (ROOT / "README.md").read_text()
   assert documents.updated(text, ROOT) == text
-  kept = {f"benchmarks/{path.name}" for path in (ROOT / "benchmarks").iterdir()}
+  kept = {f"benchmarks/{path.name}" for path in (ROOT / "benchmarks").glob("*.json")}
   assert kept and kept == set(re.findall(r"<!-- (\S+\.json) -->", text))
 
 
 def commands() -> list[tuple[str, str]]:
   text = "\n".join((ROOT / name).read_text() for name in DOCUMENTS)
   joined = re.sub(r"\\\n\s*", " ", text)
-  return sorted(set(re.findall(r"python -m calm_jax\.(\w+)([^\n`]*)", joined)))
+  return sorted(set(re.findall(r"python -m calm_jax\.([a-z_]+)([^\n`]*)", joined)))
 
 
 def test_every_documented_flag_exists():
   assert len({act for act, _ in commands()}) == 10
   for act, rest in commands():
     code = (ROOT / f"calm_jax/{act}.py").read_text()
-    if "distributed.initialize()" in code:
-      code += (ROOT / "calm_jax/distributed.py").read_text()
+    if "run_flags.define_processes()" in code:
+      names = [field.name for field in dataclasses.fields(distributed.Processes)]
+      code += "".join(f'DEFINE_string("{name}")' for name in names)
     if "run_flags.define_sizes()" in code:
       code += (ROOT / "calm_jax/run_flags.py").read_text()
+      parents = [name for spec in table.STAGES.values() for name in spec.parents]
+      code += "".join(f'DEFINE_file("{name}_config")' for name in parents)
     code = re.sub(r"run_flags\.define\((?!\s*\")", 'DEFINE_file("config"', code)
     code = re.sub(r"\bdefine\(", "DEFINE_file(", code)
     known = {*re.findall(r"DEFINE_\w+\(\s*\"(\w+)\"", code), "help", "verbosity"}

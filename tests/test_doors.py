@@ -13,11 +13,13 @@ from collections.abc import Callable
 import pytest
 from etils import epath
 
-from calm_jax import config, errors, files, workdir
-from calm_jax.benchmarking import documents
+from benchmarks import documents
+from calm_jax import errors, files, workdir
 from calm_jax.data import tokenizer as tokenizer_lib
 from calm_jax.generation import prompts
 from calm_jax.planning import comparison
+from calm_jax.running import loading
+from calm_jax.stages import table
 
 
 def told_in_one_line(act: Callable[[], object], reason: str) -> None:
@@ -52,7 +54,7 @@ def test_json_that_is_no_settings_is_told_in_one_line(
   (tmp_path / "config.json").write_bytes(
     content if isinstance(content, bytes) else content.encode()
   )
-  told_in_one_line(lambda: config.from_mapping(files.read_json(tmp_path / "config.json")), reason)
+  told_in_one_line(lambda: table.run_from(files.read_json(tmp_path / "config.json")), reason)
 
 
 ORIGIN = workdir.Origin("tokenizer.json", "ab", "cd", 30, 1, True, (1, 2, 3, 4))
@@ -73,7 +75,7 @@ NO_ORIGINS = [
 
 @pytest.mark.parametrize(("changes", "reason"), NO_ORIGINS)
 def test_an_origin_that_can_not_be_is_told_in_one_line(changes, reason):
-  values = json.loads(json.dumps(dataclasses.asdict(ORIGIN)))
+  values = json.loads(json.dumps(ORIGIN.values()))
   assert workdir.Origin.of_json(values, "origin.json") == ORIGIN
   told_in_one_line(
     lambda: workdir.Origin.of_json(values | changes, "origin.json"), f"origin.json.*{reason}"
@@ -122,21 +124,21 @@ def test_a_setting_that_no_program_holds_is_refused_with_its_range(
 ):
   part, name = path.split(".")
   told_in_one_line(
-    lambda: config.from_mapping({"stage": stage, part: {name: value}}), f"config.*{reason}"
+    lambda: table.run_from({"stage": stage, part: {name: value}}), f"config.*{reason}"
   )
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 def test_no_float_of_any_setting_may_be_infinite_or_nan(value: float):
   """Given by a file or a flag, and to the dataclass itself, as imports do."""
-  for stage, kind in config.RUNS.items():
+  for stage, kind in ((name, spec.run) for name, spec in table.STAGES.items()):
     for part in dataclasses.fields(kind):
       own = getattr(kind(), part.name)
       for field in dataclasses.fields(own) if dataclasses.is_dataclass(own) else ():
         if field.type is not float:
           continue
         given = {"stage": stage, part.name: {field.name: value}}
-        told_in_one_line(functools.partial(config.from_mapping, given), f"{field.name} must be")
+        told_in_one_line(functools.partial(table.run_from, given), f"{field.name} must be")
         told_in_one_line(functools.partial(type(own), **{field.name: value}), field.name)
 
 
@@ -145,7 +147,7 @@ READERS = {
   "texts": lambda path: prompts.written(path, []),
   "document": documents.update,
   "plans": comparison.read,
-  "settings": lambda path: workdir.read_run(os.path.dirname(path)),
+  "settings": lambda path: loading.read_run(os.path.dirname(path)),
   "origin": lambda path: workdir.read_origin(os.path.dirname(path)),
   "tokenizer": tokenizer_lib.load,
   "what is added to": lambda path: files.append(path, "x"),
@@ -197,7 +199,7 @@ def test_a_folder_that_may_not_be_looked_into_is_told_in_one_line(
 
   monkeypatch.setattr(os, "stat", fail)
   for act in (
-    lambda: workdir.read_run(str(tmp_path)),
+    lambda: loading.read_run(str(tmp_path)),
     lambda: prompts.written(f"{tmp_path}/texts", []),
   ):
     told_in_one_line(act, "can't reach .*Permission denied")

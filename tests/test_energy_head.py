@@ -1,4 +1,4 @@
-"""Claims about the energy head: where it starts, what it reads, what it saves."""
+"""Claims about the energy head: its initial samples, what each sample reads, its two matrices."""
 
 import jax
 import numpy as np
@@ -7,7 +7,8 @@ from flax import linen as nn
 from jax import numpy as jnp
 
 from calm_jax import config, errors
-from calm_jax.models import energy_head, heads, layers
+from calm_jax.models import layers
+from calm_jax.models.heads import energy, registry
 
 SIZES = config.Head(blocks=2, noise=3)
 WIDTH, LATENT = 8, 5
@@ -15,7 +16,7 @@ WIDTH, LATENT = 8, 5
 
 @pytest.fixture(scope="module")
 def head():
-  return heads.build(SIZES, WIDTH, LATENT, "fan_in", jnp.float32)
+  return registry.build(SIZES, WIDTH, LATENT, "fan_in", jnp.float32)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def inputs():
 
 
 def awake(params):
-  """The parameters with a last layer that is not zero."""
+  """Returns the parameters with a last layer that is not zero."""
   kernel = jax.random.normal(jax.random.key(2), params["out"]["kernel"].shape)
   return {**params, "out": {**params["out"], "kernel": kernel}}
 
@@ -61,12 +62,12 @@ def both_halves(block, x_ND, y_D):
   return block(x_ND, block.condition(y_D))
 
 
-def test_two_matrices_do_what_one_does_on_both_inputs_side_by_side(inputs):
+def test_two_matrices_equal_one_matrix_on_concatenated_inputs(inputs):
   """The paper's first Linear reads [LayerNorm(x), y]."""
-  block = energy_head.Block(WIDTH, "fan_in", jnp.float32)
+  block = energy.Block(WIDTH, "fan_in", jnp.float32)
   y_D, (x_ND,) = inputs[0][0, 0], jax.random.normal(jax.random.key(3), (1, 4, WIDTH))
   params = block.init(jax.random.key(4), x_ND, y_D, method=both_halves)["params"]
-  found_ND = layers.apply(block, params, x_ND, y_D, method=both_halves)
+  result_ND = layers.apply(block, params, x_ND, y_D, method=both_halves)
 
   norm = nn.LayerNorm(epsilon=1e-6).apply({"params": params["norm"]}, x_ND)
   kernel = np.concatenate([params["sample_in"]["kernel"], params["hidden_in"]["kernel"]])
@@ -77,7 +78,7 @@ def test_two_matrices_do_what_one_does_on_both_inputs_side_by_side(inputs):
 
   u = nn.silu(linear("middle", nn.silu(both @ kernel + params["hidden_in"]["bias"][None])))
   gate, up = jnp.split(linear("gate_up", u), 2, axis=-1)
-  np.testing.assert_allclose(found_ND, x_ND + linear("down", nn.silu(gate) * up), atol=1e-5)
+  np.testing.assert_allclose(result_ND, x_ND + linear("down", nn.silu(gate) * up), atol=1e-5)
 
 
 def test_noise_is_uniform_around_zero(head):
@@ -89,4 +90,4 @@ def test_noise_is_uniform_around_zero(head):
 
 def test_an_unknown_head_is_refused():
   with pytest.raises(errors.CalmError, match="did you mean 'energy'"):
-    heads.build(config.Head(kind="enrgy"), WIDTH, LATENT, "fan_in", jnp.float32)
+    registry.build(config.Head(kind="enrgy"), WIDTH, LATENT, "fan_in", jnp.float32)

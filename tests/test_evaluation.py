@@ -5,7 +5,8 @@ from jax import numpy as jnp
 
 from calm_jax.data import pipeline
 from calm_jax.data import store as store_lib
-from calm_jax.training import evaluation, stages
+from calm_jax.training import evaluation
+from calm_jax.training import stage as stage_lib
 
 
 def stage():
@@ -14,7 +15,7 @@ def stage():
   def evaluate(params, frozen, batch, key):
     return {"index": batch["index"] + params, "first": batch["tokens"][:, 0]}
 
-  return stages.Stage(
+  return stage_lib.Stage(
     init=lambda key: key,
     loss=lambda *_: (jnp.float32(0), {}),
     evaluate=evaluate,

@@ -1,4 +1,4 @@
-"""Claims about files: whole or not at all, never waited for, and JSON told in one line."""
+"""Claims about files: writes are atomic, reads never block, bad JSON is one line of error."""
 
 import concurrent.futures
 import hashlib
@@ -10,7 +10,7 @@ import pytest
 from calm_jax import errors, files
 
 
-def test_a_write_that_fails_leaves_what_was_there_and_nothing_else(
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(
   tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ):
   path = tmp_path / "x.json"
@@ -25,7 +25,7 @@ def test_a_write_that_fails_leaves_what_was_there_and_nothing_else(
   assert path.read_text() == "old" and os.listdir(tmp_path) == ["x.json"]
 
 
-def test_a_written_file_and_its_folder_are_on_the_disk(
+def test_a_written_file_and_its_folder_are_flushed(
   tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ):
   synced, fsync = [], os.fsync
@@ -40,9 +40,7 @@ def test_a_written_file_and_its_folder_are_on_the_disk(
 
 
 @pytest.mark.parametrize("reader", [files.read, files.digest, files.read_json])
-def test_a_pipe_a_device_and_a_folder_are_refused_and_not_waited_for(
-  reader, tmp_path: pathlib.Path
-):
+def test_a_pipe_a_device_and_a_folder_are_refused_and_do_not_block(reader, tmp_path: pathlib.Path):
   os.mkfifo(tmp_path / "pipe")
   for path, kind in ((tmp_path / "pipe", "pipe"), ("/dev/zero", "pipe"), (tmp_path, "folder")):
     with pytest.raises(errors.CalmError, match=rf"{path} is a {kind}.*not a file"):
@@ -51,7 +49,7 @@ def test_a_pipe_a_device_and_a_folder_are_refused_and_not_waited_for(
     reader(tmp_path / "missing")
 
 
-def test_what_may_not_be_looked_at_is_not_taken_for_missing(
+def test_a_path_without_permission_does_not_count_as_missing(
   tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ):
   def locked(path):
@@ -66,7 +64,12 @@ def test_what_may_not_be_looked_at_is_not_taken_for_missing(
 def test_a_digest_is_that_of_the_bytes(tmp_path: pathlib.Path):
   content = bytes(range(256)) * 8192
   (tmp_path / "x").write_bytes(content)
-  assert files.digest(tmp_path / "x") == hashlib.sha256(content).hexdigest()
+  expected = hashlib.sha256(content).hexdigest()
+  assert files.digest(tmp_path / "x") == expected
+  files.require_digest(tmp_path / "x", expected, "seal.json says", "put it back")
+  reason = f"x has SHA-256 {expected[:16]}, but seal.json says {16 * '0'}: put it back"
+  with pytest.raises(errors.CalmError, match=reason):
+    files.require_digest(tmp_path / "x", 64 * "0", "seal.json says", "put it back")
 
 
 @pytest.mark.parametrize(
@@ -80,7 +83,7 @@ def test_a_digest_is_that_of_the_bytes(tmp_path: pathlib.Path):
     (b'{"a": %s}' % (b"1" * 5000), "no valid JSON"),  # Python reads integers of 4,300 digits.
   ],
 )
-def test_json_that_is_no_object_is_told_with_its_place(
+def test_json_that_is_no_object_is_reported_with_its_path(
   text: bytes, reason: str, tmp_path: pathlib.Path
 ):
   (tmp_path / "x.json").write_bytes(text)
@@ -89,7 +92,7 @@ def test_json_that_is_no_object_is_told_with_its_place(
 
 
 def test_long_lines_of_two_writers_do_not_mix(tmp_path: pathlib.Path):
-  """A line beyond a buffer's 8 KB went out in pieces."""
+  """A line longer than a buffer of 8 KB used to be written in pieces."""
   path, lines = tmp_path / "x", [letter * 100_000 + "\n" for letter in "ab"]
 
   def write(line: str) -> None:

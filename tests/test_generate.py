@@ -13,9 +13,11 @@ import pytest
 from jax import numpy as jnp
 
 from calm_jax import config, errors, workdir
-from calm_jax.generation import decode, precision, prompts, requests, session, text
+from calm_jax.generation import precision, prompts, requests, session, text
 from calm_jax.models import calm
 from calm_jax.parallel import mesh
+from calm_jax.running import loading
+from calm_jax.running import texts as texts_lib
 
 ROOT = pathlib.Path(__file__).parent.parent
 COMMON = {"temperature": 1.0, "num_candidates": 8, "max_tokens": 8, "seed": 0, "stop": []}
@@ -240,8 +242,8 @@ def test_the_baseline_takes_the_likeliest_token_as_the_temperature_falls(
 
 def texts(directory: str, kind: str, wishes: list[requests.Request]) -> list[session.Text]:
   """What a workdir's model writes, its weights kept as `kind`."""
-  trained = precision.WEIGHTS[kind](workdir.load(directory))
-  decoder = decode.Decoder(trained, requests.Sampler(), lambda line: None)
+  trained = precision.WEIGHTS[kind](loading.load(directory))
+  decoder = texts_lib.decoder(trained, requests.Sampler(), lambda line: None)
   return session.Session(decoder, workdir.tokenizer(directory, trained.origin)).write(wishes, 4)
 
 
@@ -259,9 +261,9 @@ def test_a_mesh_writes_what_one_device_does(trained_calm, trained_transformer):
 
 
 def test_a_text_ends_before_a_stop_string(trained_calm: pathlib.Path):
-  trained = workdir.load_calm(str(trained_calm))
+  trained = loading.load(str(trained_calm))
   tokenizer = workdir.tokenizer(str(trained_calm), trained.origin)
-  decoder = decode.Decoder(trained, requests.Sampler(), lambda line: None)
+  decoder = texts_lib.decoder(trained, requests.Sampler(), lambda line: None)
   (free,) = session.Session(decoder, tokenizer).write([requests.Request((), max_tokens=32)], 2)
   stop = free.text[5:7]
   wish = requests.Request((), max_tokens=32, stop=(stop,))
@@ -274,7 +276,7 @@ def test_smaller_weights_draw_nearly_the_same_patches(kind: str, trained_calm: p
   """With the same noise: the share that differs bounds the laws' total variation."""
   if kind == "int8":
     pytest.importorskip("qwix")
-  trained = workdir.load_calm(str(trained_calm))
+  trained = loading.load(str(trained_calm))
   small = precision.WEIGHTS[kind](trained)
   held = [sum(x.nbytes for x in jax.tree.leaves(one.params)) for one in (trained, small)]
   assert held[1] < 0.6 * held[0]
@@ -283,7 +285,9 @@ def test_smaller_weights_draw_nearly_the_same_patches(kind: str, trained_calm: p
   def drawn(one):
     hidden_1PD, _ = one.model.hidden(one.params, token_1PK)
     z_N1PZ = one.model.sample(one.params, hidden_1PD, jax.random.key(0), 50)
-    return calm.decode_tokens(one.model.autoencoder, one.autoencoder.params, z_N1PZ)
+    return calm.decode_tokens(
+      one.parents["autoencoder"].model, one.parents["autoencoder"].params, z_N1PZ
+    )
 
   differs = jnp.any(drawn(trained) != drawn(small), axis=-1)
   assert jnp.mean(differs) < 0.2

@@ -13,10 +13,10 @@ from folders import GOLDEN, agree
 from jax import numpy as jnp
 from safetensors import numpy as safetensors
 
-from calm_jax import config
 from calm_jax.interchange import reading
-from calm_jax.models import autoencoder, calm, diffusion_head, layers, transformer
-from calm_jax.objectives import autoencoding, diffusion, energy_score, flow_matching, vocabulary
+from calm_jax.kernels import cross_entropy
+from calm_jax.models import autoencoder, calm, layers, transformer
+from calm_jax.objectives import autoencoding, diffusion, energy_score, flow_matching
 
 
 @pytest.fixture(scope="module", params=["k4", "k2_gqa"])
@@ -32,14 +32,19 @@ def vectors(case: pathlib.Path):
 @pytest.fixture(scope="module")
 def imported_autoencoder(case: pathlib.Path):
   found = reading.read(case / "autoencoder")
-  return autoencoder.Autoencoder(found.run.model, found.vocab_size), found.params
+  return autoencoder.Autoencoder(found.sizes, found.vocab_size), found.params
 
 
 def imported_calm(folder: pathlib.Path):
   found = reading.read(folder)
-  assert isinstance(found.run, config.CalmRun) and found.autoencoder
-  codec = autoencoder.Autoencoder(found.autoencoder.run.model, found.autoencoder.vocab_size)
-  return calm.Calm.build(found.run, codec, found.vocab_size), found
+  assert found.stage == "calm"
+  sizes, head = found.sizes, found.settings["head"]
+  return calm.Calm.build(sizes, head, found.parents["autoencoder"].sizes, found.vocab_size), found
+
+
+def inner_autoencoder(found: reading.Imported):
+  inner = found.parents["autoencoder"]
+  return autoencoder.Autoencoder(inner.sizes, inner.vocab_size), inner.params
 
 
 def by_patch(token_BS: np.ndarray, case: pathlib.Path) -> np.ndarray:
@@ -65,11 +70,11 @@ def test_autoencoder_loss(imported_autoencoder, vectors, case):
   feature_BPKE = layers.apply(model, params, z_BPZ, method="features")
   share_BPK = jnp.full(token_BPK.shape, 1 / token_BPK.size)
   each = (x.reshape(len(x), -1, *x.shape[3:]) for x in (feature_BPKE, token_BPK, share_BPK))
-  cross_entropy = vocabulary.cross_entropy(params["embed"]["embedding"], *each).loss
+  nats = cross_entropy.scores(params["embed"]["embedding"], *each).loss
   kl = jnp.mean(autoencoding.floored_kl(mean_BPZ, log_std_BPZ, 0.5))
-  agree(cross_entropy[None], vectors["ae.ce_per_token"])
+  agree(nats[None], vectors["ae.ce_per_token"])
   agree(kl[None], vectors["ae.kl_clamped"])
-  loss = token_BPK.shape[-1] * cross_entropy + 1e-3 * kl
+  loss = token_BPK.shape[-1] * nats + 1e-3 * kl
   agree(loss[None], vectors["ae.train_loss_no_dropout"])
 
 
@@ -90,19 +95,15 @@ def test_energy_head(vectors, case):
   model, found = imported_calm(case / "energy")
   sample_NBPZ = model.samples(found.params, vectors["energy.hidden"], vectors["energy.noise"])
   agree(sample_NBPZ, vectors["energy.samples"])
-  assert found.autoencoder
-  token_NBPK = calm.decode_tokens(model.autoencoder, found.autoencoder.params, sample_NBPZ[:2])
+  token_NBPK = calm.decode_tokens(*inner_autoencoder(found), sample_NBPZ[:2])
   for n, token_BPK in enumerate(token_NBPK, start=1):
     np.testing.assert_array_equal(token_BPK, vectors[f"energy.tokens_{n}"])
 
 
 def test_targets_are_the_frozen_encoders(vectors, case):
-  model, found = imported_calm(case / "energy")
-  assert found.autoencoder
+  _, found = imported_calm(case / "energy")
   token_BPK = by_patch(vectors["lm.input_ids"], case)[:, 1:]
-  mean_BPZ, log_std_BPZ = layers.apply(
-    model.autoencoder, found.autoencoder.params, token_BPK, method="encode"
-  )
+  mean_BPZ, log_std_BPZ = layers.apply(*inner_autoencoder(found), token_BPK, method="encode")
   agree(mean_BPZ, vectors["energy.target_mean"])
   agree(log_std_BPZ, vectors["energy.target_log_std"])
 
@@ -137,16 +138,16 @@ def test_flow_head(vectors, case):
 
 
 def test_diffusion_schedule(vectors):
-  found = diffusion_head.cosine_alphas_cumprod()
+  found = diffusion.cosine_alphas_cumprod()
   np.testing.assert_allclose(found, vectors["diffusion.alphas_cumprod"], rtol=1e-12)
 
 
 def test_diffusion_loss(vectors, case):
   model, found = imported_calm(case / "diffusion")
-  levels = diffusion_head.Levels.evenly(diffusion_head.LEVELS)
+  levels = diffusion.Levels.evenly(diffusion.LEVELS)
   hidden_ND, level_1N = rows(vectors["diffusion.hidden"]), jnp.array(vectors["diffusion.t"])[None]
   z_1NZ, noise_1NZ = vectors["diffusion.target"][None], vectors["diffusion.noise"][None]
-  x_1NZ = diffusion_head.noised(levels, z_1NZ, level_1N, noise_1NZ)
+  x_1NZ = diffusion.noised(levels, z_1NZ, level_1N, noise_1NZ)
   agree(x_1NZ[0], vectors["diffusion.x_t"])
   net_out = layers.apply(model.head.network, found.params["head"], x_1NZ, hidden_ND, level_1N)
   agree(net_out[0], vectors["diffusion.net_out"])
@@ -166,6 +167,6 @@ def test_diffusion_sampler(vectors, case):
 
 def test_baseline(vectors, case):
   found = reading.read(case / "ar")
-  assert isinstance(found.run, config.TransformerRun)
-  model = transformer.Transformer(found.run.model, found.vocab_size)
+  assert found.stage == "transformer"
+  model = transformer.Transformer(found.sizes, found.vocab_size)
   agree(layers.apply(model, found.params, vectors["lm.input_ids"]), vectors["ar.logits"])

@@ -1,4 +1,4 @@
-"""Claims about the iterative heads, and about the table that chooses a head."""
+"""Claims about every head of the table, and about flow and diffusion."""
 
 import jax
 import numpy as np
@@ -6,33 +6,31 @@ import pytest
 from jax import numpy as jnp
 
 from calm_jax import config
-from calm_jax.models import diffusion_head, flops, flow_head, heads
-from calm_jax.objectives import diffusion, flow_matching, head_losses
+from calm_jax.models.heads import diffusion as diffusion_head
+from calm_jax.models.heads import flow, registry
+from calm_jax.models.heads import head as head_lib
+from calm_jax.objectives import diffusion, flow_matching
 
 WIDTH, LATENT = 8, 3
 STEPS = {"energy": 0, "flow": 4, "diffusion": 6}
 
 
-def build(kind: str) -> heads.Head:
+def build(kind: str) -> head_lib.Head:
   sizes = config.Head(kind=kind, blocks=2, noise=3, steps=STEPS[kind])
-  return heads.build(sizes, WIDTH, LATENT, "fan_in", jnp.float32)
+  return registry.build(sizes, WIDTH, LATENT, "fan_in", jnp.float32)
 
 
 def awake(params):
-  """The parameters with no layer at its zero initial value."""
+  """Returns the parameters with no layer at its zero initial value."""
   leaves, tree = jax.tree.flatten(params)
   keys = jax.random.split(jax.random.key(3), len(leaves))
   pairs = zip(leaves, keys, strict=True)
   return tree.unflatten([x + 0.3 * jax.random.normal(key, x.shape) for x, key in pairs])
 
 
-@pytest.fixture(params=heads.HEADS)
+@pytest.fixture(params=registry.HEADS)
 def kind(request: pytest.FixtureRequest) -> str:
   return request.param
-
-
-def test_every_head_has_a_loss_and_a_count():
-  assert heads.HEADS.keys() == head_losses.LOSSES.keys() == flops.HEAD_SAMPLES.keys()
 
 
 def test_samples_read_their_own_noise_and_hidden_state(kind: str):
@@ -64,8 +62,8 @@ def test_a_key_decides_the_samples(kind: str):
 
 
 @pytest.mark.parametrize("kind", ["energy", "flow"])
-def test_a_head_learns_a_law(kind: str):
-  """From one hidden state: the mean and spread of a known posterior."""
+def test_a_head_learns_a_distribution(kind: str):
+  """From one hidden state, the mean and spread of a known posterior."""
   head = build(kind)
   settings = config.CalmLoss(samples=64, posterior_draws=64)
   params, hidden_1D = head.init(jax.random.key(0)), jnp.ones((1, WIDTH))
@@ -73,8 +71,8 @@ def test_a_head_learns_a_law(kind: str):
 
   def loss(params, key):
     posterior = (mean_1Z, log_std_1Z)
-    found, _ = head_losses.LOSSES[kind](head, params, hidden_1D, posterior, key, settings)
-    return jnp.mean(found)
+    loss_1, _ = head.loss(params, hidden_1D, posterior, key, settings)
+    return jnp.mean(loss_1)
 
   @jax.jit
   def step(carry, i):
@@ -96,7 +94,7 @@ def test_a_head_learns_a_law(kind: str):
 
 
 class Optimal:
-  """Predicts the noise in latents of N(mean, std²) as well as can be, with the least variance."""
+  """The optimal prediction of the noise in latents of N(mean, std²), with the least variance."""
 
   def __init__(self, mean_Z, std_Z):
     self.mean_Z, self.std_Z = mean_Z, std_Z
@@ -105,15 +103,15 @@ class Optimal:
     if method == "condition":
       return args[0]
     x_NZ, _, time_N = args
-    signal_N1 = jnp.asarray(diffusion_head.cosine_alphas_cumprod(), jnp.float32)[time_N][..., None]
+    signal_N1 = jnp.asarray(diffusion.cosine_alphas_cumprod(), jnp.float32)[time_N][..., None]
     mean_NZ = jnp.sqrt(signal_N1) * self.mean_Z[None, None]
     variance_NZ = signal_N1 * self.std_Z[None, None] ** 2 + 1 - signal_N1
     noise_NZ = jnp.sqrt(1 - signal_N1) * (x_NZ - mean_NZ) / variance_NZ
     return jnp.concatenate([noise_NZ, -jnp.ones_like(x_NZ)], axis=-1)
 
 
-def test_the_diffusion_sampler_reaches_the_law_of_an_optimal_network():
-  """A trained one of this size is too rough: the first of the published steps magnifies by 300."""
+def test_the_diffusion_sampler_with_an_optimal_network_draws_the_right_distribution():
+  """A trained network of this size is too rough: the first published step magnifies by 300."""
   mean_Z, std_Z = jnp.array([1.0, -2.0, 0.5]), jnp.array([0.5, 0.3, 0.8])
   sizes = config.Head(kind="diffusion", blocks=1)
   head = diffusion_head.DiffusionHead(sizes, WIDTH, LATENT, "fan_in")
@@ -123,7 +121,7 @@ def test_the_diffusion_sampler_reaches_the_law_of_an_optimal_network():
   np.testing.assert_allclose(sample_NZ.std(axis=0), std_Z, rtol=0.1)
 
 
-def test_at_the_start_flow_leaves_the_noise_where_it_is():
+def test_an_untrained_flow_head_returns_its_noise():
   head = build("flow")
   noise = head.draw_noise(jax.random.key(2), (4,))
   params = head.init(jax.random.key(0))
@@ -132,9 +130,7 @@ def test_at_the_start_flow_leaves_the_noise_where_it_is():
 
 
 def test_flow_times_are_whole_thousandths():
-  np.testing.assert_array_equal(
-    flow_head.network_time(jnp.array([0.0, 0.0015, 0.9999])), [0, 1, 999]
-  )
+  np.testing.assert_array_equal(flow.network_time(jnp.array([0.0, 0.0015, 0.9999])), [0, 1, 999])
 
 
 def test_flow_loss_of_the_right_velocity_is_zero():
@@ -150,19 +146,19 @@ def test_flow_loss_of_the_right_velocity_is_zero():
 
 
 def test_levels_are_evenly_spaced_from_the_first_to_the_last():
-  levels = diffusion_head.Levels.evenly(100)
+  levels = diffusion.Levels.evenly(100)
   assert levels.time_T[[0, 1, 98, 99]].tolist() == [0, 10, 989, 999]
   assert len(set(np.diff(levels.time_T))) == 2
 
 
 def test_a_step_of_the_true_noise_has_the_posteriors_mean():
   """q(x_{t-1} | x_t, z) by Gaussian algebra, for the respaced levels."""
-  levels = diffusion_head.Levels.evenly(10)
+  levels = diffusion.Levels.evenly(10)
   z_NZ, noise_NZ = jax.random.normal(jax.random.key(0), (2, 1, 3))
   level, now, before = 4, *levels.alphas_cumprod_T[[4, 3]]
-  x_NZ = diffusion_head.noised(levels, z_NZ, jnp.array([level]), noise_NZ)
+  x_NZ = diffusion.noised(levels, z_NZ, jnp.array([level]), noise_NZ)
   prediction = jnp.concatenate([noise_NZ, -jnp.ones((1, 3))], axis=-1)
-  mean_NZ, log_variance_NZ = diffusion_head.step_law(levels, x_NZ, prediction, jnp.array([level]))
+  mean_NZ, log_variance_NZ = diffusion.step_law(levels, x_NZ, prediction, jnp.array([level]))
   alpha = now / before
   precision = alpha / (1 - alpha) + 1 / (1 - before)
   weighted = np.sqrt(alpha) / (1 - alpha) * x_NZ + np.sqrt(before) / (1 - before) * z_NZ
@@ -170,11 +166,11 @@ def test_a_step_of_the_true_noise_has_the_posteriors_mean():
   np.testing.assert_allclose(np.exp(log_variance_NZ), 1 / precision, rtol=1e-4)
 
 
-def test_the_variational_term_trains_the_variance_alone():
-  levels = diffusion_head.Levels.evenly(diffusion_head.LEVELS)
+def test_the_variational_term_trains_only_the_variance():
+  levels = diffusion.Levels.evenly(diffusion.LEVELS)
   z_NZ, noise_NZ = jax.random.normal(jax.random.key(0), (2, 5, 3))
   level_N = jnp.array([0, 1, 10, 500, 999])
-  x_NZ = diffusion_head.noised(levels, z_NZ, level_N, noise_NZ)
+  x_NZ = diffusion.noised(levels, z_NZ, level_N, noise_NZ)
 
   def term(prediction):
     return jnp.sum(diffusion.variational_term(levels, prediction, z_NZ, x_NZ, level_N))
@@ -185,13 +181,13 @@ def test_the_variational_term_trains_the_variance_alone():
 
 
 def test_the_variational_term_at_level_zero_is_the_probability_of_a_bin():
-  """With the latent at its mean inside (−1, 1): a normal's mass within 1/255 of its mean."""
-  levels = diffusion_head.Levels.evenly(diffusion_head.LEVELS)
+  """For a latent in (−1, 1): the mass of a normal distribution within 1/255 of the latent."""
+  levels = diffusion.Levels.evenly(diffusion.LEVELS)
   z_NZ, level_N = jnp.array([[0.3]]), jnp.array([0])
-  x_NZ = diffusion_head.noised(levels, z_NZ, level_N, jnp.zeros((1, 1)))
-  found = diffusion.variational_term(levels, jnp.zeros((1, 2)), z_NZ, x_NZ, level_N)
-  mean_NZ, log_variance_NZ = diffusion_head.step_law(levels, x_NZ, jnp.zeros((1, 2)), level_N)
+  x_NZ = diffusion.noised(levels, z_NZ, level_N, jnp.zeros((1, 1)))
+  bits_N = diffusion.variational_term(levels, jnp.zeros((1, 2)), z_NZ, x_NZ, level_N)
+  mean_NZ, log_variance_NZ = diffusion.step_law(levels, x_NZ, jnp.zeros((1, 2)), level_N)
   std = float(np.exp(log_variance_NZ[0, 0] / 2))
   edges = (np.array([0.3 + 1 / 255, 0.3 - 1 / 255]) - float(mean_NZ[0, 0])) / std
   up_to, from_ = (float(jax.scipy.stats.norm.cdf(edge)) for edge in edges)
-  np.testing.assert_allclose(found, [-np.log2(up_to - from_)], rtol=2e-3)
+  np.testing.assert_allclose(bits_N, [-np.log2(up_to - from_)], rtol=2e-3)

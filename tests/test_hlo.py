@@ -1,12 +1,12 @@
-"""Claims about reading the text of a compiled program."""
+"""Claims about parsing the text of a compiled program."""
 
 import jax
 import pytest
 from jax import numpy as jnp
 
-from calm_jax.planning import hlo, runs
+from calm_jax.planning.compiled import hlo, runs
 
-# What the TPU compiler writes: no trip counts, constants carried by outer loops, comments.
+# As the TPU compiler writes: no trip counts, constants carried by outer loops, comments.
 LOOPS = """HloModule jit_step, is_scheduled=true, num_partitions=4, entry_computation_layout={()->()}
 
 %fused_add (param_0: s32[], param_1: s32[]) -> s32[] {
@@ -67,17 +67,17 @@ ENTRY %main (param.1: bf16[8,4], param.2: s32[]) -> bf16[8,4] {
 """  # noqa: E501
 
 
-def test_loops_without_stated_lengths_are_followed():
+def test_loops_without_stated_trip_counts_are_simulated():
   module = runs.read(LOOPS)
-  # From 1 to 5, once an iteration; within, from 0 to 6 by twos, the 6 being carried there.
+  # The outer counter goes from 1 to 5 by 1, the inner from 0 to 6 by 2; the 6 is carried in.
   assert module.trips == {"while.2": 4, "while.1": 3}
   assert module.counts["outer_body"] == 4 and module.counts["inner_body"] == 12
   assert module.fused == {"fused_add"} and module.partitions == 4
-  negations = [count for _, one, count in module.running() if one.opcode == "negate"]
+  negations = [n for _, instruction, n in module.running() if instruction.opcode == "negate"]
   assert negations == [12]
 
 
-def test_a_loop_whose_end_is_an_argument_is_told_as_unknown():
+def test_a_loop_whose_end_is_an_argument_has_an_unknown_trip_count():
   module = runs.read(
     LOOPS.replace("tuple(%copy.1, %param.1, %constant.6)", "tuple(%copy.1, %param.1, %param.2)")
   )
@@ -85,11 +85,11 @@ def test_a_loop_whose_end_is_an_argument_is_told_as_unknown():
   assert module.counts["inner_body"] == 4
 
 
-def test_shapes_operands_and_attributes_are_read():
+def test_shapes_operands_and_attributes_are_parsed():
   module = runs.read(LOOPS)
-  one = module.computations["inner_body"].instructions["negate.1"]
-  assert one.arrays == (hlo.Array("bf16", (8, 4), space=1),) and one.bytes == 64
-  assert one.operands == ("get-tuple-element.3",)
+  negation = module.computations["inner_body"].instructions["negate.1"]
+  assert negation.arrays == (hlo.Array("bf16", (8, 4), space=1),) and negation.bytes == 64
+  assert negation.operands == ("get-tuple-element.3",)
   entry = module.entry
   assert [entry.parameters[number].name for number in (0, 1)] == ["param.1", "param.2"]
   assert [user.name for user in entry.users["param.1"]] == ["tuple.4"]
@@ -98,7 +98,7 @@ def test_shapes_operands_and_attributes_are_read():
   assert constant.attribute("metadata") == '{op_name="a(b)/{c}" stack_frame_id=1}'
 
 
-def test_what_is_printed_over_several_lines_is_one_instruction():
+def test_an_instruction_may_have_several_lines():
   text = """HloModule one
 
 ENTRY %main (p: f32[4]) -> f32[4] {
@@ -129,7 +129,7 @@ def test_text_without_a_program_is_refused():
     runs.read("HloModule nothing")
 
 
-def test_the_backend_here_states_lengths_and_they_are_read():
+def test_trip_counts_that_the_backend_states_are_used():
   def f(x, ws):
     return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, ws)[0]
 

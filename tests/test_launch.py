@@ -9,7 +9,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 
-# Notes each module it is told to run; fails once where a file of that name says so.
+# Records each module that it should run; fails once if a file fail_MODULE exists.
 PYTHON = """#!/usr/bin/env bash
 case "$1" in
   --version) echo "Python $(cat "$(dirname "$0")/../version")" ;;
@@ -32,7 +32,7 @@ ACTS = ("prepare", "main", "evaluate", "main", "evaluate", "generate", "generate
 
 @pytest.fixture
 def checkout(tmp_path: pathlib.Path) -> pathlib.Path:
-  """A checkout with the scripts alone, and a folder of stand-ins beside it."""
+  """A checkout that holds only the scripts, and a folder of stand-ins next to it."""
   for name, text in (("python", PYTHON), ("pip", PIP)):
     file = tmp_path / "fake" / name
     file.parent.mkdir(exist_ok=True)
@@ -45,17 +45,17 @@ def checkout(tmp_path: pathlib.Path) -> pathlib.Path:
 
 
 def launch(checkout: pathlib.Path, script: str, *words: str) -> tuple[int, list[str]]:
-  """Runs a script, the stand-ins before everything; returns its exit code and what it had run."""
+  """Runs a script with the stand-ins first on PATH; returns its exit code and what they ran."""
   fake = checkout.parent / "fake"
   (fake / "ran").write_text("")
   environment = os.environ | {
-    "FAKE": str(fake), "PYTHON": f"{fake}/python", "QUICKSTART_DIR": f"{checkout}/out",
+    "FAKE": str(fake),
+    "PYTHON": f"{fake}/python",
+    "QUICKSTART_DIR": f"{checkout}/out",
     "PATH": f"{fake}:{os.environ['PATH']}",
-  }  # fmt: skip
-  done = subprocess.run(
-    [f"{checkout}/launch/{script}", *words],
-    env=environment, capture_output=True, text=True, timeout=60,
-  )  # fmt: skip
+  }
+  command = [f"{checkout}/launch/{script}", *words]
+  done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
   return done.returncode, (fake / "ran").read_text().split("\n")[:-1]
 
 
@@ -68,14 +68,14 @@ def test_the_quickstart_installs_once_and_runs_every_act(checkout: pathlib.Path)
   assert launch(checkout, "quickstart.sh") == (0, acts("report"))
 
 
-def test_a_step_that_fails_ends_the_quickstart_which_goes_on_from_it(checkout: pathlib.Path):
+def test_a_failed_step_ends_the_quickstart_and_the_next_run_resumes_from_it(checkout: pathlib.Path):
   (checkout.parent / "fake/fail_calm_jax.generate").touch()
   code, ran = launch(checkout, "quickstart.sh")
   assert code == 3 and ran[-1] == "calm_jax.generate"
   assert launch(checkout, "quickstart.sh") == (0, acts("generate", "generate", "report"))
 
 
-def test_the_tests_get_their_own_extra_and_another_python_a_new_environment(
+def test_the_tests_install_their_extra_and_another_python_makes_a_new_environment(
   checkout: pathlib.Path,
 ):
   launch(checkout, "quickstart.sh")
@@ -84,7 +84,7 @@ def test_the_tests_get_their_own_extra_and_another_python_a_new_environment(
   assert launch(checkout, "test.sh") == (0, ["venv", "pip .[dev]", "pytest"])
 
 
-def test_a_gpu_machine_is_installed_for_its_driver_and_runs_until_it_is_done(
+def test_a_gpu_machine_is_installed_for_its_driver_and_runs_the_command(
   checkout: pathlib.Path,
 ):
   driver = checkout.parent / "fake/nvidia-smi"

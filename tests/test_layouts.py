@@ -13,14 +13,15 @@ from calm_jax import config
 from calm_jax.models import autoencoder
 from calm_jax.parallel import mesh as mesh_lib
 from calm_jax.parallel import rules
+from calm_jax.running import untrained
 from calm_jax.training import (
   autoencoder_stage,
   calm_stage,
   program,
-  stages,
   step,
   transformer_stage,
 )
+from calm_jax.training import stage as stage_lib
 
 STEPS, VOCAB = 5, 320
 # Sizes that every axis of eight devices divides.
@@ -33,10 +34,10 @@ TRAINING = config.Training(steps=STEPS, batch=16, compute_dtype="float32")
 COMMON = dict(data=config.Data("", 32), optimizer=OPTIMIZER, training=TRAINING)
 
 RUNS: dict[str, config.Run] = {
-  "autoencoder": config.AutoencoderRun(model=CODEC, **COMMON),
-  "transformer": config.TransformerRun(model=config.Transformer(**SIZES), **COMMON),
+  "autoencoder": autoencoder_stage.Run(model=CODEC, **COMMON),
+  "transformer": transformer_stage.Run(model=config.Transformer(**SIZES), **COMMON),
 } | {
-  kind: config.CalmRun(
+  kind: calm_stage.Run(
     model=config.Backbone(**SIZES, input="both"),
     head=config.Head(kind=kind, blocks=1, noise=8),
     loss=config.CalmLoss(samples=4, posterior_draws=8),
@@ -66,19 +67,14 @@ PAIRS = [
 
 
 @functools.cache
-def frozen_codec():
-  """The frozen autoencoder and its parameters."""
-  codec = autoencoder.Autoencoder(CODEC, VOCAB)
-  return codec, jax.jit(codec.initial)(jax.random.key(7))
+def frozen_params():
+  """The frozen autoencoder's parameters."""
+  return jax.jit(autoencoder.Autoencoder(CODEC, VOCAB).initial)(jax.random.key(7))
 
 
-def built(run: config.Run) -> stages.Stage:
-  if isinstance(run, config.AutoencoderRun):
-    return autoencoder_stage.build(run, VOCAB)
-  if isinstance(run, config.TransformerRun):
-    return transformer_stage.build(run, VOCAB)
-  codec, frozen = frozen_codec()
-  return calm_stage.build(run, codec, frozen, VOCAB)
+def built(run: config.Run) -> stage_lib.Stage:
+  parents = {"autoencoder": autoencoder_stage.Run(model=CODEC)}
+  return untrained.functions(run, parents, VOCAB, lambda _: frozen_params())
 
 
 def batch(number: int, rows: np.ndarray) -> dict[str, np.ndarray]:
@@ -92,7 +88,7 @@ def trained(run: config.Run):
   """Losses, parameters on the host and the program after STEPS steps on the run's mesh."""
   mesh = mesh_lib.build(run.mesh)
   with jax.set_mesh(mesh):
-    made = program.Program(run, built(run), mesh)
+    made = program.TrainProgram(run, built(run), mesh)
     state, take = made.initial(), made.compiled_step()
     frozen = jax.device_put(made.stage.frozen, jax.tree.map(lambda x: x.sharding, made.frozen))
     losses = []

@@ -1,4 +1,4 @@
-"""Claims about leases: one writer at a time, however the one before ended, and who is told what."""
+"""Claims about leases: one writer at a time however the last one ended, with clear refusals."""
 
 import contextlib
 import dataclasses
@@ -18,9 +18,10 @@ import writers
 from processes import finish, start
 from test_resume import at_step
 
-from calm_jax import errors, files, holder, lease, main, prepare, workdir
+from calm_jax import errors, files, holder, lease, prepare, workdir
+from calm_jax.running import loading, train
 
-# Takes the lease of a folder on a host of that name; asks for it at each line of standard input.
+# Takes the lease of a folder under a host name; checks it at each line of standard input.
 HOLDER = """
 import socket, sys
 from calm_jax import errors, lease
@@ -49,12 +50,10 @@ def of(folder: pathlib.Path | str) -> lease.Lease:
 
 @contextlib.contextmanager
 def holding(folder: pathlib.Path, host: str = "") -> Iterator[subprocess.Popen]:
-  """Another process that holds the lease of a folder."""
-  process = subprocess.Popen(
-    [sys.executable, "-c", HOLDER, str(folder), host],
-    stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-  )  # fmt: skip
-  with process:
+  """Starts another process that holds the lease of a folder, and kills it at the end."""
+  command = [sys.executable, "-c", HOLDER, str(folder), host]
+  pipe = subprocess.PIPE
+  with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
     try:
       assert process.stdout and process.stdout.readline() == "held\n"
       yield process
@@ -63,9 +62,9 @@ def holding(folder: pathlib.Path, host: str = "") -> Iterator[subprocess.Popen]:
 
 
 def write(folder: pathlib.Path, **changes) -> None:
-  """Puts a lease into a folder that is this process's but for `changes`."""
-  found = dataclasses.replace(holder.Holder.here(), **changes)
-  files.write(folder / ".lease", found.to_json())
+  """Writes a lease of this process, with `changes`, into a folder."""
+  changed = dataclasses.replace(holder.Holder.here(), **changes)
+  files.write(folder / ".lease", changed.to_json())
 
 
 def read(folder: pathlib.Path) -> dict:
@@ -73,7 +72,7 @@ def read(folder: pathlib.Path) -> dict:
 
 
 @pytest.mark.parametrize("name", ["plain", "lr[1e-3]", "back\\slash", "a b/c%20d"])
-def test_a_lease_is_renewed_while_it_is_held_and_leaves_nothing(tmp_path: pathlib.Path, name: str):
+def test_a_lease_is_renewed_while_held_and_then_removed(tmp_path: pathlib.Path, name: str):
   folder = tmp_path / name
   with of(folder) as held:
     first = read(folder)
@@ -86,7 +85,7 @@ def test_a_lease_is_renewed_while_it_is_held_and_leaves_nothing(tmp_path: pathli
   assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_was_there_or_came_to_hold_something_stays(tmp_path: pathlib.Path):
+def test_a_folder_that_existed_or_is_not_empty_is_kept(tmp_path: pathlib.Path):
   with of(tmp_path):
     pass
   with of(tmp_path / "new"):
@@ -100,7 +99,7 @@ def test_links_to_a_file_share_its_lease(tmp_path: pathlib.Path):
   assert lease.of_file("gs://b/texts") == "gs://b/texts.lease"
 
 
-def test_a_process_that_runs_is_not_disturbed(tmp_path: pathlib.Path):
+def test_a_running_process_keeps_its_lease(tmp_path: pathlib.Path):
   write(tmp_path, since=time.time() - 185)
   with pytest.raises(errors.CalmError) as refused:
     of(tmp_path).attempt()
@@ -111,38 +110,40 @@ def test_a_process_that_runs_is_not_disturbed(tmp_path: pathlib.Path):
   )
 
 
-@pytest.mark.parametrize("noticed", [False, True], ids=["a zombie", "nothing left"])
-def test_a_killed_process_is_followed_at_once(tmp_path: pathlib.Path, noticed: bool):
+@pytest.mark.parametrize("reaped", [False, True], ids=["a zombie", "nothing left"])
+def test_the_lease_of_a_killed_process_can_be_taken_immediately(
+  tmp_path: pathlib.Path, reaped: bool
+):
   with holding(tmp_path) as process:
     with pytest.raises(errors.CalmError, match=f"by process {process.pid} on "):
       of(tmp_path).attempt()
     process.send_signal(signal.SIGKILL)
-    if noticed:
+    if reaped:
       process.wait()
     else:
       os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-    found = of(tmp_path)
-    assert found.attempt() == 0
-    found.release()
+    taken = of(tmp_path)
+    assert taken.attempt() == 0
+    taken.release()
 
 
-def test_another_process_of_the_same_number_is_not_the_holder(tmp_path: pathlib.Path):
+def test_another_process_with_the_same_id_is_not_the_holder(tmp_path: pathlib.Path):
   write(tmp_path, started=1)
   with of(tmp_path):
     assert read(tmp_path)["started"] > 1
 
 
-def test_a_hidden_process_is_not_taken_for_gone(monkeypatch: pytest.MonkeyPatch):
-  found = holder.Holder.here()
+def test_a_hidden_process_does_not_count_as_gone(monkeypatch: pytest.MonkeyPatch):
+  here = holder.Holder.here()
   monkeypatch.setattr(holder, "_stat", lambda pid: None)
-  assert dataclasses.replace(found).runs() is None
-  assert dataclasses.replace(found, pid=2**31 - 1).runs() is False
+  assert here.runs() is None
+  assert dataclasses.replace(here, pid=2**31 - 1).runs() is False
 
 
 @pytest.mark.parametrize(
   "place", [{"host": "far"}, {"boot": "before"}, {"namespace": "pid:[1]"}], ids=str
 )
-def test_one_of_another_machine_is_followed_when_its_heart_stands_still(
+def test_the_lease_of_another_machine_is_taken_when_its_heartbeat_stops(
   place: dict, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ):
   write(tmp_path, pid=1, **place)
@@ -157,7 +158,9 @@ def test_one_of_another_machine_is_followed_when_its_heart_stands_still(
   )
 
 
-def test_one_of_another_machine_refuses_when_its_heart_beats(tmp_path: pathlib.Path):
+def test_the_lease_of_another_machine_is_respected_while_its_heartbeat_changes(
+  tmp_path: pathlib.Path,
+):
   """Its clock is an hour behind."""
   write(tmp_path, host="far", since=time.time() - 3600)
   waiting = of(tmp_path)
@@ -170,12 +173,12 @@ def test_one_of_another_machine_refuses_when_its_heart_beats(tmp_path: pathlib.P
 @pytest.mark.parametrize(
   "content", [b"", b"\xff", b"{}", b"[" * 9999, b'{"pid": "1"}', b'{"since": NaN}']
 )
-def test_a_damaged_lease_counts_as_of_another_machine(content: bytes, tmp_path: pathlib.Path):
+def test_a_damaged_lease_counts_as_one_of_another_machine(content: bytes, tmp_path: pathlib.Path):
   (tmp_path / ".lease").write_bytes(content)
   waiting = of(tmp_path)
   assert waiting.attempt() > 0
   (tmp_path / ".lease").write_bytes(content + b" ")
-  with pytest.raises(errors.CalmError, match=r"by a process that .*lease does not tell"):
+  with pytest.raises(errors.CalmError, match=r"by a process that .*lease does not name"):
     waiting.attempt()
   with of(tmp_path):
     assert read(tmp_path)["pid"] == os.getpid()
@@ -184,12 +187,16 @@ def test_a_damaged_lease_counts_as_of_another_machine(content: bytes, tmp_path: 
 @pytest.mark.parametrize(
   "change",
   [
-    {"since": float("inf")}, {"since": "now"}, {"pid": -1}, {"pid": 2**40}, {"host": "a\nb"},
+    {"since": float("inf")},
+    {"since": "now"},
+    {"pid": -1},
+    {"pid": 2**40},
+    {"host": "a\nb"},
     {"more": 1},
   ],
   ids=str,
-)  # fmt: skip
-def test_what_no_process_writes_is_no_holder(change: dict):
+)
+def test_values_that_no_process_writes_are_not_a_holder(change: dict):
   values = dataclasses.asdict(holder.Holder.here())
   assert holder.Holder.parse(json.dumps(values).encode())
   assert holder.Holder.parse(json.dumps(values | change).encode()) is None
@@ -221,8 +228,8 @@ for number in range(rounds):
 """
 
 
-def test_of_two_processes_at_once_exactly_one_gets_it(tmp_path: pathlib.Path):
-  """In folders that are not there yet, and in others where the holder before was killed."""
+def test_exactly_one_of_two_simultaneous_processes_gets_the_lease(tmp_path: pathlib.Path):
+  """In folders that do not exist yet, and in folders whose last holder was killed."""
   rounds = 40
   for number in range(0, rounds, 2):
     (tmp_path / f"folder{number}").mkdir()
@@ -238,7 +245,7 @@ def test_of_two_processes_at_once_exactly_one_gets_it(tmp_path: pathlib.Path):
 
 
 def stop_between_beats(process: subprocess.Popen, folder: pathlib.Path) -> None:
-  """While it writes its lease it holds a lock of the file system, so that nobody can take it."""
+  """Suspends a process while it is not writing its lease, which would lock the file."""
   while True:
     process.send_signal(signal.SIGSTOP)
     time.sleep(0.1)
@@ -247,7 +254,7 @@ def stop_between_beats(process: subprocess.Popen, folder: pathlib.Path) -> None:
     process.send_signal(signal.SIGCONT)
 
 
-def test_a_lease_that_was_written_without_an_answer_is_ones_own(
+def test_a_lease_whose_write_got_no_answer_belongs_to_its_writer(
   tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ):
   held, write = of(tmp_path), lease.Lease._write
@@ -264,9 +271,7 @@ def test_a_lease_that_was_written_without_an_answer_is_ones_own(
 
 
 @pytest.mark.parametrize("ended", [False, True], ids=["holds it", "gave it back"])
-def test_a_process_that_stood_still_is_told_that_another_took_over(
-  ended: bool, tmp_path: pathlib.Path
-):
+def test_a_suspended_process_learns_that_another_took_over(ended: bool, tmp_path: pathlib.Path):
   with holding(tmp_path, "far") as process:
     stop_between_beats(process, tmp_path)
     with of(tmp_path) as held:
@@ -280,7 +285,7 @@ def test_a_process_that_stood_still_is_told_that_another_took_over(
   assert not list(tmp_path.iterdir())
 
 
-def test_a_lease_that_another_took_is_left_to_it(tmp_path: pathlib.Path):
+def test_a_lease_that_another_process_took_is_left_alone(tmp_path: pathlib.Path):
   with of(tmp_path) as held:
     write(tmp_path, host="far")
     held._renew()
@@ -302,7 +307,7 @@ def test_a_lease_removed_or_damaged_by_hand_is_still_held(
   assert not (tmp_path / ".lease").exists()
 
 
-def test_a_heart_beats_on_after_errors_of_the_disk(
+def test_heartbeats_continue_after_disk_errors(
   tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ):
   with of(tmp_path) as held:
@@ -324,7 +329,9 @@ def test_a_heart_beats_on_after_errors_of_the_disk(
     held.require_held()
 
 
-def test_a_lease_keeps_no_process_alive_and_is_given_back_at_its_end(tmp_path: pathlib.Path):
+def test_a_lease_does_not_keep_its_process_alive_and_is_released_at_its_end(
+  tmp_path: pathlib.Path,
+):
   process = start(sys.executable, "-c", HOLDER, tmp_path, "")
   process.stdin = None
   assert finish(process) == (0, "held\n", "")
@@ -335,7 +342,7 @@ ENDED = """
 import pathlib, signal, sys, time
 from calm_jax import config, main
 from calm_jax.training import guard
-with guard.Guard(config.Limits()) as found, main._held(sys.argv[1]):
+with guard.Guard(config.Limits()) as found, train._leased(sys.argv[1]):
   found.stop.unsaved = False
   assert pathlib.Path(sys.argv[1], ".lease").exists()
   signal.raise_signal(signal.SIGTERM)
@@ -343,25 +350,25 @@ with guard.Guard(config.Limits()) as found, main._held(sys.argv[1]):
 """
 
 
-def test_a_process_that_ends_at_once_gives_its_lease_back_too(tmp_path: pathlib.Path):
-  """On another machine the next one would have to wait."""
+def test_a_process_that_exits_immediately_releases_its_lease_too(tmp_path: pathlib.Path):
+  """Otherwise the next process, on another machine, would have to wait."""
   code, _, said = finish(start(sys.executable, "-c", ENDED, tmp_path / "run"))
   assert (code, said.count("\n")) == (errors.EXIT_RESTART, 1), said
   assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("place", ["/dev/null/store", "/proc/store", "nothing://b/store"])
-def test_a_place_that_takes_no_lease_is_told_in_one_line(place: str):
+def test_a_place_where_no_lease_can_be_written_is_reported_in_one_line(place: str):
   reason = f"^can't write {place}/.lease: "
-  with pytest.raises(errors.CalmError, match=reason) as told, of(place):
+  with pytest.raises(errors.CalmError, match=reason) as caught, of(place):
     pass
-  assert "\n" not in str(told.value)
+  assert "\n" not in str(caught.value)
 
 
 # Acts.
 
 
-def test_two_prepares_at_once_leave_the_store_of_one(
+def test_two_simultaneous_prepares_leave_one_store(
   tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ):
   monkeypatch.setattr(writers, "DOCUMENTS", 3000)
@@ -369,33 +376,33 @@ def test_two_prepares_at_once_leave_the_store_of_one(
   assert not report["harmed"], report
 
 
-def test_a_store_that_is_being_prepared_is_refused_and_a_finished_one_found(
+def test_an_output_in_use_is_refused_and_a_finished_store_is_reused(
   tokens: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ):
   source = pathlib.Path(tokens).parent / "cats.jsonl"
   settings = prepare.Settings((str(source),), tokens, "train:300", heldout=0.2, workers=1)
   with of(pathlib.Path(tokens)):
     prepare.prepare(settings)
-  assert "is there already" in capsys.readouterr().err
+  assert "exists already" in capsys.readouterr().err
   new = dataclasses.replace(settings, output=str(tmp_path))
   with of(tmp_path), pytest.raises(errors.CalmError, match="is being written by process"):
     prepare.prepare(new)
   assert not list(tmp_path.iterdir())
 
 
-def test_a_workdir_in_use_is_refused_and_looked_at(
+def test_a_workdir_in_use_can_be_read_but_not_trained(
   autoencoder_run, trained_autoencoder: pathlib.Path
 ):
   before = {path: path.stat().st_mtime_ns for path in trained_autoencoder.rglob("*")}
   with of(trained_autoencoder):
     with pytest.raises(errors.CalmError, match=r"^--workdir=.* is being written by process"):
-      main.train_run(autoencoder_run, str(trained_autoencoder))
-    assert workdir.load(str(trained_autoencoder)).step == autoencoder_run.training.steps
-    main.train_run(autoencoder_run, str(trained_autoencoder), main.Options(dry_run=True))
+      train.train_run(autoencoder_run, str(trained_autoencoder))
+    assert loading.load(str(trained_autoencoder)).step == autoencoder_run.training.steps
+    train.train_run(autoencoder_run, str(trained_autoencoder), train.Options(dry_run=True))
   assert {path: path.stat().st_mtime_ns for path in trained_autoencoder.rglob("*")} == before
 
 
-def test_a_run_whose_workdir_was_taken_over_writes_nothing_more(
+def test_a_run_whose_workdir_was_taken_over_stops_writing(
   autoencoder_run, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ):
   folder = tmp_path / "run"
@@ -406,14 +413,14 @@ def test_a_run_whose_workdir_was_taken_over_writes_nothing_more(
 
   at_step(monkeypatch, 3, take_over)
   with pytest.raises(errors.CalmError, match=r"taken over by process .* on far"):
-    main.train_run(autoencoder_run, str(folder))
+    train.train_run(autoencoder_run, str(folder))
   records = map(json.loads, (folder / workdir.METRICS).read_text().splitlines())
   assert max(record["step"] for record in records) <= 3
   assert [path.name for path in (folder / "checkpoints").iterdir()] == ["2"]
   assert read(folder)["host"] == "far"
 
 
-def test_texts_that_another_process_writes_are_refused_before_the_model_is_read(
+def test_an_output_of_texts_in_use_is_refused_before_the_model_is_loaded(
   tmp_path: pathlib.Path,
 ):
   output = tmp_path / "texts.jsonl"

@@ -6,8 +6,12 @@ import shlex
 
 import pytest
 
-from calm_jax import config, main
+from calm_jax import config
 from calm_jax.data import store as store_lib
+from calm_jax.running import starting, train
+from calm_jax.stages import autoencoder as autoencoder_stage
+from calm_jax.stages import calm as calm_stage
+from calm_jax.stages import transformer as transformer_stage
 
 
 def changed(run: config.Run, **parts) -> config.Run:
@@ -20,19 +24,19 @@ def test_a_run_inside_its_warmup_and_one_over_the_data_again_are_remarked(autoen
   store = store_lib.TokenStore.open(tokens)
   blocks = store.num_tokens("train") // 32
   warm = changed(autoencoder_run, optimizer={"warmup_steps": 6})
-  assert main.remarks(warm, store) == []
-  assert main.remarks(changed(warm, training={"steps": 3}), store) == [
+  assert starting.remarks(warm, store) == []
+  assert starting.remarks(changed(warm, training={"steps": 3}), store) == [
     "training.steps = 3 ends inside the warmup, optimizer.warmup_steps = 6: the learning rate "
     "reaches 50.0% of its peak"
   ]
   once = changed(warm, training={"steps": blocks, "batch": 1})
-  assert main.remarks(once, store) == []
+  assert starting.remarks(once, store) == []
   twice = changed(warm, training={"steps": blocks, "batch": 2})
-  assert main.remarks(twice, store) == [
+  assert starting.remarks(twice, store) == [
     f"{blocks:,} steps of 2 examples are 2.00 epochs: the data hold {blocks:,} examples of 32 "
     "tokens"
   ]
-  assert main.remarks(changed(twice, data={"reuse_batch": True}), store) == []
+  assert starting.remarks(changed(twice, data={"reuse_batch": True}), store) == []
 
 
 def test_a_run_begins_with_remarks_and_ends_with_where_it_is_saved(
@@ -40,19 +44,19 @@ def test_a_run_begins_with_remarks_and_ends_with_where_it_is_saved(
 ):
   training = {"steps": 2, "eval_every": 0, "log_every": 2}
   run = changed(autoencoder_run, optimizer={"warmup_steps": 60}, training=training)
-  main.train_run(run, str(tmp_path / "run"))
+  train.train_run(run, str(tmp_path / "run"))
   said = capsys.readouterr().err.splitlines()
   kinds = [line.partition(" =")[0].partition("/")[0] for line in said]
   assert kinds.index("training.steps") < kinds.index("train 2") < len(said) - 1
   assert said[-1] == f"saved step 2 in {tmp_path}/run"
-  main.train_run(run, str(tmp_path / "run"))
+  train.train_run(run, str(tmp_path / "run"))
   again = capsys.readouterr().err.splitlines()
   assert again[-2:] == ["going on after step 2", f"saved step 2 in {tmp_path}/run"]
 
 
 def test_after_an_autoencoder_comes_the_language_model_of_its_k():
-  run = config.AutoencoderRun(data=config.Data("some data"))
-  told = main.next_command(run, "runs/my ae", "quickstart")
+  run = autoencoder_stage.Run(data=config.Data("some data"))
+  told = starting.next_command(run, "runs/my ae", "quickstart")
   begin, *words = shlex.split(told.removeprefix("next: "))
   assert (begin, words) == ("python", [
     "-m", "calm_jax.main", "--config=configs/calm.py:quickstart", "--config.data.path=some data",
@@ -60,10 +64,10 @@ def test_after_an_autoencoder_comes_the_language_model_of_its_k():
   ])  # fmt: skip
   long = dataclasses.replace(run, model=config.Autoencoder(patch_size=8))
   flags = "--config.model.patch_size=8 --workdir=DIR"
-  assert main.next_command(long, "ae", "m").endswith(flags)
+  assert starting.next_command(long, "ae", "m").endswith(flags)
 
 
-@pytest.mark.parametrize("run", [config.CalmRun(), config.TransformerRun()])
+@pytest.mark.parametrize("run", [calm_stage.Run(), transformer_stage.Run()])
 def test_after_a_language_model_come_its_scores_and_its_text(run):
-  commands = re.findall(r"python -m calm_jax\.(.*)", main.next_command(run, "runs/lm", "m"))
+  commands = re.findall(r"python -m calm_jax\.(.*)", starting.next_command(run, "runs/lm", "m"))
   assert commands == ["evaluate --workdir=runs/lm", "generate --workdir=runs/lm --prompt=TEXT"]

@@ -1,4 +1,4 @@
-"""Claims about branches: all at once they are what recomputing each of them would give."""
+"""Claims about branches: computed all at once, they equal recomputing each from its text."""
 
 import jax
 import numpy as np
@@ -36,10 +36,10 @@ def test_branches_equal_recomputing_each(
   apply = jax.jit(lambda *args: layers.apply(model, params, *args))
   cache = memory.Cache.empty(PATCHES)
   _, cache = apply(token_BPK, None, cache)
-  known = memory.Branches.of(cache, branches)
+  cache = memory.Branches.of(cache, branches)
   step_BPK = jax.random.randint(jax.random.key(2), (STEPS, 2, branches, PATCH), 0, VOCAB)
   for step in range(STEPS):
-    hidden_BPD, known = apply(step_BPK[step], None, known)
+    hidden_BPD, cache = apply(step_BPK[step], None, cache)
     for start in range(branches):
       own_BJK = jnp.moveaxis(step_BPK[: step + 1, :, start], 0, 1)
       text_BPK = jnp.concatenate([token_BPK[:, : start + 1], own_BJK], axis=1)
@@ -51,8 +51,8 @@ def test_a_branch_does_not_see_the_text_after_its_start(model, params, token_BPK
   def first_step(token_BPK):
     cache = memory.Cache.empty(PATCHES)
     _, cache = layers.apply(model, params, token_BPK, None, cache)
-    known = memory.Branches.of(cache, PATCHES)
-    return layers.apply(model, params, jnp.ones((2, PATCHES, PATCH), int), None, known)[0]
+    branches = memory.Branches.of(cache, PATCHES)
+    return layers.apply(model, params, jnp.ones((2, PATCHES, PATCH), int), None, branches)[0]
 
   before, after = first_step(token_BPK), first_step(token_BPK.at[:, 3].add(1))
   differs_P = np.abs(before - after).max(axis=(0, 2)) > 1e-4

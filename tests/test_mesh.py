@@ -1,4 +1,4 @@
-"""Claims about meshes and rules: what lies where, and what is refused."""
+"""Claims about meshes and rules: how arrays are divided, and what is refused."""
 
 import dataclasses
 import math
@@ -8,15 +8,19 @@ import numpy as np
 import pytest
 from test_layouts import CODEC, RUNS, VOCAB, built
 
-from calm_jax import config, errors, workdir
+from calm_jax import config, errors
 from calm_jax.parallel import mesh as mesh_lib
 from calm_jax.parallel import rules
-from calm_jax.training import calm_stage, program, transformer_stage
+from calm_jax.running import untrained
+from calm_jax.stages import autoencoder as autoencoder_stage
+from calm_jax.stages import calm as calm_stage
+from calm_jax.stages import transformer as transformer_stage
+from calm_jax.training import program
 
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-  """As much of a device as a mesh asks for."""
+  """The attributes of a device that building a mesh reads."""
 
   id: int
   process_index: int
@@ -51,7 +55,7 @@ def test_a_mesh_that_does_not_divide_the_devices_is_refused():
     config.Mesh(data=-1)
 
 
-def test_slices_lie_along_data():
+def test_slices_are_divided_by_data():
   devices = [Device(i, i // 4, i // 4) for i in range(8)]
   mesh = mesh_lib.build(config.Mesh(data=-1, fsdp=4), devices)
   assert dict(mesh.shape) == {"data": 2, "fsdp": 4, "sequence": 1, "tensor": 1}
@@ -79,7 +83,7 @@ def test_a_process_reads_the_rows_of_its_devices():
 @pytest.mark.parametrize("name", RUNS)
 def test_each_parameter_matches_one_rule(name):
   mesh = mesh_lib.build(config.Mesh(fsdp=4, tensor=2))
-  made = program.Program(RUNS[name], built(RUNS[name]), mesh)
+  made = program.TrainProgram(RUNS[name], built(RUNS[name]), mesh)
   for tree in (made.state, made.frozen):
     for path, _ in jax.tree.leaves_with_path(tree):
       assert len(rules.matching(rules.path_name(path))) == 1, rules.path_name(path)
@@ -87,20 +91,23 @@ def test_each_parameter_matches_one_rule(name):
     rules.spec("head/novel", (2, 2), mesh)
 
 
-def published() -> dict[str, program.Program]:
-  """The published models on as many devices as there are, their shapes alone."""
+def published() -> dict[str, program.TrainProgram]:
+  """Programs of the published models on all devices, by shapes only."""
   mesh = mesh_lib.build(config.Mesh())
-  codec = workdir.autoencoder.Autoencoder(config.Autoencoder(), 128_256)
-  frozen = jax.eval_shape(codec.initial, jax.random.key(0))
-  calm = config.CalmRun(model=config.Backbone(width=2560, ffn=6880))
-  base = config.TransformerRun()
+  runs = {
+    "calm": calm_stage.Run(model=config.Backbone(width=2560, ffn=6880)),
+    "base": transformer_stage.Run(),
+  }
+  parents = {"autoencoder": autoencoder_stage.Run()}
   return {
-    "calm": program.Program(calm, calm_stage.build(calm, codec, frozen, 128_256), mesh),
-    "base": program.Program(base, transformer_stage.build(base, 128_256), mesh),
+    name: program.TrainProgram(
+      run, untrained.functions(run, parents, 128_256, untrained.abstract), mesh
+    )
+    for name, run in runs.items()
   }
 
 
-def test_hardly_a_byte_of_the_published_models_lies_whole_on_a_device():
+def test_hardly_a_byte_of_the_published_models_is_undivided():
   for made in published().values():
     mesh = made.mesh
     assert rules.require_sharded(made.state.params, mesh) < 0.001
@@ -120,39 +127,39 @@ def test_parameters_that_fsdp_can_not_divide_are_refused():
   ):
     rules.require_sharded(tree, mesh)
   tree = {"embed": {"embedding": jax.ShapeDtypeStruct((320, 1001), np.float32)}}
-  assert rules.require_sharded(tree, mesh) == 1  # So few bytes may lie whole.
+  assert rules.require_sharded(tree, mesh) == 1  # So few bytes may be undivided.
 
 
 @pytest.mark.parametrize(
-  ("name", "mesh", "told"),
+  ("name", "mesh"),
   [
-    ("energy", config.Mesh(fsdp=1, sequence=8), ""),
-    ("transformer", config.Mesh(data=8, fsdp=1), ""),
-    ("transformer", config.Mesh(fsdp=1, tensor=8), ""),
+    ("energy", config.Mesh(fsdp=1, sequence=8)),
+    ("transformer", config.Mesh(data=8, fsdp=1)),
+    ("transformer", config.Mesh(fsdp=1, tensor=8)),
   ],
 )
-def test_what_divides_is_taken(name, mesh, told):
+def test_a_mesh_that_divides_the_sizes_is_accepted(name, mesh):
   run = dataclasses.replace(RUNS[name], mesh=mesh)
-  program.require_divisible(run, 8, mesh_lib.build(mesh))
+  program.require_divisible(run, 8, run.model, mesh_lib.build(mesh))
 
 
-def test_what_does_not_divide_is_refused():
+def test_a_mesh_that_does_not_divide_the_sizes_is_refused():
   run, sizes = RUNS["transformer"], config.Mesh(fsdp=2, tensor=4)
   model = dataclasses.replace(run.model, heads=8, kv_heads=2)
   few = dataclasses.replace(run, model=model)
   with pytest.raises(errors.CalmError, match=r"tensor must divide model\.kv_heads = 2, got 4"):
-    program.require_divisible(few, 32, mesh_lib.build(sizes))
+    program.require_divisible(few, 32, few.model, mesh_lib.build(sizes))
   with pytest.raises(errors.CalmError, match="sequence must divide the 31 positions"):
-    program.require_divisible(run, 31, mesh_lib.build(config.Mesh(sequence=2)))
+    program.require_divisible(run, 31, run.model, mesh_lib.build(config.Mesh(sequence=2)))
   training = dataclasses.replace(run.training, batch=24, accumulation=2)
   odd = dataclasses.replace(run, training=training)
   with pytest.raises(errors.CalmError, match=r"accumulation \* data \* fsdp = 16 .*, got 24"):
-    program.require_divisible(odd, 32, mesh_lib.build(config.Mesh()))
+    program.require_divisible(odd, 32, odd.model, mesh_lib.build(config.Mesh()))
 
 
-def test_the_table_tells_every_parameter():
+def test_the_table_lists_every_parameter():
   mesh = mesh_lib.build(config.Mesh())
-  made = program.Program(RUNS["autoencoder"], built(RUNS["autoencoder"]), mesh)
+  made = program.TrainProgram(RUNS["autoencoder"], built(RUNS["autoencoder"]), mesh)
   text = rules.table(rules.placed(made.state.params, mesh))
   assert f"embed/embedding  [{VOCAB}, {CODEC.width}]  token table" in text
   assert text.count("\n") + 1 == len(jax.tree.leaves(made.state.params))

@@ -13,6 +13,7 @@ from etils import epath
 from jax import numpy as jnp
 
 from calm_jax import config, errors
+from calm_jax.stages import calm as calm_stage
 from calm_jax.training import metrics, reporter
 from calm_jax.training import step as step_lib
 
@@ -204,7 +205,7 @@ def figures(step: int, loss: float = 1.0, in_a_row: int = 0) -> dict[str, jax.Ar
 
 
 def report_on(path: pathlib.Path, **training) -> reporter.Reporter:
-  run = config.CalmRun(
+  run = calm_stage.Run(
     data=config.Data("", 8), training=config.Training(batch=4, steps=10, **training)
   )
   return reporter.Reporter(run, writer(path), flops_per_token=100.0, first_step=0)

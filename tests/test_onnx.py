@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from folders import GOLDEN, agree
 
-from calm_jax import errors, workdir
-from calm_jax.interchange import formats, to_onnx, to_workdir
+from calm_jax import errors
+from calm_jax.interchange import to_onnx
 from calm_jax.models import calm
+from calm_jax.running import conversion, loading
 
 for package in ("torch", "transformers", "onnxscript", "onnxruntime"):
   pytest.importorskip(package, reason="graphs are made by torch and run by onnxruntime")
@@ -19,9 +20,11 @@ for package in ("torch", "transformers", "onnxscript", "onnxruntime"):
 @pytest.mark.parametrize("model", ["energy", "flow"])
 def test_the_graphs_do_as_we_do_patch_by_patch(model: str, words, tmp_path: pathlib.Path):
   """At batch 3 and 2 candidates, by the code of the folder's own card."""
-  to_workdir.write(str(GOLDEN / "k2_gqa" / model), str(tmp_path / "in"), tokenizer=words(97))
-  formats.convert(str(tmp_path / "in"), str(tmp_path / "out"), "onnx")
-  here = workdir.load_calm(str(tmp_path / "in"))
+  conversion.convert(
+    str(GOLDEN / "k2_gqa" / model), str(tmp_path / "in"), "workdir", tokenizer=words(97)
+  )
+  conversion.convert(str(tmp_path / "in"), str(tmp_path / "out"), "onnx")
+  here = loading.load(str(tmp_path / "in"))
   rng = np.random.default_rng(0)
   token_PBK = rng.integers(0, 97, (4, 3, 2))
   noise = np.array(here.model.head.draw_noise(jax.random.key(0), (2, 3)))
@@ -29,7 +32,7 @@ def test_the_graphs_do_as_we_do_patch_by_patch(model: str, words, tmp_path: path
   scope = {"tokens": token_PBK[0], "noise": noise}
   exec(code.replace("FOLDER", str(tmp_path / "out")), scope)
 
-  codec, frozen = here.model.autoencoder, here.autoencoder.params
+  codec, frozen = here.parents["autoencoder"].model, here.parents["autoencoder"].params
   mean, log_std = codec.apply({"params": frozen}, token_PBK[0], method="encode")
   agree(scope["mean"], mean, 1e-5)
   agree(scope["log_std"], log_std, 1e-5)
@@ -53,25 +56,25 @@ def test_the_graphs_do_as_we_do_patch_by_patch(model: str, words, tmp_path: path
 def test_latents_as_input_are_read_there(latent_reader, tmp_path):
   """By the code of the folder's own card, which feeds the mean of the posterior."""
   source = latent_reader("continuous")
-  formats.convert(source, str(tmp_path / "out"), "onnx")
-  here = workdir.load_calm(source)
+  conversion.convert(source, str(tmp_path / "out"), "onnx")
+  here = loading.load(source)
   token_BK = np.random.default_rng(0).integers(0, 300, (3, 4))
   noise = np.array(here.model.head.draw_noise(jax.random.key(0), (2, 3)))
   code = (tmp_path / "out/README.md").read_text().split("```python\n")[1].split("```")[0]
   scope = {"tokens": token_BK, "noise": noise}
   exec(code.replace("FOLDER", str(tmp_path / "out")), scope)
-  codec, frozen = here.model.autoencoder, here.autoencoder.params
+  codec, frozen = here.parents["autoencoder"].model, here.parents["autoencoder"].params
   mean, _ = codec.apply({"params": frozen}, token_BK, method="encode")
   hidden_B1D, _ = here.model.hidden(here.params, token_BK[:, None], mean[:, None])
   agree(scope["latents"], here.model.samples(here.params, hidden_B1D[:, 0], noise), 1e-5)
 
 
 def test_an_autoencoder_alone_has_its_two_graphs(trained_autoencoder, tmp_path):
-  formats.convert(str(trained_autoencoder), str(tmp_path / "out"), "onnx")
+  conversion.convert(str(trained_autoencoder), str(tmp_path / "out"), "onnx")
   scope = {"tokens": np.arange(8).reshape(2, 4)}
   code = (tmp_path / "out/README.md").read_text().split("```python\n")[1].split("```")[0]
   exec(code.replace("FOLDER", str(tmp_path / "out")), scope)
-  here = workdir.load_autoencoder(str(trained_autoencoder))
+  here = loading.load(str(trained_autoencoder))
   module = here.module("float32")
   mean, _ = module.apply({"params": here.params}, scope["tokens"], method="encode")
   agree(scope["mean"], mean, 1e-5)
@@ -80,9 +83,9 @@ def test_an_autoencoder_alone_has_its_two_graphs(trained_autoencoder, tmp_path):
 
 def test_a_diffusion_head_is_refused_for_its_loop(words, tmp_path):
   source = str(GOLDEN / "k2_gqa/diffusion")
-  to_workdir.write(source, str(tmp_path / "in"), tokenizer=words(97))
+  conversion.convert(source, str(tmp_path / "in"), "workdir", tokenizer=words(97))
   with pytest.raises(errors.CalmError, match=r"not for diffusion heads.*--format=stablehlo"):
-    formats.convert(str(tmp_path / "in"), str(tmp_path / "out"), "onnx")
+    conversion.convert(str(tmp_path / "in"), str(tmp_path / "out"), "onnx")
 
 
 def test_a_missing_package_is_named(trained_autoencoder, tmp_path, monkeypatch):
@@ -91,5 +94,5 @@ def test_a_missing_package_is_named(trained_autoencoder, tmp_path, monkeypatch):
     to_onnx.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name)
   )
   with pytest.raises(errors.CalmError, match=r"needs onnxscript: pip install -e '\.\[onnx\]'"):
-    formats.convert(str(trained_autoencoder), str(tmp_path / "out"), "onnx")
+    conversion.convert(str(trained_autoencoder), str(tmp_path / "out"), "onnx")
   assert not list(tmp_path.iterdir())

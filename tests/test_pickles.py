@@ -1,4 +1,4 @@
-"""Claims about PyTorch's .bin files: what torch would read wrong, or without end, is refused."""
+"""Claims about PyTorch's .bin files: files that torch would misread are refused."""
 
 import pathlib
 import zipfile
@@ -10,7 +10,7 @@ from folders import converted, weights
 from calm_jax import errors
 from calm_jax.interchange import pickles
 
-torch = pytest.importorskip("torch", reason="a .bin file takes torch to write and to read")
+torch = pytest.importorskip("torch", reason="a .bin file needs torch to write and to read")
 
 
 @pytest.fixture
@@ -22,8 +22,8 @@ def pickled(folder: pathlib.Path) -> pathlib.Path:
   return path
 
 
-def packed_again(path: pathlib.Path, method: int) -> None:
-  """Packs a zip file again, as a person with an archiver does."""
+def repack(path: pathlib.Path, method: int) -> None:
+  """Packs a zip file again, as an archiver does."""
   with zipfile.ZipFile(path) as archive:
     members = [(name, archive.read(name)) for name in archive.namelist()]
   with zipfile.ZipFile(path, "w", method) as archive:
@@ -33,26 +33,26 @@ def packed_again(path: pathlib.Path, method: int) -> None:
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_compressed_members_are_refused(method: int, pickled):
-  packed_again(pickled, method)
+  repack(pickled, method)
   with pytest.raises(errors.CalmError, match=r"holds '.*' compressed, .* save it with torch.save"):
     converted(pickled.parent)
 
 
-def test_what_was_packed_again_as_it_is_is_read(pickled):
-  packed_again(pickled, zipfile.ZIP_STORED)
+def test_a_file_that_was_repacked_uncompressed_is_read(pickled):
+  repack(pickled, zipfile.ZIP_STORED)
   expected = torch.load(pickled)["embed_proj.0.weight"].T
-  found = converted(pickled.parent).params["backbone"]["input"]["up"]["kernel"]
-  np.testing.assert_array_equal(found, expected)
+  kernel = converted(pickled.parent).params["backbone"]["input"]["up"]["kernel"]
+  np.testing.assert_array_equal(kernel, expected)
 
 
-def test_a_bomb_is_refused_unread(pickled):
+def test_a_zip_bomb_is_refused_unread(pickled):
   with zipfile.ZipFile(pickled, "a", zipfile.ZIP_DEFLATED) as archive:
     archive.writestr("archive/data/bomb", bytes(2**24))
   with pytest.raises(errors.CalmError, match="holds 'archive/data/bomb' compressed"):
     converted(pickled.parent)
 
 
-def test_each_flipped_bit_of_a_weight_is_told(pickled):
+def test_each_flipped_bit_of_a_weight_is_detected(pickled):
   content = bytearray(pickled.read_bytes())
   with zipfile.ZipFile(pickled) as archive:
     member = next(m for m in archive.infolist() if m.file_size == 64 * 128 * 4)
@@ -71,7 +71,7 @@ def archive_content(path: pathlib.Path, name: str) -> bytes:
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_a_member_that_stands_twice_is_refused(pickled):
+def test_a_duplicate_member_is_refused(pickled):
   with zipfile.ZipFile(pickled, "a") as archive:
     archive.writestr(archive.namelist()[0], b"other")
   with pytest.raises(errors.CalmError, match=r"data.pkl' twice: it is damaged"):
@@ -81,14 +81,16 @@ def test_a_member_that_stands_twice_is_refused(pickled):
 @pytest.mark.parametrize(
   ("value", "reason"),
   [
-    (torch.ones(1).expand(10**9, 10**6), r"holds 4 bytes for 'x', .* takes 4000000000000000"),
+    (torch.ones(1).expand(10**9, 10**6), r"holds 4 bytes for 'x', .* needs 4000000000000000"),
     (torch.eye(3).to_sparse(), "holds 'x', which is no plain tensor"),
     (torch.ones(3, device="meta"), "holds 'x', which is no plain tensor"),
   ],
-  ids=["strides of 0", "sparse", "of no values"],
+  ids=["strides of 0", "sparse", "without values"],
 )
 @pytest.mark.parametrize("new", [True, False], ids=["zip", "old"])
-def test_what_lies_in_the_file_is_all_there_is(value, reason, new: bool, tmp_path):
+def test_a_tensor_whose_values_are_not_all_in_the_file_is_refused(
+  value, reason, new: bool, tmp_path
+):
   """A small file may claim any size."""
   torch.save({"x": value}, tmp_path / "x.bin", _use_new_zipfile_serialization=new)
   with pytest.raises(errors.CalmError, match=reason):
@@ -98,6 +100,6 @@ def test_what_lies_in_the_file_is_all_there_is(value, reason, new: bool, tmp_pat
 def test_tied_tensors_are_read(tmp_path):
   table = torch.arange(6.0).reshape(2, 3)
   torch.save({"a": table, "b": table, "c": table.T}, tmp_path / "x.bin")
-  found = pickles.load(tmp_path / "x.bin")
-  np.testing.assert_array_equal(found["b"], table)
-  np.testing.assert_array_equal(found["c"], table.T)
+  loaded = pickles.load(tmp_path / "x.bin")
+  np.testing.assert_array_equal(loaded["b"], table)
+  np.testing.assert_array_equal(loaded["c"], table.T)

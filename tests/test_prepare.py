@@ -1,4 +1,4 @@
-"""Claims about prepare: the same bytes however it ran, whole or not at all, and why not."""
+"""Claims about prepare: runs, restarts and workers give the same bytes; errors say why not."""
 
 import dataclasses
 import gzip
@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from calm_jax import errors, prepare
+from calm_jax.data import corpus as corpus_lib
 from calm_jax.data import holdout, parts, sources
 from calm_jax.data import manifest as manifest_lib
 from calm_jax.data import store as store_lib
@@ -50,7 +51,7 @@ def settings(tmp_path: pathlib.Path, tokenizer: str) -> prepare.Settings:
 
 @pytest.fixture
 def few(settings: prepare.Settings) -> prepare.Settings:
-  """The same two files with 60 long documents, of which the end is held out."""
+  """The same two files with 60 long documents; the end of the text is held out."""
   for path, documents in zip(settings.input, (DOCUMENTS[:40], DOCUMENTS[40:60]), strict=True):
     lines = "".join(json.dumps({"text": text * 5}) + "\n" for text in documents)
     pathlib.Path(path).write_text(lines)
@@ -58,7 +59,7 @@ def few(settings: prepare.Settings) -> prepare.Settings:
 
 
 def with_bad_line(settings: prepare.Settings) -> prepare.Settings:
-  """Breaks the last line of the corpus, which is in its last part."""
+  """Adds a broken line to the end of the corpus, in its last part."""
   with open(settings.input[-1], "a") as file:
     file.write("broken\n")
   return settings
@@ -113,7 +114,7 @@ def test_eos_ends_every_document_or_none(settings: prepare.Settings, append_eos:
     np.testing.assert_array_equal(ends, store.offsets(split)[1:] - 1 if append_eos else [])
 
 
-def test_the_manifest_counts_what_was_read(settings: prepare.Settings):
+def test_the_manifest_counts_bytes_and_documents_of_each_source(settings: prepare.Settings):
   manifest = prepare.prepare(settings).manifest
   sizes = [sum(len(text.encode()) for text in part) for part in (DOCUMENTS[:150], DOCUMENTS[150:])]
   assert manifest.sources == (
@@ -125,7 +126,7 @@ def test_the_manifest_counts_what_was_read(settings: prepare.Settings):
 
 @pytest.mark.parametrize("corpus", ["settings", "few"])
 @pytest.mark.parametrize("name", ["given", "train:300"])
-def test_the_number_of_workers_does_not_show(
+def test_the_number_of_workers_does_not_change_the_store(
   request: pytest.FixtureRequest, corpus: str, name: str
 ):
   settings = request.getfixturevalue(corpus)
@@ -138,14 +139,13 @@ def test_the_number_of_workers_does_not_show(
   assert alone.manifest.heldout_by == ("documents" if corpus == "settings" else "end")
 
 
-def test_of_few_documents_the_end_of_the_text_is_held_out(
+def test_with_few_documents_the_end_of_the_text_is_held_out(
   few: prepare.Settings, capfd: pytest.CaptureFixture[str]
 ):
   store = prepare.prepare(few)
-  told = capfd.readouterr().err
-  assert (
-    "held out is the last 10.00% of the text" in told and "there are 60, fewer than 100" in told
-  )
+  output = capfd.readouterr().err
+  assert "holding out the last 10.00% of the text" in output
+  assert "there are 60 documents, fewer than 100" in output
   train, heldout = texts(store, "train"), texts(store, "heldout")
   expected = [text * 5 for text in DOCUMENTS[:60]]
   cut = train[-1] + heldout[0]
@@ -156,7 +156,7 @@ def test_of_few_documents_the_end_of_the_text_is_held_out(
   assert sum(source.documents for source in store.manifest.sources) == 60
 
 
-def test_one_text_file_can_be_prepared_whatever_its_hash(
+def test_a_single_text_file_can_be_prepared_whatever_its_hash(
   settings: prepare.Settings, tmp_path: pathlib.Path
 ):
   text = "\n".join(DOCUMENTS)
@@ -166,7 +166,7 @@ def test_one_text_file_can_be_prepared_whatever_its_hash(
   assert train + heldout == text and 0.02 <= len(heldout) / len(text) < 0.025
 
 
-def test_where_no_document_falls_into_a_split_the_end_is_held_out(
+def test_if_a_split_would_be_empty_the_end_of_the_text_is_held_out(
   settings: prepare.Settings, monkeypatch: pytest.MonkeyPatch
 ):
   monkeypatch.setattr(holdout, "is_heldout", lambda text, share: False)
@@ -175,17 +175,16 @@ def test_where_no_document_falls_into_a_split_the_end_is_held_out(
   assert texts(store, "heldout")[1:] == DOCUMENTS[-len(texts(store, "heldout")) + 1 :]
 
 
-def test_a_tokenizer_is_trained_on_nothing_that_is_held_out(few: prepare.Settings):
+def test_a_tokenizer_is_not_trained_on_held_out_text(few: prepare.Settings):
   _, spans = sources.find(few.input)
-  spans_of = sources.split(spans, 10**9)
-  division = prepare._division(few, spans_of)
-  sample = "".join(prepare._sample(few, spans_of, division))
+  corpus = corpus_lib.Corpus(sources.split(spans, 10**9), few.text_field, few.skip_bad_lines)
+  sample = "".join(corpus.sample(corpus.divide(few.heldout)))
   heldout = texts(prepare.prepare(few), "heldout")
-  whole = "".join(text * 5 for text in DOCUMENTS[:60])
-  assert sample == whole.removesuffix("".join(heldout)) and sample != whole
+  all_text = "".join(text * 5 for text in DOCUMENTS[:60])
+  assert sample == all_text.removesuffix("".join(heldout)) and sample != all_text
 
 
-def test_nothing_is_held_out_where_that_is_asked(settings: prepare.Settings):
+def test_a_share_of_zero_holds_nothing_out(settings: prepare.Settings):
   store = prepare.prepare(dataclasses.replace(settings, heldout=0.0))
   assert texts(store, "train") == DOCUMENTS
   assert (store.num_tokens("heldout"), store.manifest.heldout_by) == (0, "nothing")
@@ -194,14 +193,16 @@ def test_nothing_is_held_out_where_that_is_asked(settings: prepare.Settings):
     check()
 
 
-def test_a_small_split_is_warned_of(settings: prepare.Settings, capfd: pytest.CaptureFixture[str]):
+def test_a_small_split_causes_a_warning(
+  settings: prepare.Settings, capfd: pytest.CaptureFixture[str]
+):
   size = prepare.prepare(settings).num_tokens("heldout")
-  told = f"warning: the heldout split holds only {size:,} tokens, fewer than 20 blocks of 256"
-  assert told in capfd.readouterr().err
+  warning = f"warning: the heldout split holds only {size:,} tokens, fewer than 20 blocks of 256"
+  assert warning in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["", "short"])
-def test_a_corpus_that_can_not_be_divided_is_refused_before_anything_is_tokenized(
+def test_a_corpus_that_can_not_be_divided_is_refused_before_tokenization(
   settings: prepare.Settings, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, text: str
 ):
   for name in ("make_part", "make_parts"):
@@ -213,21 +214,21 @@ def test_a_corpus_that_can_not_be_divided_is_refused_before_anything_is_tokenize
     prepare.prepare(bad)
 
 
-def test_long_documents_are_encoded_in_pieces_that_lose_nothing(
+def test_long_documents_are_encoded_in_pieces_without_loss(
   settings: prepare.Settings, monkeypatch: pytest.MonkeyPatch
 ):
-  monkeypatch.setattr(parts, "_PIECE_LETTERS", 10)
+  monkeypatch.setattr(parts, "_PIECE_LENGTH", 10)
   store = prepare.prepare(settings)
   assert sorted(texts(store, "train") + texts(store, "heldout")) == sorted(DOCUMENTS)
 
 
-def test_a_big_corpus_is_sampled_everywhere_and_never_held_out(
+def test_a_large_corpus_is_sampled_everywhere_outside_the_held_out_text(
   settings: prepare.Settings, monkeypatch: pytest.MonkeyPatch
 ):
-  monkeypatch.setattr(prepare, "_SAMPLE_BYTES", 4000)
+  monkeypatch.setattr(corpus_lib, "_SAMPLE_BYTES", 4000)
   _, spans = sources.find(settings.input)
-  division = holdout.Division(settings.heldout)
-  sample = list(prepare._sample(settings, sources.split(spans, 2000), division))
+  corpus = corpus_lib.Corpus(sources.split(spans, 2000), "text", skip_bad_lines=False)
+  sample = list(corpus.sample(holdout.Division(settings.heldout)))
   heldout = {text for text in DOCUMENTS if holdout.is_heldout(text, settings.heldout)}
   assert 3000 < sum(map(len, sample)) < 5000
   assert not heldout & set(sample)
@@ -237,7 +238,7 @@ def test_a_big_corpus_is_sampled_everywhere_and_never_held_out(
 def test_long_documents_are_cut_after_newlines_where_there_are_any(
   monkeypatch: pytest.MonkeyPatch,
 ):
-  monkeypatch.setattr(parts, "_PIECE_LETTERS", 4)
+  monkeypatch.setattr(parts, "_PIECE_LENGTH", 4)
   assert list(parts._pieces("ab\nc\nd\nabcdefg")) == ["ab\n", "c\nd\n", "abcd", "efg"]
 
 
@@ -269,7 +270,7 @@ def kill(settings: prepare.Settings) -> pathlib.Path:
 
 
 @pytest.mark.parametrize("corpus", ["settings", "few"])
-def test_a_killed_run_goes_on_after_its_finished_parts(
+def test_a_killed_run_resumes_after_its_finished_parts(
   request: pytest.FixtureRequest,
   corpus: str,
   monkeypatch: pytest.MonkeyPatch,
@@ -284,11 +285,11 @@ def test_a_killed_run_goes_on_after_its_finished_parts(
   monkeypatch.setattr(
     parts, "make_part", lambda job, part, spans: made.append(part) or make_part(job, part, spans)
   )
-  monkeypatch.setattr(tokenizer_lib, "train", None)  # The trained tokenizer is there.
+  monkeypatch.setattr(tokenizer_lib, "train", None)  # The trained tokenizer is reused.
   resumed = prepare.prepare(settings)
   total = len(sources.split(sources.find(settings.input)[1], 2000))
   assert made == list(range(3, total))
-  assert f"going on: 3 of {total} parts are there" in capfd.readouterr().err
+  assert f"resuming: 3 of {total} parts are finished" in capfd.readouterr().err
 
   monkeypatch.undo()
   monkeypatch.setattr(prepare, "_MIN_PART_BYTES", 2000)
@@ -318,7 +319,7 @@ def edited(path: pathlib.Path) -> None:
     ("tokenizer.sum.json", lambda path: path.write_text("{}")),
   ],
 )
-def test_a_part_or_tokenizer_that_was_damaged_is_made_anew(
+def test_a_damaged_part_or_tokenizer_is_made_again(
   settings: prepare.Settings,
   monkeypatch: pytest.MonkeyPatch,
   name: str,
@@ -339,7 +340,7 @@ def test_a_part_or_tokenizer_that_was_damaged_is_made_anew(
   assert files(store.path) == files(whole.path)
 
 
-def test_parts_of_another_tokenizer_are_not_taken(settings: prepare.Settings):
+def test_parts_of_another_tokenizer_are_not_reused(settings: prepare.Settings):
   settings = dataclasses.replace(settings, tokenizer="train:300")
   work = kill(settings)
   tokenizer_lib.train([*DOCUMENTS, "another"], 290, str(work / "tokenizer.model"))
@@ -350,17 +351,17 @@ def test_parts_of_another_tokenizer_are_not_taken(settings: prepare.Settings):
   assert set(texts(store, "heldout")) == heldout and store.manifest.tokenizer.vocab_size == 290
 
 
-def test_parts_of_other_spans_are_not_taken(
+def test_parts_of_other_spans_are_not_reused(
   settings: prepare.Settings, monkeypatch: pytest.MonkeyPatch
 ):
   kill(settings)
-  monkeypatch.setattr(prepare, "_MIN_PART_BYTES", 3000)  # As another version may have it.
+  monkeypatch.setattr(prepare, "_MIN_PART_BYTES", 3000)  # Another version may use this size.
   store = prepare.prepare(settings)
   whole = prepare.prepare(dataclasses.replace(settings, output=f"{settings.output}2"))
   assert files(store.path) == files(whole.path)
 
 
-def test_a_part_that_changes_after_it_was_made_is_told_and_no_store_is_written(
+def test_a_part_that_changes_after_it_was_made_leaves_no_store(
   settings: prepare.Settings, monkeypatch: pytest.MonkeyPatch
 ):
   make_parts = parts.make_parts
@@ -378,7 +379,7 @@ def test_a_part_that_changes_after_it_was_made_is_told_and_no_store_is_written(
     store_lib.TokenStore.open(settings.output)
 
 
-def test_a_tokenizer_that_changes_while_it_is_used_is_told(
+def test_a_tokenizer_that_changes_while_it_is_used_is_an_error(
   settings: prepare.Settings, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ):
   own = tmp_path / "own.model"
@@ -394,7 +395,7 @@ def test_a_tokenizer_that_changes_while_it_is_used_is_told(
     prepare.prepare(dataclasses.replace(settings, tokenizer=str(own)))
 
 
-def test_a_source_that_changes_while_it_is_read_becomes_no_store(
+def test_a_source_that_changes_while_it_is_read_leaves_no_store(
   settings: prepare.Settings, monkeypatch: pytest.MonkeyPatch
 ):
   make_parts = parts.make_parts
@@ -408,7 +409,7 @@ def test_a_source_that_changes_while_it_is_read_becomes_no_store(
     prepare.prepare(settings)
 
 
-def test_the_files_of_a_part_are_on_the_disk_before_its_counts(
+def test_the_files_of_a_part_are_flushed_before_its_counts(
   settings: prepare.Settings, monkeypatch: pytest.MonkeyPatch
 ):
   synced, fsync = [], os.fsync
@@ -425,7 +426,7 @@ def test_the_files_of_a_part_are_on_the_disk_before_its_counts(
   assert raw <= set(synced[: synced.index(f"00000.json.{os.getpid()}.tmp")])
 
 
-def test_parts_of_other_settings_are_not_taken(settings: prepare.Settings):
+def test_parts_of_other_settings_are_not_reused(settings: prepare.Settings):
   broken = with_bad_line(dataclasses.replace(settings, append_eos=False))
   with pytest.raises(errors.CalmError, match="not JSON"):
     prepare.prepare(broken)
@@ -442,11 +443,11 @@ def test_a_finished_store_is_left_alone(
   first = prepare.prepare(settings)
   before = files(first.path)
   again = prepare.prepare(dataclasses.replace(settings, workers=2))
-  assert "is there already" in capfd.readouterr().err
+  assert "exists already" in capfd.readouterr().err
   assert again.hash == first.hash and files(first.path) == before
 
 
-def test_another_plan_is_refused_by_what_differs(settings: prepare.Settings):
+def test_another_plan_is_refused_and_the_differences_are_named(settings: prepare.Settings):
   before = files(prepare.prepare(settings).path)
   other = dataclasses.replace(settings, heldout=0.2, append_eos=False)
   with pytest.raises(errors.CalmError, match=r"append_eos \(True there, False now\); heldout"):
@@ -460,14 +461,12 @@ def test_another_plan_is_refused_by_what_differs(settings: prepare.Settings):
 @pytest.mark.parametrize(
   "damage", [lambda path: path.unlink(), lambda path: path.write_text("{}"), lambda path: None]
 )
-def test_a_plan_that_is_not_the_stores_own_is_told(settings: prepare.Settings, damage):
+def test_a_plan_that_is_not_the_stores_own_is_refused(settings: prepare.Settings, damage):
   plan = pathlib.Path(prepare.prepare(settings).path) / "plan.json"
   other = dataclasses.replace(settings, output=f"{settings.output}2", append_eos=False)
   plan.write_bytes((pathlib.Path(prepare.prepare(other).path) / "plan.json").read_bytes())
   damage(plan)
-  with pytest.raises(
-    errors.CalmError, match=r"plan\.json(: .*No such file| is damaged: its bytes)"
-  ):
+  with pytest.raises(errors.CalmError, match=r"plan\.json(: .*No such file| has SHA-256)"):
     prepare.prepare(settings)
 
 
@@ -490,22 +489,22 @@ def test_a_bad_line_stops_the_run_and_can_be_skipped(settings: prepare.Settings,
     ({"heldout": -0.1}, r"--heldout=-0.1 is not in \[0, 1\)"),
     ({"heldout": 1.0}, r"--heldout=1.0 is not in \[0, 1\)"),
     ({"heldout": float("nan")}, r"--heldout=nan is not in \[0, 1\)"),
-    ({"heldout": 1e-9}, r"--heldout=1e-09 of [\d,]+ letters leaves nothing for the heldout split"),
+    ({"heldout": 1e-9}, r"=1e-09 of [\d,]+ characters leaves nothing for the heldout split"),
     ({"heldout": 1 - 1e-9}, "leaves nothing for the train split"),
     ({"workers": -1}, "--workers=-1 is negative"),
     ({"input": ()}, "must not be empty"),
     ({"output": ""}, "must not be empty"),
-    ({"output": "a\\b"}, "a path that holds a backslash"),
+    ({"output": "a\\b"}, "can't hold a backslash"),
     ({"output": "/dev/null/store"}, "can't write /dev/null/store"),
     ({"text_field": "body"}, r"a\.jsonl:1: no field 'body'"),
-    ({"tokenizer": "train:many"}, "names no size, as train:1024 does"),
+    ({"tokenizer": "train:many"}, "names no vocabulary size, as train:1024 does"),
     ({"tokenizer": "train:10"}, "can't train a tokenizer of 10 pieces"),
     ({"tokenizer": "train:100000"}, "can't train a tokenizer of 100000 pieces"),
     ({"tokenizer": "train:300", "eos_token": "</s>"}, "--eos_token is for a tokenizer's file"),
     ({"tokenizer": "nowhere.model"}, r"no such tokenizer: nowhere\.model"),
     ({"tokenizer": "train:99999999999999"}, "can't train a tokenizer of 99999999999999 pieces"),
     ({"tokenizer": "/dev/zero"}, "'/dev/zero' is no tokenizer"),
-    ({"input": ("/dev/zero",)}, "/dev/zero has a suffix that is not known"),
+    ({"input": ("/dev/zero",)}, "/dev/zero has an unknown suffix"),
     ({"input": ("a\0b",)}, "matches nothing"),
     ({"tokenizer": "a\0b.model"}, "can't read tokenizer"),
     ({"output": "a\0b"}, "can't "),
@@ -513,7 +512,7 @@ def test_a_bad_line_stops_the_run_and_can_be_skipped(settings: prepare.Settings,
     ({"eos_token": "<fin>"}, "no token that ends a document"),
   ],
 )
-def test_bad_settings_are_told_in_one_line(settings: prepare.Settings, change, reason: str):
+def test_bad_settings_are_reported_in_one_line(settings: prepare.Settings, change, reason: str):
   with pytest.raises(errors.CalmError, match=reason) as caught:
     prepare.prepare(dataclasses.replace(settings, **change))
   assert "\n" not in str(caught.value)
@@ -539,21 +538,21 @@ def test_a_truncated_file_stops_the_run(settings: prepare.Settings, tmp_path: pa
     prepare.prepare(cut)
 
 
-def test_the_command_prepares_and_says_what_it_made(settings: prepare.Settings):
+def test_the_command_prepares_a_store_and_prints_its_sizes(settings: prepare.Settings):
   done = run(*as_flags(dataclasses.replace(settings, workers=2)))
   assert (done.returncode, done.stdout) == (0, ""), done.stderr
   assert "200 documents" in done.stderr and "bytes a token" in done.stderr
   assert store_lib.TokenStore.open(settings.output).manifest.splits["train"].documents > 100
 
 
-def test_the_command_ends_with_one_line_and_2_at_bad_input(settings: prepare.Settings):
+def test_bad_input_ends_the_command_with_one_line_and_code_2(settings: prepare.Settings):
   done = run(*as_flags(with_bad_line(settings)))
   assert done.returncode == 2
   assert done.stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("size", [500, 3000])  # Too little for a part, and for the store.
-def test_a_full_disk_is_told_in_one_line(settings: prepare.Settings, size: int):
+@pytest.mark.parametrize("size", [500, 3000])  # Too small for a part, and for the store.
+def test_a_full_disk_is_reported_in_one_line(settings: prepare.Settings, size: int):
   limited = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size})); "
   limited += "import runpy; runpy.run_module('calm_jax.prepare', run_name='__main__')"
   command = [sys.executable, "-c", limited, *as_flags(settings)]

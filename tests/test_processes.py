@@ -18,6 +18,7 @@ from processes import start
 from test_local_processes import local_processes as launcher
 
 from calm_jax import errors, lease, workdir
+from calm_jax.running import loading
 
 DEVICES = 4
 STEPS = 6
@@ -68,7 +69,7 @@ def losses(directory: pathlib.Path) -> list[float]:
 
 
 def params(directory: pathlib.Path) -> list[np.ndarray]:
-  trained = workdir.load_autoencoder(str(directory))
+  trained = loading.load(str(directory))
   assert trained.step == STEPS
   return [np.asarray(leaf) for leaf in jax.tree.leaves(trained.params)]
 
@@ -232,7 +233,7 @@ def each_says(said: str, processes: int, message: str) -> None:
 
 def test_bad_input_of_all_is_told_by_each(tmp_path: pathlib.Path):
   said = ran(2, *flags(tmp_path / "run", mesh__fsdp=3), expected=errors.EXIT_BAD_INPUT)
-  each_says(said, 2, "takes a multiple of 3 devices and there are 4: change --config.mesh.fsdp")
+  each_says(said, 2, "needs a multiple of 3 devices and there are 4: change --config.mesh.fsdp")
   said = ran(2, *flags(tmp_path / "run", batch=6), expected=errors.EXIT_BAD_INPUT)
   each_says(said, 2, "must be a multiple of accumulation * data * fsdp = 4 on this mesh, got 6")
   assert not (tmp_path / "run").exists()

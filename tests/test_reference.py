@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from folders import GOLDEN, VOCAB, agree
 
-from calm_jax import workdir
-from calm_jax.interchange import formats, tensors, to_workdir
+from calm_jax.interchange import tensors
 from calm_jax.models import calm, layers
+from calm_jax.running import conversion, loading
 
 torch = pytest.importorskip("torch", reason="exported folders are opened by torch")
 transformers = pytest.importorskip("transformers", reason="they are opened by transformers")
@@ -73,9 +73,9 @@ def shard_bytes(request, monkeypatch):
 @pytest.mark.parametrize("case", VOCAB)
 def test_an_autoencoder_decodes_the_same_there(case, shard_bytes, words, tmp_path):
   source = str(GOLDEN / case / "autoencoder")
-  to_workdir.write(source, str(tmp_path / "in"), tokenizer=words(VOCAB[case]))
-  formats.convert(str(tmp_path / "in"), str(tmp_path / "out"), "reference")
-  here, there = workdir.load_autoencoder(str(tmp_path / "in")), opened_autoencoder(tmp_path / "out")
+  conversion.convert(source, str(tmp_path / "in"), "workdir", tokenizer=words(VOCAB[case]))
+  conversion.convert(str(tmp_path / "in"), str(tmp_path / "out"), "reference")
+  here, there = loading.load(str(tmp_path / "in")), opened_autoencoder(tmp_path / "out")
   z_BZ = np.random.default_rng(0).normal(size=(50, here.run.model.latent)).astype(np.float32)
   logits_BKV = layers.apply(here.module("float32"), here.params, z_BZ, method="decode")
   found_BKV = there.decode(torch.from_numpy(z_BZ))
@@ -86,16 +86,18 @@ def test_an_autoencoder_decodes_the_same_there(case, shard_bytes, words, tmp_pat
 @pytest.mark.parametrize("head", ["energy", "flow", "diffusion"])
 def test_a_language_model_writes_the_same_tokens_there(head: str, shard_bytes, words, tmp_path):
   source = str(GOLDEN / "k4" / head)
-  to_workdir.write(source, str(tmp_path / "in"), tokenizer=words(VOCAB["k4"]))
-  formats.convert(str(tmp_path / "in"), str(tmp_path / "out"), "reference")
-  here = workdir.load_calm(str(tmp_path / "in"))
+  conversion.convert(source, str(tmp_path / "in"), "workdir", tokenizer=words(VOCAB["k4"]))
+  conversion.convert(str(tmp_path / "in"), str(tmp_path / "out"), "reference")
+  here = loading.load(str(tmp_path / "in"))
   there = opened_language_model(tmp_path / "out", head)
   token_BPK = np.random.default_rng(0).integers(0, 90, (3, 5, 4)).astype(np.int32)
   hidden_BPD, _ = here.model.hidden(here.params, token_BPK)
   agree(there.hidden_states(torch.from_numpy(token_BPK)), hidden_BPD)
   noise = np.array(here.model.head.draw_noise(jax.random.key(0), (8, 3)))
   sample_NBZ = here.model.samples(here.params, hidden_BPD[:, -1], noise)
-  token_NBK = calm.decode_tokens(here.model.autoencoder, here.autoencoder.params, sample_NBZ)
+  token_NBK = calm.decode_tokens(
+    here.parents["autoencoder"].model, here.parents["autoencoder"].params, sample_NBZ
+  )
   found_BPD = there.hidden_states(torch.from_numpy(token_BPK))
   found_NBZ = there.samples(found_BPD[:, -1], torch.from_numpy(noise))
   np.testing.assert_array_equal(there.next_tokens(found_NBZ), token_NBK)

@@ -12,12 +12,16 @@ from typing import Any
 
 import pytest
 
-from calm_jax import config, errors, seal, workdir
+from calm_jax import config, errors, resolve, seal, workdir
 from calm_jax.reporting import page, provenance, records, summary, tables
+from calm_jax.running import loading
+from calm_jax.stages import autoencoder as autoencoder_stage
+from calm_jax.stages import calm as calm_stage
+from calm_jax.stages import table
 from calm_jax.training import ledger
 
-AUTOENCODER = config.AutoencoderRun(training=config.Training(steps=40))
-CALM = config.CalmRun(training=config.Training(steps=40))
+AUTOENCODER = autoencoder_stage.Run(training=config.Training(steps=40))
+CALM = calm_stage.Run(training=config.Training(steps=40))
 COMMON = {
   "gradient_norm": 0.5, "parameter_norm": 40.0, "update_norm": 0.01, "learning_rate": 1e-3,
   "skipped": 0.0, "skipped_in_a_row": 0.0, "tokens": 64.0, "seconds": 2.0, "data_wait_share": 0.01,
@@ -43,7 +47,7 @@ SAMPLES = [
 
 def train_records(run: config.Run, speeds: list[float]) -> list[dict[str, Any]]:
   own = {"attraction": 3.0, "repulsion": 2.5}
-  if isinstance(run, config.AutoencoderRun):
+  if isinstance(run, autoencoder_stage.Run):
     own = {"token_accuracy": 0.9, "cross_entropy": 0.2, "kl": 30.0, "posterior_std": 0.4}
   return [
     {"kind": "train", "step": 10 * i, "time": 0.0, "loss": 9.0 / i, "tokens_per_second": speed,
@@ -55,7 +59,7 @@ def train_records(run: config.Run, speeds: list[float]) -> list[dict[str, Any]]:
 def figures(run: config.Run) -> dict[str, Any]:
   """What a stage's summarize returns, with the counts of the evaluator."""
   counts = {"context_tokens": 64, "blocks": 8, "tokens": 512, "seed": 0}
-  if isinstance(run, config.AutoencoderRun):
+  if isinstance(run, autoencoder_stage.Run):
     return counts | {
       "token_accuracy": 0.998, "token_accuracy_stderr": 0.0004, "patch_accuracy": 0.99,
       "patch_accuracy_stderr": 0.001, "cross_entropy": 0.01, "cross_entropy_stderr": 0.001,
@@ -93,9 +97,9 @@ def make_workdir(
 ) -> pathlib.Path:
   """Writes a workdir; not `whole`, it has neither evaluations nor texts."""
   path.mkdir()
-  text = config.to_json(run)
+  text = resolve.to_json(run)
   (path / "config.json").write_text(text)
-  seal.write(str(path), seal.Seal("run", "", "", "", (seal.of_bytes(text.encode()),)))
+  seal.write(str(path), seal.Seal("run", "", "", (seal.of_bytes(text.encode()),)))
   reports = train_records(run, speeds)
   if whole:
     reports += [
@@ -103,7 +107,7 @@ def make_workdir(
       for step in (20, 40)
     ]
     final = {"stage": run.stage, "step": 40, **figures(run), "data": "tokens", "store_hash": "ab"}
-    if isinstance(run, config.CalmRun):
+    if isinstance(run, calm_stage.Run):
       final |= {"samples": 8, "brier_lm_marginal": 1.25}
       write_lines(path / workdir.SAMPLES, SAMPLES)
       (path / workdir.TRADEOFF).write_text(json.dumps({"rows": TRADEOFF, "baseline": TRADEOFF[:2]}))
@@ -122,8 +126,13 @@ def calm(tmp_path: pathlib.Path) -> pathlib.Path:
   return make_workdir(tmp_path / "calm", CALM, [7.0, 1.0, 100.0])
 
 
+def account_of(directory: pathlib.Path | str) -> records.Account:
+  run = loading.read_run(str(directory))
+  return records.read(str(directory), run, table.of(run).presentation)
+
+
 def render(*directories: pathlib.Path) -> str:
-  return page.render([records.read(str(directory)) for directory in directories])
+  return page.render([account_of(directory) for directory in directories])
 
 
 @pytest.fixture(scope="module")
@@ -137,8 +146,7 @@ def whole_page(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def summarize(autoencoder: pathlib.Path, calm: pathlib.Path) -> dict[str, Any]:
-  accounts = {"autoencoder": records.read(str(autoencoder)), "calm": records.read(str(calm))}
-  return summary.summarize(accounts, None)
+  return summary.summarize([account_of(autoencoder), account_of(calm)], None)
 
 
 def run_report(*flags: str) -> subprocess.CompletedProcess[str]:
@@ -176,7 +184,11 @@ def test_the_page_needs_nothing_beside_itself(whole_page: str):
 
 
 def test_every_picture_of_a_whole_run_is_drawn(whole_page: str):
-  pictures = [p for stage in ("autoencoder", "calm") for p in page.PICTURES[stage]]
+  pictures = [
+    picture
+    for stage in ("autoencoder", "calm")
+    for picture in table.STAGES[stage].presentation.pictures()
+  ]
   for picture in pictures:
     assert f'<img alt="{picture.title}" src="data:' in whole_page
   assert Tags(whole_page).names.count("img") == len(pictures) == 17
@@ -233,7 +245,7 @@ def test_what_can_be_no_figure_is_told_and_left_out(
 ):
   values = json.loads((calm / name).read_text())
   (calm / name).write_text(json.dumps(values | changes))
-  (note,) = (note for note in records.read(str(calm)).notes if note.startswith("Figures that are"))
+  (note,) = (note for note in account_of(calm).notes if note.startswith("Figures that are"))
   assert str(calm / name) in note and told in note and note.endswith("; evaluate again.")
   assert "\n" not in note and len(note) < 1000
 
@@ -250,7 +262,7 @@ def test_a_report_that_can_be_none_is_left_out_and_counted(
 ):
   first, *rest = train_records(CALM, [7.0, 1.0, 100.0])
   write_lines(calm / workdir.METRICS, [first | changes, *rest])
-  account = records.read(str(calm))
+  account = account_of(calm)
   assert len(account.train) == 2
   assert "Unreadable lines of metrics.jsonl that are left out: 1." in account.notes
 
@@ -259,16 +271,16 @@ def test_figures_that_are_missing_leave_totals_out(calm: pathlib.Path):
   reports = train_records(CALM, [7.0, 1.0])
   reports[-1] |= {"flops": None, "seconds": None}
   write_lines(calm / workdir.METRICS, reports)
-  totals = dict(tables.totals(records.read(str(calm))))
+  totals = dict(tables.totals(account_of(calm)))
   assert totals["Time training"] == "2 s" and "Training FLOPs" not in totals
 
 
 def test_a_later_page_replaces_the_one_before(tmp_path: pathlib.Path):
   run = make_workdir(tmp_path / "young", AUTOENCODER, [5.0], whole=False)
-  account = records.read(str(run))
+  account = account_of(run)
   first = pathlib.Path(page.write([account], str(tmp_path))).read_text()
   write_lines(run / workdir.METRICS, train_records(AUTOENCODER, [5.0, 6.0]))
-  second = pathlib.Path(page.write([records.read(str(run))], str(tmp_path))).read_text()
+  second = pathlib.Path(page.write([account_of(run)], str(tmp_path))).read_text()
   assert "10 of 40" in first and "20 of 40" in second
 
 
@@ -296,7 +308,7 @@ def test_skipped_steps_are_stated_and_leave_gaps(calm: pathlib.Path):
   reports[3] |= {"skipped": 2.0, "learning_rate": 0.0, "update_norm": 0.0}
   write_lines(calm / workdir.METRICS, reports)
   assert "Skipped steps: 2." in render(calm)
-  column = records.column(records.read(str(calm)).train, "gradient_norm")
+  column = records.column(account_of(calm).train, "gradient_norm")
   assert column.tolist()[::2] == [0.5, 0.5] and math.isnan(column[1])
 
 
@@ -313,7 +325,7 @@ def test_a_cut_last_line_is_skipped_and_broken_ones_are_counted(calm: pathlib.Pa
   first, *rest = (calm / workdir.METRICS).read_text().splitlines()
   lines = [first, '{"kind": "tra', "[1]", *rest, '{"kind": "train", "st']
   (calm / workdir.METRICS).write_text("\n".join(lines))
-  account = records.read(str(calm))
+  account = account_of(calm)
   assert len(account.train) == 3 and len(account.evaluations) == 2
   assert "Unreadable lines of metrics.jsonl that are left out: 2." in account.notes
 
@@ -379,7 +391,7 @@ def test_the_commit_tells_of_changes(tmp_path: pathlib.Path, monkeypatch: pytest
 @pytest.mark.parametrize("text", ["", "{", "[]", "[" * 9999])
 def test_figures_that_can_t_be_read_are_told_and_left_out(calm: pathlib.Path, name: str, text: str):
   (calm / name).write_text(text)
-  account = records.read(str(calm))
+  account = account_of(calm)
   (note,) = [note for note in account.notes if note.startswith("Figures that are left out")]
   assert str(calm / name) in note and note.endswith("evaluate again.")
   assert "<html" in render(calm)
@@ -388,7 +400,7 @@ def test_figures_that_can_t_be_read_are_told_and_left_out(calm: pathlib.Path, na
 def test_books_that_can_t_be_read_are_told(calm: pathlib.Path):
   (calm / ledger.FOLDER).mkdir()
   (calm / ledger.FOLDER / "0001.json").write_text("")
-  notes = records.read(str(calm)).notes
+  notes = account_of(calm).notes
   assert "Attempts whose seconds can't be read and are left out: 1." in notes
 
 
@@ -396,7 +408,7 @@ def test_a_torn_text_costs_neither_the_report_nor_the_next_text(calm: pathlib.Pa
   path = calm / workdir.SAMPLES
   path.write_bytes(path.read_bytes() + b'{"prompt": "to' + b"[" * 9999)
   workdir.keep_samples(str(calm), [json.dumps({**SAMPLES[0], "text": "new"}) + "\n"])
-  account = records.read(str(calm))
+  account = account_of(calm)
   assert [sample["text"] for sample in account.samples] == [
     *(sample["text"] for sample in SAMPLES), "new",
   ]  # fmt: skip
@@ -422,7 +434,7 @@ def test_a_bad_workdir_is_refused(calm: pathlib.Path, name: str, text: str | Non
   else:
     (calm / name).write_text(text)
   with pytest.raises(errors.CalmError, match=reason) as error:
-    records.read(str(calm))
+    account_of(calm)
   assert "\n" not in str(error.value)
 
 

@@ -14,8 +14,10 @@ import jax
 import numpy as np
 import pytest
 
-from calm_jax import config, errors, main, workdir
+from calm_jax import config, errors, workdir
 from calm_jax.data import pipeline
+from calm_jax.running import loading, train
+from calm_jax.stages import calm as calm_stage
 from calm_jax.training import evaluation, reporter
 
 STAGES = ("autoencoder", "calm")
@@ -41,8 +43,7 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], Non
 
 
 def weights(directory: pathlib.Path) -> dict[str, np.ndarray]:
-  loader = {"autoencoder": workdir.load_autoencoder, "calm": workdir.load_calm}
-  trained = loader[workdir.read_run(str(directory)).stage](str(directory))
+  trained = loading.load(str(directory))
   return {"step": np.int32(trained.step)} | {
     "/".join(str(key) for key in path): np.asarray(leaf)
     for path, leaf in jax.tree.leaves_with_path(trained.params)
@@ -77,9 +78,9 @@ def test_a_stopped_run_saves_and_goes_on_to_the_same_end(
   with monkeypatch.context() as patch:
     at_step(patch, 3, lambda: signal.raise_signal(number))
     with pytest.raises(errors.Interrupted):
-      main.train_run(run, str(tmp_path))
+      train.train_run(run, str(tmp_path))
   assert weights(tmp_path)["step"] == 3
-  main.train_run(run, str(tmp_path))
+  train.train_run(run, str(tmp_path))
   assert_same(tmp_path, whole)
 
 
@@ -91,10 +92,10 @@ def test_a_damaged_checkpoint_costs_steps_not_the_run(
   with monkeypatch.context() as patch:
     at_step(patch, 5, lambda: signal.raise_signal(signal.SIGINT))
     with pytest.raises(errors.Interrupted):
-      main.train_run(run, str(tmp_path))
+      train.train_run(run, str(tmp_path))
   for file in (tmp_path / "checkpoints/5/params/d").iterdir():
     file.write_bytes(b"")
-  main.train_run(run, str(tmp_path))
+  train.train_run(run, str(tmp_path))
   said = capsys.readouterr().err
   assert "checkpoint of step 5" in said and "going on after step 4" in said
   assert_same(tmp_path, whole)
@@ -116,12 +117,12 @@ def test_a_full_disk_stops_the_run_and_spares_the_last_good_checkpoint(
     with monkeypatch.context() as patch:
       at_step(patch, 3, fill_the_disk)
       with pytest.raises(errors.CalmError, match=r"step 6 could not be saved .* is step 2"):
-        main.train_run(run, str(tmp_path))
+        train.train_run(run, str(tmp_path))
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
   assert "the last good one is step 2" in capsys.readouterr().err
   assert weights(tmp_path)["step"] == 2
-  main.train_run(run, str(tmp_path))
+  train.train_run(run, str(tmp_path))
   assert_same(tmp_path, whole)
 
 
@@ -138,10 +139,10 @@ def test_an_evaluation_is_given_up_for_a_signal_and_made_up_after_the_resume(
   with monkeypatch.context() as patch:
     patch.setattr(evaluation.Evaluator, "__call__", interrupted)
     with pytest.raises(errors.Interrupted):
-      main.train_run(calm_run, str(tmp_path))
+      train.train_run(calm_run, str(tmp_path))
   assert weights(tmp_path)["step"] == 3
   assert not figures(tmp_path, "evaluation")
-  main.train_run(calm_run, str(tmp_path))
+  train.train_run(calm_run, str(tmp_path))
   assert_same(tmp_path, trained_calm)
 
 
@@ -164,12 +165,12 @@ def test_a_run_that_waits_for_data_stops_at_the_last_step(
   with monkeypatch.context() as patch:
     patch.setattr(pipeline.TrainingBatches, "__next__", hangs_after_three)
     with pytest.raises(errors.Interrupted) as stopped:
-      main.train_run(run, str(tmp_path))
+      train.train_run(run, str(tmp_path))
     over.set()
   assert stopped.value.code == errors.EXIT_RESTART
   assert weights(tmp_path)["step"] == 3
   assert len(figures(tmp_path, "train")) == 3
-  main.train_run(run, str(tmp_path))
+  train.train_run(run, str(tmp_path))
   assert_same(tmp_path, whole)
 
 
@@ -177,7 +178,7 @@ def test_a_checkpoint_is_due_after_minutes_too(autoencoder_run, tmp_path: pathli
   training = dataclasses.replace(
     autoencoder_run.training, checkpoint_every=100, checkpoint_minutes=1e-9, keep_latest=9
   )
-  main.train_run(dataclasses.replace(autoencoder_run, training=training), str(tmp_path))
+  train.train_run(dataclasses.replace(autoencoder_run, training=training), str(tmp_path))
   assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [*range(1, 7)]
 
 
@@ -189,15 +190,15 @@ def test_an_evaluation_that_a_kill_cost_is_made_up(
   lines = metrics.read_text().splitlines(keepends=True)
   assert '"evaluation", "step": 6' in lines[-1]
   metrics.write_text("".join(lines[:-1]))
-  main.train_run(calm_run, str(tmp_path / "copy"))
+  train.train_run(calm_run, str(tmp_path / "copy"))
   assert_same(tmp_path / "copy", trained_calm)
 
 
 def test_a_finished_run_does_nothing_when_run_again(
-  calm_run: config.CalmRun, trained_calm: pathlib.Path
+  calm_run: calm_stage.Run, trained_calm: pathlib.Path
 ):
   before = {p: p.stat().st_mtime_ns for p in trained_calm.rglob("checkpoints/6/**/*")}
   figures = (trained_calm / workdir.METRICS).read_text()
-  main.train_run(calm_run, str(trained_calm))
+  train.train_run(calm_run, str(trained_calm))
   assert before == {p: p.stat().st_mtime_ns for p in trained_calm.rglob("checkpoints/6/**/*")}
   assert (trained_calm / workdir.METRICS).read_text() == figures

@@ -10,12 +10,15 @@ import jax.numpy as jnp
 import pytest
 from test_resume import at_step
 
-from calm_jax import config, errors, main, verify, workdir
-from calm_jax.training import autoencoder_stage, checkpoint, resuming
+from calm_jax import config, errors, verify
+from calm_jax.running import loading, train
+from calm_jax.stages import autoencoder as autoencoder_stage
+from calm_jax.stages import table
+from calm_jax.training import checkpoint, resuming
 
 
 @pytest.fixture
-def run(autoencoder_run: config.AutoencoderRun) -> config.AutoencoderRun:
+def run(autoencoder_run: autoencoder_stage.Run) -> autoencoder_stage.Run:
   training = dataclasses.replace(
     autoencoder_run.training, steps=12, eval_every=0, checkpoint_every=2, max_skipped=4
   )
@@ -24,10 +27,10 @@ def run(autoencoder_run: config.AutoencoderRun) -> config.AutoencoderRun:
 
 def spoil(patch: pytest.MonkeyPatch, first: int) -> None:
   """Makes the loss NaN from a step on."""
-  build = autoencoder_stage.build
+  spec = table.STAGES["autoencoder"]
 
-  def spoilt(run, vocab_size):
-    stage = build(run, vocab_size)
+  def spoilt(run, model, parents):
+    stage = spec.stage(run, model, parents)
 
     def loss(params, frozen, batch, key):
       value, metrics = stage.loss(params, frozen, batch, key)
@@ -36,7 +39,7 @@ def spoil(patch: pytest.MonkeyPatch, first: int) -> None:
 
     return dataclasses.replace(stage, loss=loss)
 
-  patch.setattr(autoencoder_stage, "build", spoilt)
+  patch.setitem(table.STAGES, "autoencoder", dataclasses.replace(spec, stage=spoilt))
 
 
 def steps(directory: pathlib.Path, folder: str = checkpoint.DIRECTORY) -> list[int]:
@@ -46,7 +49,7 @@ def steps(directory: pathlib.Path, folder: str = checkpoint.DIRECTORY) -> list[i
 
 def stopped(run: config.Run, directory: pathlib.Path, reason: str) -> None:
   with pytest.raises(errors.CalmError, match=reason) as caught:
-    main.train_run(run, str(directory))
+    train.train_run(run, str(directory))
   assert "\n" not in str(caught.value)
 
 
@@ -62,7 +65,7 @@ def test_a_checkpoint_that_nothing_finite_came_after_is_not_gone_on_from(
   assert "step 6 is not saved, as the 2 before it were skipped" in capsys.readouterr().err
   slower = dataclasses.replace(run.optimizer, learning_rate=1e-4)
   changed = dataclasses.replace(run, optimizer=slower)
-  main.train_run(changed, str(tmp_path), main.Options(allow_config_change=True))
+  train.train_run(changed, str(tmp_path), train.Options(allow_config_change=True))
   assert "going on after step 2" in capsys.readouterr().err
   assert steps(tmp_path)[-1] == 12
 
@@ -113,8 +116,8 @@ def test_a_workdir_may_be_named_from_where_the_run_starts(
   monkeypatch.chdir(tmp_path)
   shutil.copytree(trained_autoencoder, "ae")
   training = dataclasses.replace(calm_run.training, steps=2, eval_every=0)
-  main.train_run(dataclasses.replace(calm_run, autoencoder="ae", training=training), "runs/lm")
-  assert workdir.load("runs/lm").step == 2
+  train.train_run(dataclasses.replace(calm_run, autoencoder="ae", training=training), "runs/lm")
+  assert loading.load("runs/lm").step == 2
   shown: list[str] = []
   verify.verify("runs/lm", shown.append)
   assert shown[-1].endswith("checks, all as written")
@@ -130,7 +133,7 @@ def test_a_stop_while_steps_are_skipped_saves_nothing(run, tmp_path, monkeypatch
   spoil(monkeypatch, first=5)
   at_step(monkeypatch, 6, lambda: signal.raise_signal(signal.SIGTERM))
   with pytest.raises(errors.Interrupted, match="SIGTERM: the same command goes on from step 4"):
-    main.train_run(run, str(tmp_path))
+    train.train_run(run, str(tmp_path))
   assert steps(tmp_path) == [2, 4]
 
 

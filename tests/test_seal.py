@@ -9,8 +9,9 @@ from collections.abc import Callable
 import pytest
 from test_checkpoint import edit_meta
 
-from calm_jax import config, errors, files, main, seal, workdir, workdir_checks
-from calm_jax.interchange import to_workdir
+from calm_jax import errors, files, seal, workdir, workdir_checks
+from calm_jax.running import conversion, loading, train
+from calm_jax.stages import autoencoder as autoencoder_stage
 from calm_jax.training import ledger, meta
 
 
@@ -36,10 +37,10 @@ def edit(path: pathlib.Path, change: Callable[[dict], object]) -> None:
   path.write_text(json.dumps(values, indent=2) + "\n")
 
 
-def trained_again(target: pathlib.Path, run: config.AutoencoderRun) -> pathlib.Path:
+def trained_again(target: pathlib.Path, run: autoencoder_stage.Run) -> pathlib.Path:
   """A run of its own on the same data, with the same sizes."""
   training = dataclasses.replace(run.training, steps=2, eval_every=0)
-  main.train_run(dataclasses.replace(run, training=training), str(target))
+  train.train_run(dataclasses.replace(run, training=training), str(target))
   return target
 
 
@@ -84,8 +85,8 @@ def test_a_part_that_is_not_the_run_s_own_is_refused(name: str, copy: pathlib.Pa
   change, reason = SWAPS[name]
   change(copy)
   before = content(copy)
-  refused(lambda: workdir.load(str(copy)), reason)
-  refused(lambda: main.train_run(calm_run, str(copy)), reason)
+  refused(lambda: loading.load(str(copy)), reason)
+  refused(lambda: train.train_run(calm_run, str(copy)), reason)
   assert content(copy) == before
 
 
@@ -94,10 +95,10 @@ def test_an_autoencoder_of_another_run_is_refused(copy, autoencoder_run):
   other = trained_again(copy.parent / "other", autoencoder_run)
   shutil.rmtree(copy / "autoencoder/checkpoints")
   shutil.copytree(other / "checkpoints", copy / "autoencoder/checkpoints")
-  refused(lambda: workdir.load(str(copy)), r"/2 is a checkpoint of another run: put back this")
+  refused(lambda: loading.load(str(copy)), r"/2 is a checkpoint of another run: put back this")
   shutil.rmtree(copy / "autoencoder")
   shutil.copytree(other, copy / "autoencoder")
-  refused(lambda: workdir.load(str(copy)), r"autoencoder/seal.json has .*: put back the one")
+  refused(lambda: loading.load(str(copy)), r"autoencoder/seal.json has .*: put back the one")
 
 
 def test_a_restart_leaves_tokenizer_origin_and_seal_alone(
@@ -106,7 +107,7 @@ def test_a_restart_leaves_tokenizer_origin_and_seal_alone(
   shutil.copytree(trained_autoencoder, tmp_path / "copy")
   parts = ("tokenizer.model", "origin.json", "seal.json", "config.json")
   before = {name: (tmp_path / "copy" / name).stat().st_mtime_ns for name in parts}
-  main.train_run(autoencoder_run, str(tmp_path / "copy"))
+  train.train_run(autoencoder_run, str(tmp_path / "copy"))
   assert before == {name: (tmp_path / "copy" / name).stat().st_mtime_ns for name in parts}
 
 
@@ -114,7 +115,7 @@ def test_a_workdir_of_before_is_refused_by_its_format(trained_autoencoder, tmp_p
   shutil.copytree(trained_autoencoder, tmp_path / "copy")
   (tmp_path / "copy/seal.json").unlink()
   edit(tmp_path / "copy/origin.json", lambda values: values.pop("format_version"))
-  refused(lambda: workdir.load(str(tmp_path / "copy")), "of format 1, this version .* format 2")
+  refused(lambda: loading.load(str(tmp_path / "copy")), "of format 1, this version .* format 2")
 
 
 @pytest.mark.parametrize("last", range(4))
@@ -138,9 +139,9 @@ def test_a_change_of_config_that_is_cut_short_leaves_a_whole_workdir(
       workdir.change_config(copy, changed)
     except KeyboardInterrupt:
       assert last < 3
-  assert workdir.read_run(copy) == (changed if last > 1 else autoencoder_run)
+  assert loading.read_run(copy) == (changed if last > 1 else autoencoder_run)
   workdir.change_config(copy, changed)
-  assert workdir.read_run(copy) == changed
+  assert loading.read_run(copy) == changed
   assert len(seal.read(copy).config) == 1
 
 
@@ -151,14 +152,14 @@ def test_checkpoints_that_are_gone_are_not_begun_anew(
   figures = (copy / workdir.METRICS).read_bytes()
   shutil.rmtree(copy / "checkpoints")
   reason = r"was trained to step \d or further, but its checkpoints are gone: put .* back, or give"
-  refused(lambda: main.train_run(autoencoder_run, str(copy)), reason)
+  refused(lambda: train.train_run(autoencoder_run, str(copy)), reason)
   (copy / "checkpoints").mkdir()
-  refused(lambda: main.train_run(autoencoder_run, str(copy)), reason)
+  refused(lambda: train.train_run(autoencoder_run, str(copy)), reason)
   shutil.rmtree(copy / ledger.FOLDER)
   (copy / "checkpoints").rmdir()
-  refused(lambda: main.train_run(autoencoder_run, str(copy)), "trained to step 6 or further")
+  refused(lambda: train.train_run(autoencoder_run, str(copy)), "trained to step 6 or further")
   (copy / "checkpoints").write_text("")
-  refused(lambda: main.train_run(autoencoder_run, str(copy)), "checkpoints is a file, where")
+  refused(lambda: train.train_run(autoencoder_run, str(copy)), "checkpoints is a file, where")
   assert (copy / workdir.METRICS).read_bytes() == figures
 
 
@@ -169,9 +170,9 @@ def test_a_workdir_that_lost_its_config_is_not_begun_anew(
   content = (copy / "config.json").read_bytes()
   (copy / "config.json").unlink()
   reason = "holds checkpoints, but no config.json: put it back"
-  refused(lambda: main.train_run(autoencoder_run, str(copy)), reason)
+  refused(lambda: train.train_run(autoencoder_run, str(copy)), reason)
   (copy / "config.json").write_bytes(content)
-  assert workdir.load(str(copy)).step == 6
+  assert loading.load(str(copy)).step == 6
 
 
 def test_a_folder_in_whose_place_an_autoencoder_would_be_copied_is_not_removed(
@@ -180,8 +181,8 @@ def test_a_folder_in_whose_place_an_autoencoder_would_be_copied_is_not_removed(
   own = shutil.copytree(trained_autoencoder, tmp_path / "runs/autoencoder")
   for given in (own, trained_autoencoder):
     run = dataclasses.replace(calm_run, autoencoder=str(given))
-    refused(lambda run=run: main.train_run(run, str(tmp_path / "runs")), "a workdir of its own")
-  assert workdir.load(str(own)).step == 6
+    refused(lambda run=run: train.train_run(run, str(tmp_path / "runs")), "a workdir of its own")
+  assert loading.load(str(own)).step == 6
 
 
 def test_a_position_that_does_not_follow_from_the_steps_is_refused(
@@ -192,7 +193,7 @@ def test_a_position_that_does_not_follow_from_the_steps_is_refused(
   training = dataclasses.replace(autoencoder_run.training, steps=8)
   run = dataclasses.replace(autoencoder_run, training=training)
   reason = r"step 6 has data position 56, but 6 steps with batches \[\[6, 8\]\] end at 48: put back"
-  refused(lambda: main.train_run(run, str(copy), main.Options(allow_config_change=True)), reason)
+  refused(lambda: train.train_run(run, str(copy), train.Options(allow_config_change=True)), reason)
 
 
 def test_steps_taken_with_several_batches_add_up():
@@ -209,9 +210,9 @@ def test_a_path_that_can_t_hold_checkpoints_is_refused_before_anything_is_writte
 ):
   reason = r"a path that holds one of .* is read as a pattern"
   for name in ("lr[1e-3]", "sweep?/run"):
-    refused(lambda name=name: main.train_run(autoencoder_run, str(tmp_path / name)), reason)
+    refused(lambda name=name: train.train_run(autoencoder_run, str(tmp_path / name)), reason)
     output = str(tmp_path / name)
-    refused(lambda output=output: to_workdir.write(str(tmp_path), output), reason)
+    refused(lambda output=output: conversion.convert(str(tmp_path), output, "workdir"), reason)
   assert list(tmp_path.iterdir()) == []
 
 
@@ -233,7 +234,7 @@ def test_every_part_of_a_whole_workdir_is_checked_and_found_whole(trained_calm):
   inner = {f"autoencoder/{name}" for name in own} | {"autoencoder/checkpoints/6", "autoencoder"}
   assert set(found) >= own | figures | inner
   assert not [name for name, verdict in found.items() if verdict.startswith("error")]
-  assert found["checkpoints/6"] == "whole: params, rest, meta"
+  assert found["checkpoints/6"] == "intact: params, rest, meta"
 
 
 def test_a_check_finds_what_was_flipped_in_any_file_of_a_checkpoint(copy):

@@ -1,4 +1,4 @@
-"""Claims about sources: each format gives its documents, whole or in spans, or says why not."""
+"""Claims about sources and readers: each format yields its documents, or an error says why not."""
 
 import gzip
 import json
@@ -13,15 +13,15 @@ import pytest
 from pyarrow import parquet
 
 from calm_jax import errors
-from calm_jax.data import sources
+from calm_jax.data import readers, sources
 
 TEXTS = ["one\r\n\ttab", "  two\n", "drei, 三", "x" * 300]
 
 
-def read(*inputs: str, part_bytes: int = 10**9, field: str = "text") -> list[sources.Item]:
+def read(*inputs: str, part_bytes: int = 10**9, field: str = "text") -> list[readers.Item]:
   _, spans = sources.find(inputs)
   parts = sources.split(spans, part_bytes)
-  return [item for part in parts for span in part for item in sources.documents(span, field)]
+  return [item for part in parts for span in part for item in readers.documents(span, field)]
 
 
 def json_lines(texts: list[str], field: str = "text") -> bytes:
@@ -40,10 +40,10 @@ def test_compression_does_not_change_documents(tmp_path: pathlib.Path, suffix: s
   assert read(f"{tmp_path}/*{suffix or '.*'}") == [*TEXTS, TEXTS[0]]
 
 
-def test_parquet_gives_a_column_and_counts_nulls_as_bad(tmp_path: pathlib.Path):
+def test_parquet_yields_a_column_and_counts_nulls_as_bad_lines(tmp_path: pathlib.Path):
   path = tmp_path / "a.parquet"
   parquet.write_table(pa.table({"body": [TEXTS[0], None, TEXTS[1]], "n": [1, 2, 3]}), path)
-  bad = sources.BadLine(f"{path}:2", "null, not text")
+  bad = readers.BadLine(f"{path}:2", "null, not text")
   assert read(str(path), field="body") == [TEXTS[0], bad, TEXTS[1]]
   with pytest.raises(errors.CalmError, match=r"no column 'text' .* but body, n"):
     read(str(path))
@@ -52,14 +52,14 @@ def test_parquet_gives_a_column_and_counts_nulls_as_bad(tmp_path: pathlib.Path):
 
 
 @pytest.mark.parametrize("part_bytes", [1, 7, 50, 100, 350, 10**6])
-def test_spans_of_json_lines_give_every_line_once(tmp_path: pathlib.Path, part_bytes: int):
+def test_spans_of_json_lines_yield_every_line_once(tmp_path: pathlib.Path, part_bytes: int):
   path = tmp_path / "a.jsonl"
   path.write_bytes(json_lines(TEXTS) + b"\r\nbroken\n" + json_lines(TEXTS))
-  bad = sources.BadLine(f"{path}:6", "not JSON (Expecting value at column 1)")
+  bad = readers.BadLine(f"{path}:6", "not JSON (Expecting value at column 1)")
   assert read(str(path), part_bytes=part_bytes) == [*TEXTS, bad, *TEXTS]
 
 
-def test_small_files_share_a_part_and_a_big_one_is_cut(tmp_path: pathlib.Path):
+def test_small_files_share_a_part_and_a_large_file_is_cut(tmp_path: pathlib.Path):
   for name, size in (("a", 10), ("b", 10), ("c", 10), ("d", 50)):
     (tmp_path / f"{name}.jsonl").write_bytes(b"\n" * size)
   _, spans = sources.find([str(tmp_path)])
@@ -80,16 +80,16 @@ def test_small_files_share_a_part_and_a_big_one_is_cut(tmp_path: pathlib.Path):
     (b'{"text": "a", "n": %s}' % (b"1" * 5000), "JSON that can't be read .*4300 digits"),
   ],
 )
-def test_a_bad_line_is_told_with_its_number(tmp_path: pathlib.Path, line: bytes, reason: str):
+def test_a_bad_line_is_reported_with_its_number(tmp_path: pathlib.Path, line: bytes, reason: str):
   path = tmp_path / "a.jsonl"
   path.write_bytes(json_lines(TEXTS) + line + b"\n" + json_lines(TEXTS[:1]))
   *before, bad, after = read(str(path))
   assert before == TEXTS and after == TEXTS[0]
-  assert isinstance(bad, sources.BadLine)
+  assert isinstance(bad, readers.BadLine)
   assert bad.where == f"{path}:5" and re.search(reason, bad.reason)
 
 
-def test_a_folder_gives_its_text_files_in_order_and_nothing_hidden(tmp_path: pathlib.Path):
+def test_a_folder_yields_its_visible_text_files_in_order(tmp_path: pathlib.Path):
   names = ["b.md", "a/z.py", "a/b.txt", "a.c", ".git/x.py", "__pycache__/x.py", ".x.py", "a.so"]
   for name in names:
     path = tmp_path / name
@@ -111,10 +111,10 @@ def test_empty_documents_are_left_out(tmp_path: pathlib.Path):
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
-def test_a_document_that_unpacks_to_too_much_is_told_by_its_limit(
+def test_a_document_that_unpacks_beyond_the_limit_is_an_error(
   tmp_path: pathlib.Path, suffix: str, monkeypatch: pytest.MonkeyPatch
 ):
-  monkeypatch.setattr(sources, "_DOCUMENT_BYTES", 2**20)
+  monkeypatch.setattr(readers, "_DOCUMENT_BYTES", 2**20)
   (tmp_path / f"a.txt{suffix}").write_bytes(compress(bytes(2**26), suffix))
   tracemalloc.start()
   with pytest.raises(errors.CalmError, match=r"more than 1,048,576 bytes, the most a document may"):
@@ -125,21 +125,21 @@ def test_a_document_that_unpacks_to_too_much_is_told_by_its_limit(
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
 @pytest.mark.parametrize("part_bytes", [2**14, 2**40])
-def test_a_line_that_is_too_long_is_a_bad_line_and_is_not_held_in_memory(
+def test_a_line_that_is_too_long_is_a_bad_line_and_not_held_in_memory(
   tmp_path: pathlib.Path, suffix: str, part_bytes: int, monkeypatch: pytest.MonkeyPatch
 ):
-  monkeypatch.setattr(sources, "_LINE_BYTES", 2**10)
-  monkeypatch.setattr(sources, "_READ_BYTES", 2**12)
+  monkeypatch.setattr(readers, "_LINE_BYTES", 2**10)
+  monkeypatch.setattr(readers, "_READ_BYTES", 2**12)
   path = tmp_path / f"a.jsonl{suffix}"
   content = json_lines(TEXTS) + bytes(2**22) + b"\n" + json_lines(TEXTS)
   path.write_bytes(compress(content, suffix) if suffix else content)
   del content
   tracemalloc.start()
-  found = read(str(path), part_bytes=part_bytes)
+  items = read(str(path), part_bytes=part_bytes)
   assert tracemalloc.get_traced_memory()[1] < 2**22
   tracemalloc.stop()
-  bad = sources.BadLine(f"{path}:5", "longer than 1,024 bytes, the most a line may have")
-  assert found == [*TEXTS, bad, *TEXTS]
+  bad = readers.BadLine(f"{path}:5", "longer than 1,024 bytes, the most a line may have")
+  assert items == [*TEXTS, bad, *TEXTS]
 
 
 def test_a_long_line_is_read_once_however_many_spans_it_crosses(
@@ -147,11 +147,11 @@ def test_a_long_line_is_read_once_however_many_spans_it_crosses(
 ):
   path, size = tmp_path / "a.jsonl", 2**20
   path.write_bytes(json_lines(TEXTS) + bytes(size) + b"\n" + json_lines(TEXTS))
-  monkeypatch.setattr(sources, "_LINE_BYTES", 2**10)
-  skipped, skip = [], sources._skip_line
-  monkeypatch.setattr(sources, "_skip_line", lambda *a: skipped.append(skip(*a)) or skipped[-1])
+  monkeypatch.setattr(readers, "_LINE_BYTES", 2**10)
+  skipped, skip = [], readers._skip_line
+  monkeypatch.setattr(readers, "_skip_line", lambda *a: skipped.append(skip(*a)) or skipped[-1])
   assert len(read(str(path), part_bytes=2**12)) == 9
-  assert sum(skipped) < 2.1 * size  # By the span it begins in, and by those it crosses.
+  assert sum(skipped) < 2.1 * size  # Once in the span it begins in, once in those it crosses.
 
 
 def test_a_long_value_that_parquet_repeats_is_held_once(tmp_path: pathlib.Path):
@@ -162,11 +162,11 @@ def test_a_long_value_that_parquet_repeats_is_held_once(tmp_path: pathlib.Path):
   assert path.stat().st_size < 10_000
   before = pa.default_memory_pool().max_memory()
   _, (span,) = sources.find([str(path)])
-  assert sum(len(str(text)) for text in sources.documents(span, "text")) == 2000 * 2**20
+  assert sum(len(str(text)) for text in readers.documents(span, "text")) == 2000 * 2**20
   assert pa.default_memory_pool().max_memory() < before + 2**26
 
 
-def test_a_page_of_parquet_that_differs_from_its_checksum_is_told(tmp_path: pathlib.Path):
+def test_a_parquet_page_that_differs_from_its_checksum_is_an_error(tmp_path: pathlib.Path):
   path = tmp_path / "a.parquet"
   table, plain = pa.table({"text": TEXTS}), {"compression": "none", "use_dictionary": False}
   parquet.write_table(table, path, write_page_checksum=True, write_statistics=False, **plain)
@@ -176,19 +176,17 @@ def test_a_page_of_parquet_that_differs_from_its_checksum_is_told(tmp_path: path
     read(str(path))
 
 
-def test_text_of_parquet_that_is_not_utf8_is_told_with_its_row(tmp_path: pathlib.Path):
+def test_parquet_text_that_is_not_utf8_is_a_bad_line_with_its_row(tmp_path: pathlib.Path):
   column = pa.array([b"a", b"\xff", b"b"], pa.binary()).view(pa.string())
   path = tmp_path / "a.parquet"
   parquet.write_table(pa.table({"text": column}), path)
   *_, bad, after = read(str(path))
-  assert after == "b" and isinstance(bad, sources.BadLine) and bad.where == f"{path}:2"
+  assert after == "b" and isinstance(bad, readers.BadLine) and bad.where == f"{path}:2"
   assert "not UTF-8" in bad.reason
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet", "a.txt.gz"])
-def test_a_pipe_a_device_and_a_folder_are_no_sources_and_not_waited_for(
-  tmp_path: pathlib.Path, name: str
-):
+def test_pipes_and_devices_are_refused_and_do_not_block(tmp_path: pathlib.Path, name: str):
   path = tmp_path / "in" / name
   path.parent.mkdir()
   for make, kind in (
@@ -196,19 +194,19 @@ def test_a_pipe_a_device_and_a_folder_are_no_sources_and_not_waited_for(
     (lambda: path.symlink_to("/dev/zero"), "a pipe, a device"),
   ):
     make()
-    for given in (path, path.parent, path.parent / "*"):
+    for pattern in (path, path.parent, path.parent / "*"):
       with pytest.raises(errors.CalmError, match=f"{name} is {kind}.*, not a file"):
-        sources.find([str(given)])
+        sources.find([str(pattern)])
     path.unlink()
   path.write_bytes(b"x")
   _, (span,) = sources.find([str(path)])
   path.unlink()
-  os.mkfifo(path)  # Since it was found.
+  os.mkfifo(path)  # After it was found.
   with pytest.raises(errors.CalmError, match=f"{name} is a pipe.*, not a file"):
-    list(sources.documents(span, "text"))
+    list(readers.documents(span, "text"))
 
 
-def test_a_file_that_changed_since_it_was_found_is_told(tmp_path: pathlib.Path):
+def test_a_file_that_changed_since_it_was_found_is_an_error(tmp_path: pathlib.Path):
   path = tmp_path / "a.txt"
   path.write_text("a")
   _, spans = sources.find([str(path), sources.STDLIB])
@@ -220,7 +218,7 @@ def test_a_file_that_changed_since_it_was_found_is_told(tmp_path: pathlib.Path):
     sources.require_unchanged(spans)
 
 
-def test_a_folder_that_can_not_be_listed_is_told_and_not_left_out(
+def test_a_folder_that_can_not_be_listed_is_an_error_and_not_left_out(
   tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ):
   (tmp_path / "a.txt").write_text("a")
@@ -252,24 +250,24 @@ def test_text_that_is_not_utf8_is_an_error(tmp_path: pathlib.Path):
     read(str(tmp_path))
 
 
-def test_an_input_that_gives_no_files_is_an_error(tmp_path: pathlib.Path):
+def test_an_input_without_files_is_an_error(tmp_path: pathlib.Path):
   with pytest.raises(errors.CalmError, match=r"no such file: --input=.* matches nothing"):
     sources.find([f"{tmp_path}/*.txt"])
   with pytest.raises(errors.CalmError, match="no text in --input="):
     sources.find([str(tmp_path)])
   (tmp_path / "a.pdf").touch()
-  with pytest.raises(errors.CalmError, match=r"a\.pdf has a suffix .* \.jsonl, \.parquet, \.txt"):
+  with pytest.raises(errors.CalmError, match=r"a\.pdf has an unknown suffix: .*\.jsonl, \.parquet"):
     sources.find([f"{tmp_path}/*"])
 
 
-def test_the_standard_library_gives_over_10_mb_without_tests():
+def test_the_standard_library_yields_over_10_mb_without_tests():
   (name,), spans = sources.find([sources.STDLIB])
   assert name == f"stdlib:python-{platform.python_version()}"
   paths = [pathlib.PurePath(span.path) for span in spans]
   assert not [path for path in paths if {"test", "site-packages"} & set(path.parts[-3:])]
-  texts = [item for span in spans for item in sources.documents(span, "text")]
+  texts = [item for span in spans for item in readers.documents(span, "text")]
   assert all(isinstance(text, str) for text in texts)
   assert sum(len(str(text).encode()) for text in texts) > 10e6
-  # The topics are there as prose, and not as the source that holds them.
+  # The topics are read as prose, not as the source of a dict.
   assert any(str(text).startswith('The "for" statement') for text in texts)
   assert not any("topics = {'" in str(text) for text in texts)

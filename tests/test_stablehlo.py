@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from folders import GOLDEN, agree, set_config
 
-from calm_jax import workdir
-from calm_jax.interchange import formats, tensors, to_workdir
+from calm_jax.interchange import tensors
 from calm_jax.models import memory
+from calm_jax.running import conversion, loading
+from calm_jax.training import trained as trained_lib
 
 COMPARE = """
 import sys
@@ -35,13 +36,15 @@ def test_compiled_artefacts_do_as_we_do_without_us(model, words, tmp_path):
   """Runs the code of the folder's own card, at a batch of 3 and 2 candidates."""
   shutil.copytree(GOLDEN / "k4" / model, tmp_path / "source")
   set_config(tmp_path / "source", max_position_embeddings=4)  # The model sees 3 patches.
-  to_workdir.write(str(tmp_path / "source"), str(tmp_path / "in"), tokenizer=words(101))
-  formats.convert(str(tmp_path / "in"), str(tmp_path / "out"), "stablehlo")
-  trained = workdir.load(str(tmp_path / "in"))
+  conversion.convert(
+    str(tmp_path / "source"), str(tmp_path / "in"), "workdir", tokenizer=words(101)
+  )
+  conversion.convert(str(tmp_path / "in"), str(tmp_path / "out"), "stablehlo")
+  trained = loading.load(str(tmp_path / "in"))
   rng = np.random.default_rng(0)
   token_BK = rng.integers(0, 101, (3, 4)).astype(np.int32)
   noise = np.zeros(())
-  if isinstance(trained, workdir.TrainedCalm):
+  if isinstance(trained, trained_lib.Trained):
     noise = np.asarray(trained.model.head.draw_noise(jax.random.key(1), (2, 3)))
   np.save(tmp_path / "tokens.npy", token_BK)
   np.save(tmp_path / "noise.npy", noise)
@@ -52,14 +55,14 @@ def test_compiled_artefacts_do_as_we_do_without_us(model, words, tmp_path):
   subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, timeout=300)
   found = np.load(tmp_path / "found.npz")
 
-  codec = trained.autoencoder if isinstance(trained, workdir.TrainedCalm) else trained
+  codec = trained.autoencoder if isinstance(trained, trained_lib.Trained) else trained
   module = codec.module("float32")
   mean, log_std = module.apply({"params": codec.params}, token_BK, method="encode")
   np.testing.assert_allclose(found["mean"], mean, rtol=1e-5, atol=1e-6)
   np.testing.assert_allclose(found["log_std"], log_std, rtol=1e-5, atol=1e-6)
   logits = module.apply({"params": codec.params}, mean, method="decode")
   np.testing.assert_allclose(found["logits"], logits, rtol=1e-5, atol=1e-5)
-  if isinstance(trained, workdir.TrainedCalm):
+  if isinstance(trained, trained_lib.Trained):
     hidden_B1D, _ = trained.model.hidden(trained.params, token_BK[:, None])
     sample_NBZ = trained.model.samples(trained.params, hidden_B1D[:, 0], noise)
     np.testing.assert_allclose(found["latents"], sample_NBZ, rtol=1e-4, atol=1e-5)
@@ -76,14 +79,14 @@ def test_latents_as_input_are_read_by_the_artefacts(kind, latent_reader, monkeyp
   """By the code of the folder's own card, from weights in shards."""
   source = latent_reader(kind)
   monkeypatch.setattr(tensors, "SHARD_BYTES", 20_000)
-  formats.convert(source, str(tmp_path / "out"), "stablehlo")
-  here = workdir.load_calm(source)
+  conversion.convert(source, str(tmp_path / "out"), "stablehlo")
+  here = loading.load(source)
   token_BK = np.random.default_rng(0).integers(0, 300, (3, 4)).astype(np.int32)
   noise = np.array(here.model.head.draw_noise(jax.random.key(0), (2, 3)))
   code = (tmp_path / "out/README.md").read_text().split("```python\n")[1].split("```")[0]
   scope = {"tokens": token_BK, "noise": noise}
   exec(code.replace("FOLDER", str(tmp_path / "out")), scope)
-  codec, frozen = here.model.autoencoder, here.autoencoder.params
+  codec, frozen = here.parents["autoencoder"].model, here.parents["autoencoder"].params
   mean, _ = codec.apply({"params": frozen}, token_BK, method="encode")
   hidden_B1D, _ = here.model.hidden(here.params, token_BK[:, None], mean[:, None])
   agree(scope["latents"], here.model.samples(here.params, hidden_B1D[:, 0], noise))

@@ -7,21 +7,26 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 
-from calm_jax import config, workdir
-from calm_jax.models import autoencoder, calm, layers
+from calm_jax import config
+from calm_jax.models import calm, layers
 from calm_jax.objectives import autoencoding, brier, energy_score
-from calm_jax.training import autoencoder_stage, calm_stage, evaluation, stages, step
+from calm_jax.running import evaluating, loading, untrained
+from calm_jax.stages import autoencoder as autoencoder_stage
+from calm_jax.stages import calm as calm_stage
+from calm_jax.training import stage as stage_lib
+from calm_jax.training import step
+from calm_jax.training import trained as trained_lib
 
 KEY = jax.random.key(0)
 
 
-def staged(trained: workdir.Trained) -> stages.Stage:
-  return evaluation.stage_of(trained)[0]
+def staged(trained: trained_lib.Trained) -> stage_lib.Stage:
+  return evaluating.functions(trained)[0]
 
 
 @pytest.fixture(params=["autoencoder", "calm", "transformer"])
 def stage_and_params(request: pytest.FixtureRequest):
-  trained = workdir.load(str(request.getfixturevalue(f"trained_{request.param}")))
+  trained = loading.load(str(request.getfixturevalue(f"trained_{request.param}")))
   return staged(trained), trained.params
 
 
@@ -68,15 +73,15 @@ def test_scores_have_one_row_an_example(stage_and_params, batch):
     np.testing.assert_allclose(values[jnp.array([2, 0])], part[name], rtol=1e-4, atol=1e-6)
 
 
-def autoencoder_loss(run: config.AutoencoderRun, params, batch, **changes):
+def autoencoder_loss(run: autoencoder_stage.Run, params, batch, **changes):
   run = dataclasses.replace(run, loss=dataclasses.replace(run.loss, **changes))
-  return autoencoder_stage.build(run, 300).loss(params, {}, batch, KEY)
+  return untrained.functions(run, {}, 300, untrained.abstract).loss(params, {}, batch, KEY)
 
 
 def test_the_autoencoders_loss_is_k_times_cross_entropy_plus_weighted_kl(
   trained_autoencoder, batch
 ):
-  trained = workdir.load_autoencoder(str(trained_autoencoder))
+  trained = loading.load(str(trained_autoencoder))
   value, metrics = autoencoder_loss(trained.run, trained.params, batch, kl_weight=0.25)
   expected = 4 * metrics["cross_entropy"] + 0.25 * metrics["kl"]
   np.testing.assert_allclose(value, expected, rtol=1e-6)
@@ -87,15 +92,13 @@ def test_dropped_tokens_are_replaced_in_the_input_and_stay_in_the_target(
   trained_autoencoder, batch
 ):
   """Where all input is dropped, each replacement id gives one posterior for every patch."""
-  trained = workdir.load_autoencoder(str(trained_autoencoder))
+  trained = loading.load(str(trained_autoencoder))
   kls = {}
   for id_ in (0, 7):
     _, metrics = autoencoder_loss(
       trained.run, trained.params, batch, drop_token=1 - 1e-7, drop_token_id=id_, kl_floor=0.0
     )
-    posterior = layers.apply(
-      trained.module("float32"), trained.params, jnp.full((4,), id_), method="encode"
-    )
+    posterior = layers.apply(trained.model, trained.params, jnp.full((4,), id_), method="encode")
     kls[id_] = autoencoding.floored_kl(*posterior, 0.0)
     np.testing.assert_allclose(metrics["kl"], kls[id_], rtol=1e-4)
     assert metrics["token_accuracy"] < 0.5
@@ -104,15 +107,15 @@ def test_dropped_tokens_are_replaced_in_the_input_and_stay_in_the_target(
 
 def test_scores_of_the_language_model_by_hand(trained_calm, batch):
   """Samples and targets are drawn again from the stated keys; scores follow from them."""
-  trained = workdir.load_calm(str(trained_calm))
-  model, frozen = trained.model, trained.autoencoder.params
-  stage = calm_stage.build(trained.run, model.autoencoder, frozen, 300)
+  trained = loading.load(str(trained_calm))
+  model, frozen = trained.model, trained.parents["autoencoder"].params
+  stage, autoencoder = staged(trained), trained.parents["autoencoder"].model
   found = jax.jit(stage.evaluate)(trained.params, frozen, batch, KEY)
   token_PK = batch["tokens"][1].reshape(-1, 4)
   hidden_1PD, _ = model.hidden(trained.params, token_PK[None, :-1])
   example = jax.random.fold_in(KEY, batch["index"][1])
   sample_NPZ = model.sample(trained.params, hidden_1PD[0], jax.random.fold_in(example, 2), 4)
-  mean_PZ, log_std_PZ = layers.apply(model.autoencoder, frozen, token_PK[1:], method="encode")
+  mean_PZ, log_std_PZ = layers.apply(autoencoder, frozen, token_PK[1:], method="encode")
 
   def distance(sample_NPZ, first):
     """To the posterior of patches from `first` on."""
@@ -123,7 +126,7 @@ def test_scores_of_the_language_model_by_hand(trained_calm, batch):
   apart_NN = np.linalg.norm(sample_NPZ[:, None] - sample_NPZ[None], axis=-1).mean(axis=-1)
   energy = 2 * distance(sample_NPZ, 0) - apart_NN.sum() / 12
   np.testing.assert_allclose(found["energy"][1], energy, rtol=1e-4)
-  tokens_NPK = calm.decode_tokens(model.autoencoder, frozen, sample_NPZ)
+  tokens_NPK = calm.decode_tokens(autoencoder, frozen, sample_NPZ)
   accuracy_Pn, collision_Pn = brier.accuracy(tokens_NPK, token_PK[1:]), brier.collision(tokens_NPK)
   np.testing.assert_allclose(found["accuracy"][1], accuracy_Pn.mean(axis=0), rtol=1e-5)
   np.testing.assert_allclose(found["collision"][1], collision_Pn.mean(axis=0), rtol=1e-5)
@@ -134,7 +137,7 @@ def test_scores_of_the_language_model_by_hand(trained_calm, batch):
 
 def test_the_frozen_autoencoder_gets_no_gradient(trained_calm, batch):
   """It is an argument of the loss and no leaf of what is trained."""
-  trained = workdir.load_calm(str(trained_calm))
+  trained = loading.load(str(trained_calm))
   assert set(trained.params) == {"backbone", "head"}
   assert not any("encoder" in str(path) for path, _ in jax.tree.leaves_with_path(trained.params))
 
@@ -146,10 +149,8 @@ def test_bfloat16_gives_nearly_the_loss_of_float32_and_float32_gradients(
   directory = str(request.getfixturevalue(f"trained_{name}"))
   values = []
   for dtype in ("float32", "bfloat16"):
-    run = workdir.read_run(directory)
-    run = dataclasses.replace(run, training=dataclasses.replace(run.training, compute_dtype=dtype))
-    trained = workdir.load(directory)
-    stage, params = staged(dataclasses.replace(trained, run=run)), trained.params
+    trained = loading.load(directory, dtype=dtype)
+    stage, params = staged(trained), trained.params
     (value, _), grads = jax.jit(jax.value_and_grad(stage.loss, has_aux=True))(
       params, stage.frozen, batch, KEY
     )
@@ -164,32 +165,34 @@ SHORT = config.Autoencoder(patch_size=2, width=16, ffn=24, latent=4, init="fan_i
 def short_patches(kind: str):
   """An untrained model of K = 2 over 12 tokens, its last layer awake; its stage."""
   sizes = config.Backbone(layers=2, width=16, ffn=24, heads=2, kv_heads=1, init="fan_in")
-  run = config.CalmRun(
-    model=dataclasses.replace(sizes, input=kind),
+  run = calm_stage.Run(
+    model=dataclasses.replace(sizes, input=kind, patch_size=2),
     head=config.Head(blocks=1, noise=4),
     loss=config.CalmLoss(samples=8, posterior_draws=2),
     training=config.Training(compute_dtype="float32"),
   )  # fmt: skip
-  codec = autoencoder.Autoencoder(SHORT, 12)
-  frozen = codec.initial(jax.random.key(0))
-  model = calm.Calm.build(run, codec, 12)
-  params = model.init(jax.random.key(1))
+  parents = {"autoencoder": autoencoder_stage.Run(model=SHORT)}
+  keys = iter(jax.random.split(jax.random.key(0)))  # The autoencoder's, then the model's.
+  trained = untrained.trained(run, parents, 12, lambda initial: initial(next(keys)))
+  params = trained.params
   kernel = params["head"]["out"]["kernel"]
   params["head"]["out"]["kernel"] = 0.2 * jax.random.normal(jax.random.key(2), kernel.shape)
-  return model, params, frozen, calm_stage.build(run, codec, frozen, 12)
+  return trained, staged(trained)
 
 
 @pytest.mark.parametrize("kind", ["discrete", "continuous", "both"])
 def test_scores_below_four_tokens_a_patch_follow_the_first_samples_path(kind: str):
   """K = 2, by hand: each position's second patch from a pass over its own text and path."""
-  model, params, frozen, stage = short_patches(kind)
+  trained, stage = short_patches(kind)
+  model, params, inner = trained.model, trained.params, trained.parents["autoencoder"]
+  frozen = inner.params
   token_S = jax.random.randint(jax.random.key(4), (12,), 0, 12)
   batch = {"tokens": token_S[None], "index": jnp.array([7])}
   found = jax.jit(stage.evaluate)(params, frozen, batch, KEY)
 
   example = jax.random.fold_in(KEY, 7)
   token_PK = token_S.reshape(-1, 2)
-  mean_PZ, log_std_PZ = layers.apply(model.autoencoder, frozen, token_PK, method="encode")
+  mean_PZ, log_std_PZ = layers.apply(inner.model, frozen, token_PK, method="encode")
   eps_1PZ = jax.random.normal(jax.random.fold_in(example, 0), (1, *mean_PZ.shape))
   latent_PZ = (mean_PZ + jnp.exp(log_std_PZ) * eps_1PZ[0]) if kind != "discrete" else mean_PZ
 
@@ -200,7 +203,7 @@ def test_scores_below_four_tokens_a_patch_follow_the_first_samples_path(kind: st
   @jax.jit
   def draw(hidden_PD, number):
     sample = model.sample(params, hidden_PD, jax.random.fold_in(example, number), 8)
-    return sample, calm.decode_tokens(model.autoencoder, frozen, sample)
+    return sample, calm.decode_tokens(inner.model, frozen, sample)
 
   first_NPZ, first_NPK = draw(hidden(token_PK[:-1], latent_PZ[:-1]), 2)
   starts = 4  # Of the 5 predicted patches, those with another one after them.
@@ -223,7 +226,8 @@ def test_scores_below_four_tokens_a_patch_follow_the_first_samples_path(kind: st
 @pytest.mark.parametrize("kind", ["continuous", "both"])
 def test_latents_as_input_are_draws_of_the_posterior(kind: str):
   """The loss moves with the std that the frozen encoder gives, and trains the projection."""
-  _, params, frozen, stage = short_patches(kind)
+  trained, stage = short_patches(kind)
+  params, frozen = trained.params, stage.frozen
   batch = {"tokens": jnp.arange(12)[None] % 12, "index": jnp.array([7])}
   gradients = jax.jit(jax.grad(stage.loss, has_aux=True))
   grads, _ = gradients(params, frozen, batch, KEY)

@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 from folders import all_params, converted
 
-from calm_jax import errors, main, workdir
-from calm_jax.interchange import formats
+from calm_jax import errors, workdir
+from calm_jax.running import conversion, loading, train
+from calm_jax.training import trainer
 
 
 @pytest.mark.parametrize("name", ["autoencoder", "calm", "transformer"])
 def test_training_starts_from_imported_weights(name, request, tmp_path):
   source = request.getfixturevalue(f"trained_{name}")
   run = request.getfixturevalue(f"{name}_run")
-  formats.convert(str(source), str(tmp_path / "out"), "reference")
+  conversion.convert(str(source), str(tmp_path / "out"), "reference")
   imported = converted(tmp_path / "out")
   start = str(tmp_path / "out_workdir")
   run = dataclasses.replace(
@@ -26,15 +27,15 @@ def test_training_starts_from_imported_weights(name, request, tmp_path):
   )
   if name == "calm":
     run = dataclasses.replace(run, autoencoder="")
-  main.train_run(run, str(tmp_path / "new"))
-  found = workdir.load(str(tmp_path / "new"))
+  train.train_run(run, str(tmp_path / "new"))
+  found = loading.load(str(tmp_path / "new"))
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
     all_params(found),
     all_params(imported),
   )
   with pytest.raises(errors.CalmError, match=f"new --workdir with --config.start_from={start}"):
-    main.train_run(run, start)
+    train.train_run(run, start)
 
 
 def test_weights_of_another_size_are_no_start(trained_calm, calm_run, tmp_path):
@@ -45,7 +46,7 @@ def test_weights_of_another_size_are_no_start(trained_calm, calm_run, tmp_path):
     model=dataclasses.replace(calm_run.model, ffn=64),
   )
   with pytest.raises(errors.CalmError, match=r"of another size: give --config.model.ffn=32"):
-    main.train_run(wider, str(tmp_path / "new"))
+    train.train_run(wider, str(tmp_path / "new"))
   assert not (tmp_path / "new").exists()
 
 
@@ -63,12 +64,12 @@ def test_a_run_cut_before_its_first_checkpoint_still_starts_from_the_weights(
     raise KeyboardInterrupt
 
   with monkeypatch.context() as patch:
-    patch.setattr(main.train.Trainer, "train", cut)
+    patch.setattr(trainer.Trainer, "train", cut)
     with pytest.raises(KeyboardInterrupt):
-      main.train_run(run, str(tmp_path / "new"))
+      train.train_run(run, str(tmp_path / "new"))
   assert workdir.exists(str(tmp_path / "new"))
-  main.train_run(run, str(tmp_path / "new"))
+  train.train_run(run, str(tmp_path / "new"))
   found, expected = (
-    workdir.load(str(path)).params for path in (tmp_path / "new", trained_transformer)
+    loading.load(str(path)).params for path in (tmp_path / "new", trained_transformer)
   )
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, expected)

@@ -1,4 +1,4 @@
-"""Claims about the token store: what is written is read, at random, anywhere, or an error."""
+"""Claims about the token store: any range reads as it was written, or raises an error."""
 
 import concurrent.futures
 import dataclasses
@@ -24,11 +24,11 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> tokenizer_lib.Tokeniz
   return tokenizer_lib.train(["some text for a tokenizer"] * 3, 280, str(path))
 
 
-def content(documents: list[np.ndarray], block: int = 3) -> store_lib.Content:
-  """Returns documents as a writer gets them: in blocks that end anywhere."""
+def content(documents: list[np.ndarray], block: int = 3) -> store_lib.SplitContent:
+  """Returns documents as a split to be written, in blocks that ignore their boundaries."""
   tokens = np.concatenate(documents)
   lengths = np.array([len(document) for document in documents])
-  return store_lib.Content(
+  return store_lib.SplitContent(
     num_tokens=len(tokens),
     num_documents=len(lengths),
     tokens=(tokens[i : i + block] for i in range(0, len(tokens), block)),
@@ -40,17 +40,14 @@ def write(
   path: pathlib.Path, tokenizer: tokenizer_lib.Tokenizer, train: list[np.ndarray], block: int = 3
 ) -> store_lib.TokenStore:
   contents = {"train": content(train, block), "heldout": content([np.array([7, 0, 1])])}
-  return store_lib.write(
-    str(path),
-    tokenizer,
-    contents,
-    [manifest_lib.Source("a.txt", 10, len(train) + 1)],
+  provenance = store_lib.Provenance(
+    sources=[manifest_lib.Source("a.txt", 10, len(train) + 1)],
     appends_eos=True,
     heldout=0.02,
     heldout_by="documents",
-    skipped_lines=0,
     plan={"input": "a.txt"},
   )
+  return store_lib.write(str(path), tokenizer, contents, provenance)
 
 
 @pytest.fixture
@@ -62,20 +59,20 @@ def test_every_range_is_read_as_it_was_written(store: store_lib.TokenStore):
   expected = np.array([0, 1, 2, 3, 4, 9, 100, 101, 102, 103])
   for start in range(11):
     for stop in range(start, 11):
-      found = store.read("train", start, stop)
-      assert found.dtype == np.int32
-      np.testing.assert_array_equal(found, expected[start:stop])
+      tokens = store.read("train", start, stop)
+      assert tokens.dtype == np.int32
+      np.testing.assert_array_equal(tokens, expected[start:stop])
   np.testing.assert_array_equal(store.read("heldout", 0, 3), [7, 0, 1])
 
 
 def test_offsets_are_the_starts_of_documents_and_the_end(store: store_lib.TokenStore):
-  found = store.offsets("train")
-  assert found.dtype == np.int64
-  np.testing.assert_array_equal(found, [0, 5, 6, 10])
+  offsets = store.offsets("train")
+  assert offsets.dtype == np.int64
+  np.testing.assert_array_equal(offsets, [0, 5, 6, 10])
   assert (store.manifest.splits["train"].documents, store.num_tokens("train")) == (3, 10)
 
 
-def test_blocks_and_shards_do_not_show(
+def test_block_and_shard_sizes_do_not_change_the_tokens(
   tmp_path: pathlib.Path, tokenizer: tokenizer_lib.Tokenizer, monkeypatch: pytest.MonkeyPatch
 ):
   monkeypatch.setattr(arrays, "_CHUNK", 8)
@@ -89,13 +86,13 @@ def test_blocks_and_shards_do_not_show(
     assert store.hash == stores[0].hash
 
 
-def test_a_range_that_is_not_there_is_an_error(store: store_lib.TokenStore):
+def test_a_range_outside_the_split_is_an_error(store: store_lib.TokenStore):
   for start, stop in ((-1, 2), (3, 2), (0, 11)):
     with pytest.raises(ValueError, match=r"train has tokens \[0, 10\)"):
       store.read("train", start, stop)
 
 
-def test_hash_tells_different_tokens_apart(
+def test_the_hash_depends_on_tokens_and_boundaries(
   tmp_path: pathlib.Path, store: store_lib.TokenStore, tokenizer: tokenizer_lib.Tokenizer
 ):
   same = [np.arange(5), np.array([9]), np.arange(100, 104)]
@@ -106,7 +103,7 @@ def test_hash_tells_different_tokens_apart(
   assert write(tmp_path / "boundary", tokenizer, other_boundary).hash != store.hash
 
 
-def test_hash_follows_from_the_content_and_not_from_names_or_compression(
+def test_the_hash_does_not_depend_on_names_or_compression(
   tmp_path: pathlib.Path,
   store: store_lib.TokenStore,
   tokenizer: tokenizer_lib.Tokenizer,
@@ -114,33 +111,38 @@ def test_hash_follows_from_the_content_and_not_from_names_or_compression(
 ):
   spec = arrays._spec
 
-  def smaller(*arguments):
-    found = spec(*arguments)
-    inner = found["metadata"]["codecs"][0]["configuration"]["codecs"]
+  def spec_of_higher_compression(*arguments):
+    changed = spec(*arguments)
+    inner = changed["metadata"]["codecs"][0]["configuration"]["codecs"]
     inner[1] = {"name": "zstd", "configuration": {"level": 9}}
-    return found
+    return changed
 
-  monkeypatch.setattr(arrays, "_spec", smaller)
+  monkeypatch.setattr(arrays, "_spec", spec_of_higher_compression)
   train = [np.arange(5), np.array([9]), np.arange(100, 104)]
   contents = {"train": content(train), "heldout": content([np.array([7, 0, 1])])}
-  other = store_lib.write(
-    str(tmp_path / "other"), tokenizer, contents, [manifest_lib.Source("b.txt", 11, 5)],
-    appends_eos=True, heldout=0.3, heldout_by="end", skipped_lines=4, plan={"a": "b"},
-  )  # fmt: skip
-  assert other.manifest != store.manifest and other.hash == store.hash
+  provenance = store_lib.Provenance(
+    sources=[manifest_lib.Source("b.txt", 11, 5)],
+    appends_eos=True,
+    heldout=0.3,
+    heldout_by="end",
+    skipped_lines=4,
+    plan={"a": "b"},
+  )
+  second = store_lib.write(str(tmp_path / "second"), tokenizer, contents, provenance)
+  assert second.manifest != store.manifest and second.hash == store.hash
 
 
 def test_reopened_and_pickled_stores_are_the_same(store: store_lib.TokenStore):
-  for other in (store_lib.TokenStore.open(store.path), pickle.loads(pickle.dumps(store))):
-    assert other.manifest == store.manifest and other.hash == store.hash
-    np.testing.assert_array_equal(other.read("train", 3, 8), store.read("train", 3, 8))
+  for copy in (store_lib.TokenStore.open(store.path), pickle.loads(pickle.dumps(store))):
+    assert copy.manifest == store.manifest and copy.hash == store.hash
+    np.testing.assert_array_equal(copy.read("train", 3, 8), store.read("train", 3, 8))
 
 
-def test_threads_read_the_same_as_one(store: store_lib.TokenStore):
+def test_several_threads_read_the_same_as_one(store: store_lib.TokenStore):
   ranges = [(start, start + 3) for start in range(8)] * 20
   with concurrent.futures.ThreadPoolExecutor(8) as pool:
-    found = list(pool.map(lambda r: store.read("train", *r), ranges))
-  for (start, stop), tokens in zip(ranges, found, strict=True):
+    reads = list(pool.map(lambda r: store.read("train", *r), ranges))
+  for (start, stop), tokens in zip(ranges, reads, strict=True):
     np.testing.assert_array_equal(tokens, store.read("train", start, stop))
 
 
@@ -171,7 +173,7 @@ def test_a_store_without_a_manifest_is_unfinished(store: store_lib.TokenStore):
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"format_version": 99}', "\udcff"])
-def test_a_broken_manifest_is_told_in_one_line(store: store_lib.TokenStore, text: str):
+def test_a_broken_manifest_is_reported_in_one_line(store: store_lib.TokenStore, text: str):
   file = pathlib.Path(store.path) / "manifest.json"
   file.write_bytes(text.encode(errors="surrogateescape"))
   with pytest.raises(errors.CalmError, match=r"manifest\.json.*: prepare the text again") as caught:
@@ -210,7 +212,7 @@ def test_an_edited_manifest_is_refused(store: store_lib.TokenStore, before: str,
     ("new", 1),
   ],
 )
-def test_a_manifest_with_the_right_hash_and_wrong_types_is_told(
+def test_a_manifest_with_the_right_hash_and_wrong_types_is_refused(
   store: store_lib.TokenStore, name: str, change
 ):
   values = dataclasses.asdict(store.manifest) | {name: change}
@@ -226,7 +228,7 @@ def changed_json(path: pathlib.Path, change) -> None:
   path.write_text(json.dumps(values))
 
 
-def test_tokens_laid_out_otherwise_are_refused_and_not_read_wrongly(store: store_lib.TokenStore):
+def test_tokens_of_another_encoding_are_refused_and_not_misread(store: store_lib.TokenStore):
   array = pathlib.Path(store.path) / "train/tokens/zarr.json"
   before = array.read_text()
   for change in (
@@ -241,7 +243,7 @@ def test_tokens_laid_out_otherwise_are_refused_and_not_read_wrongly(store: store
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "train/tokens/zarr.json", "heldout/offsets/c/0"])
-def test_a_pipe_in_place_of_a_file_is_not_waited_for(store: store_lib.TokenStore, name: str):
+def test_a_pipe_in_place_of_a_file_does_not_block(store: store_lib.TokenStore, name: str):
   file = pathlib.Path(store.path) / name
   file.unlink()
   os.mkfifo(file)
@@ -249,27 +251,25 @@ def test_a_pipe_in_place_of_a_file_is_not_waited_for(store: store_lib.TokenStore
     store_lib.TokenStore.open(store.path)
 
 
-def test_checks_read_all_and_tell_of_each(store: store_lib.TokenStore):
-  found = [(name, check()) for name, check in store.checks()]
-  arrays_of = [
-    f"{split}/{name}" for split in ("train", "heldout") for name in ("tokens", "offsets")
-  ]
-  assert [name for name, _ in found] == [
+def test_checks_cover_every_file_and_report_its_size(store: store_lib.TokenStore):
+  lines = {name: check() for name, check in store.checks()}
+  assert list(lines) == [
     "manifest.json",
     "plan.json",
     "tokenizer.model",
-    *arrays_of,
+    "train/tokens",
+    "train/offsets",
+    "heldout/tokens",
+    "heldout/offsets",
   ]
-  assert (
-    "10 tokens" in dict(found)["train/tokens"] and "3 documents" in dict(found)["train/offsets"]
-  )
+  assert "10 tokens" in lines["train/tokens"] and "3 documents" in lines["train/offsets"]
 
 
 @pytest.mark.parametrize(
   "name",
   ["tokenizer.model", "plan.json", "train/tokens/c/0", "train/tokens/c/1", "train/offsets/c/0"],
 )
-def test_checks_name_the_first_file_that_lies(
+def test_checks_name_the_first_damaged_file(
   tmp_path: pathlib.Path,
   tokenizer: tokenizer_lib.Tokenizer,
   monkeypatch: pytest.MonkeyPatch,
@@ -284,13 +284,13 @@ def test_checks_name_the_first_file_that_lies(
   target = pathlib.Path(first.path) / name
   if target.suffix:
     target.write_bytes(target.read_bytes() + b" ")
-  else:  # Of the same size, and whole by its own checksum.
+  else:  # A file of the same size that is intact by its own checksum.
     shutil.copyfile(pathlib.Path(second.path) / name, target)
   opened = store_lib.TokenStore.open(first.path)
-  if "offsets" in name:  # They are read whole, and so found by whoever reads them.
+  if "offsets" in name:  # Offsets are always read completely, so every reader notices.
     with pytest.raises(errors.CalmError, match=f"{name} is damaged"):
       opened.offsets("train")
-  with pytest.raises(errors.CalmError, match=rf"{name} is damaged: .* SHA-256 .*: prepare the"):
+  with pytest.raises(errors.CalmError, match=rf"{name} (is damaged: .*|has) SHA-256 .*: prepare"):
     for _, check in opened.checks():
       check()
 
@@ -299,15 +299,17 @@ def test_checks_refuse_tokens_outside_the_vocabulary(
   tmp_path: pathlib.Path, tokenizer: tokenizer_lib.Tokenizer
 ):
   store = write(tmp_path / "store", tokenizer, [np.array([1, 280, 3])])
-  with pytest.raises(errors.CalmError, match="train/tokens is damaged: it holds token 280, the vo"):
+  with pytest.raises(
+    errors.CalmError, match="tokens is damaged: it holds token 280, but the vocab"
+  ):
     for _, check in store.checks():
       check()
 
 
-def test_what_is_not_read_back_as_it_was_written_becomes_no_store(
+def test_a_store_that_reads_back_differently_stays_unfinished(
   tmp_path: pathlib.Path, tokenizer: tokenizer_lib.Tokenizer, monkeypatch: pytest.MonkeyPatch
 ):
-  """A second writer, or a disk, zeroes a shard between writing and reading."""
+  """A second writer or a disk zeroes a shard between writing and reading."""
   opened = arrays.open
 
   def zeroed(path, name, size, dtype, num_sums):
@@ -340,7 +342,7 @@ def test_a_written_store_and_its_folders_are_on_the_disk_before_its_manifest(
   assert folders < set(synced[:-2]) and f"store/tokenizer.model.{os.getpid()}.tmp" in synced[:-2]
 
 
-def test_a_lost_array_or_one_of_other_size_is_told_at_once(
+def test_a_missing_array_or_one_of_another_size_is_refused_on_opening(
   tmp_path: pathlib.Path, store: store_lib.TokenStore, tokenizer: tokenizer_lib.Tokenizer
 ):
   write(tmp_path / "other", tokenizer, [np.arange(6)])
@@ -353,7 +355,7 @@ def test_a_lost_array_or_one_of_other_size_is_told_at_once(
     store_lib.TokenStore.open(store.path)
 
 
-def test_a_lost_or_damaged_file_is_never_read_as_tokens(store: store_lib.TokenStore):
+def test_a_missing_or_damaged_shard_is_never_read_as_tokens(store: store_lib.TokenStore):
   shard = pathlib.Path(store.path) / "train/tokens/c/0"
   intact = shard.read_bytes()
   shard.write_bytes(bytes([intact[0] ^ 1]) + intact[1:])

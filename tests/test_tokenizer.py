@@ -1,4 +1,4 @@
-"""Claims about tokenizers: lossless, deterministic, and no text becomes a control id."""
+"""Claims about tokenizers: lossless, deterministic, and no text is encoded as a control id."""
 
 import json
 import os
@@ -60,7 +60,7 @@ def hugging_face(path: pathlib.Path, specials: list[str], template: bool = False
 
 
 @pytest.mark.parametrize("text", NASTY + CORPUS)
-def test_trained_tokenizer_is_lossless_and_gives_no_control_ids(
+def test_a_trained_tokenizer_is_lossless_and_returns_no_control_ids(
   trained: tokenizer_lib.Tokenizer, text: str
 ):
   ids = trained.encode(text)
@@ -70,7 +70,7 @@ def test_trained_tokenizer_is_lossless_and_gives_no_control_ids(
 
 
 @pytest.mark.parametrize("text", NASTY + CORPUS)
-def test_hugging_face_tokenizer_takes_special_tokens_in_text_as_letters(
+def test_a_hugging_face_tokenizer_encodes_special_tokens_in_text_as_characters(
   tmp_path: pathlib.Path, text: str
 ):
   path = hugging_face(tmp_path / "tokenizer.json", ["<s>", "<|endoftext|>"], template=True)
@@ -101,7 +101,7 @@ def test_eos_has_no_text(trained: tokenizer_lib.Tokenizer):
 
 
 @pytest.mark.parametrize("name", ["<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>"])
-def test_usual_names_of_eos_are_known(tmp_path: pathlib.Path, name: str):
+def test_well_known_names_of_eos_are_found(tmp_path: pathlib.Path, name: str):
   loaded = tokenizer_lib.load(hugging_face(tmp_path / "tokenizer.json", ["<pad>", name]))
   assert loaded.eos_id == 1
 
@@ -133,7 +133,7 @@ def test_an_eos_outside_the_vocabulary_is_refused(
       tokenizer_lib.load(path, eos)
 
 
-def test_the_id_of_eos_is_the_models_and_not_what_the_file_says(tmp_path: pathlib.Path):
+def test_the_id_of_eos_is_the_models_and_not_the_files(tmp_path: pathlib.Path):
   path = pathlib.Path(hugging_face(tmp_path / "tokenizer.json", ["</s>"]))
   content = json.loads(path.read_text())
   content["added_tokens"][0]["id"] = 250
@@ -141,7 +141,7 @@ def test_the_id_of_eos_is_the_models_and_not_what_the_file_says(tmp_path: pathli
   assert tokenizer_lib.load(str(path)).eos_id == 0
 
 
-def test_a_pipe_and_a_device_are_no_tokenizer_and_not_waited_for(tmp_path: pathlib.Path):
+def test_a_pipe_and_a_device_are_refused_and_do_not_block(tmp_path: pathlib.Path):
   os.mkfifo(tmp_path / "a.model")
   (tmp_path / "b.json").symlink_to("/dev/zero")
   for name in ("a.model", "b.json"):
@@ -149,10 +149,10 @@ def test_a_pipe_and_a_device_are_no_tokenizer_and_not_waited_for(tmp_path: pathl
       tokenizer_lib.load(str(tmp_path / name))
 
 
-def test_a_file_too_big_for_a_tokenizer_is_not_read(tmp_path: pathlib.Path):
+def test_a_file_too_large_for_a_tokenizer_is_not_read(tmp_path: pathlib.Path):
   with open(tmp_path / "a.model", "wb") as file:
-    file.truncate(2**40)  # It takes no room.
-  with pytest.raises(errors.CalmError, match=r"it has 1,099,511,627,776 bytes, none has more than"):
+    file.truncate(2**40)  # A sparse file.
+  with pytest.raises(errors.CalmError, match=r"it has 1,099,511,627,776 bytes, the limit is"):
     tokenizer_lib.load(str(tmp_path / "a.model"))
 
 
@@ -165,7 +165,7 @@ def test_ids_beyond_31_bits_are_refused(tmp_path: pathlib.Path):
     tokenizer_lib.load(str(path))
 
 
-def test_a_text_that_can_not_be_encoded_is_told(tmp_path: pathlib.Path):
+def test_a_text_that_can_not_be_encoded_is_an_error(tmp_path: pathlib.Path):
   model = tokenizers.Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, unk_token="<unk>"))
   model.pre_tokenizer = pre_tokenizers.Whitespace()
   model.add_special_tokens(["</s>"])
@@ -179,14 +179,14 @@ def test_a_text_that_can_not_be_encoded_is_told(tmp_path: pathlib.Path):
 
 
 class Panic(BaseException):
-  """As what Rust's panics are raised as."""
+  """Derives from BaseException, like the exceptions of Rust's panics."""
 
 
 def panic(*arguments, **named):
   raise Panic("index out\nof bounds")
 
 
-def test_a_panic_of_the_library_is_told_in_one_line(
+def test_a_panic_of_the_library_is_reported_in_one_line(
   tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ):
   path = hugging_face(tmp_path / "tokenizer.json", ["</s>"])
@@ -221,7 +221,7 @@ def test_the_vocabulary_bounds_ids_that_have_gaps(tmp_path: pathlib.Path):
     ("train", None, "is no tokenizer"),
   ],
 )
-def test_a_bad_file_is_told_in_one_line(
+def test_a_bad_file_is_reported_in_one_line(
   tmp_path: pathlib.Path, name: str, content: bytes | None, reason: str
 ):
   if content is not None:

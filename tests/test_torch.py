@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from folders import GOLDEN, agree
 
-from calm_jax import workdir
-from calm_jax.interchange import formats, to_workdir
 from calm_jax.models import calm, layers
+from calm_jax.running import conversion, loading
+from calm_jax.training import trained as trained_lib
 
 torch = pytest.importorskip("torch", reason="exported folders are opened by torch")
 transformers = pytest.importorskip("transformers", reason="they are opened by transformers")
@@ -31,7 +31,7 @@ def opened(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
   )
 
   def export(source: pathlib.Path):
-    formats.convert(str(source), str(tmp_path / "out"), "torch")
+    conversion.convert(str(source), str(tmp_path / "out"), "torch")
     return transformers.AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True)
 
   return export
@@ -43,7 +43,9 @@ def golden(words, tmp_path: pathlib.Path):
 
   def convert(case: str, model: str) -> pathlib.Path:
     size = json.loads((GOLDEN / case / "case.json").read_text())["vocab"]
-    to_workdir.write(str(GOLDEN / case / model), str(tmp_path / "in"), tokenizer=words(size))
+    conversion.convert(
+      str(GOLDEN / case / model), str(tmp_path / "in"), "workdir", tokenizer=words(size)
+    )
     return tmp_path / "in"
 
   return convert
@@ -57,8 +59,8 @@ def some_tokens(vocab: int, *shape: int) -> np.ndarray:
 @pytest.mark.parametrize("model", ["energy", "flow", "diffusion"])
 def test_a_language_model_computes_the_same_there(case, model, opened, golden):
   source = golden(case, model)
-  there, here = opened(source), workdir.load_calm(str(source))
-  size = here.autoencoder.run.model.patch_size
+  there, here = opened(source), loading.load(str(source))
+  size = here.parents["autoencoder"].run.model.patch_size
   token_BPK = some_tokens(90, 3, 5, size)
   hidden_BPD, _ = here.model.hidden(here.params, token_BPK)
   found_BPD = there.hidden_states(torch.from_numpy(token_BPK))
@@ -67,12 +69,14 @@ def test_a_language_model_computes_the_same_there(case, model, opened, golden):
   sample_NBZ = here.model.samples(here.params, hidden_BPD[:, -1], noise)
   found_NBZ = there.samples(found_BPD[:, -1], torch.from_numpy(np.array(noise)))
   agree(found_NBZ, sample_NBZ, 1e-4 if model == "diffusion" else 1e-5)
-  token_NBK = calm.decode_tokens(here.model.autoencoder, here.autoencoder.params, sample_NBZ)
+  token_NBK = calm.decode_tokens(
+    here.parents["autoencoder"].model, here.parents["autoencoder"].params, sample_NBZ
+  )
   np.testing.assert_array_equal(there.next_tokens(found_NBZ), token_NBK)
 
 
 def test_an_autoencoder_computes_the_same_there(opened, trained_autoencoder):
-  there, here = opened(trained_autoencoder), workdir.load_autoencoder(str(trained_autoencoder))
+  there, here = opened(trained_autoencoder), loading.load(str(trained_autoencoder))
   token_BPK, module = some_tokens(300, 2, 3, 4), here.module("float32")
   posterior = layers.apply(module, here.params, token_BPK, method="encode")
   for found, expected in zip(there.encode(torch.from_numpy(token_BPK)), posterior, strict=True):
@@ -84,7 +88,7 @@ def test_an_autoencoder_computes_the_same_there(opened, trained_autoencoder):
 @pytest.mark.parametrize("kind", ["continuous", "both"])
 def test_latents_as_input_are_read_the_same_there(kind, opened, latent_reader, tmp_path):
   source = latent_reader(kind)
-  there, here = opened(source), workdir.load_calm(source)
+  there, here = opened(source), loading.load(source)
   token_BPK = some_tokens(300, 2, 5, 4)
   latent_BPZ = np.random.default_rng(1).normal(size=(2, 5, 8)).astype(np.float32)
   hidden_BPD, _ = here.model.hidden(here.params, token_BPK, latent_BPZ)
@@ -92,15 +96,15 @@ def test_latents_as_input_are_read_the_same_there(kind, opened, latent_reader, t
   agree(found_BPD, hidden_BPD)
   there.config.eos_token_id = None  # Where a draw may end a text, it may be shorter.
   assert there.generate(torch.from_numpy(token_BPK[0].reshape(-1)).long(), 8).shape == (8,)
-  to_workdir.write(str(tmp_path / "out"), str(tmp_path / "back"))
-  back = workdir.load_calm(str(tmp_path / "back"))
+  conversion.convert(str(tmp_path / "out"), str(tmp_path / "back"), "workdir")
+  back = loading.load(str(tmp_path / "back"))
   assert back.run.model.input == kind
   jax.tree.map(np.testing.assert_array_equal, back.params, here.params)
 
 
 def test_text_is_written_there(opened, trained_calm):
   """With a cache the next patch is drawn from the hidden state that recomputing gives."""
-  there, start = opened(trained_calm), workdir.load_calm(str(trained_calm)).origin.start_patch
+  there, start = opened(trained_calm), loading.load(str(trained_calm)).origin.start_patch
   there.config.eos_token_id = None  # Where a draw may end a text, it may be shorter.
   prompt_S = torch.tensor([*start, *range(20, 28)])
   new_S = there.generate(prompt_S, 12, generator=torch.Generator().manual_seed(0))
@@ -152,11 +156,11 @@ def test_what_transformers_saves_opens_again(opened, trained_calm, tmp_path):
 
 @pytest.mark.parametrize("kind", ["llama", "reference"])
 def test_transformers_loads_the_baseline_as_a_llama(kind, trained_transformer, tmp_path):
-  formats.convert(str(trained_transformer), str(tmp_path / "out"), kind)
+  conversion.convert(str(trained_transformer), str(tmp_path / "out"), kind)
   there = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
   assert type(there).__name__ == "LlamaForCausalLM"
-  here = workdir.load(str(trained_transformer), "transformer")
-  assert isinstance(here, workdir.TrainedTransformer)
+  here = loading.load(str(trained_transformer), "transformer")
+  assert isinstance(here, trained_lib.Trained)
   token_BS = some_tokens(300, 2, 20)
   logits_BSV = layers.apply(here.model, here.params, token_BS)
   agree(there(torch.from_numpy(token_BS)).logits, logits_BSV)
@@ -164,13 +168,15 @@ def test_transformers_loads_the_baseline_as_a_llama(kind, trained_transformer, t
 
 def test_what_transformers_saves_comes_back(trained_transformer, tmp_path):
   """Its config.json has other names for the rotary base and the type, by its version."""
-  formats.convert(str(trained_transformer), str(tmp_path / "out"), "llama")
+  conversion.convert(str(trained_transformer), str(tmp_path / "out"), "llama")
   there = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
   there.save_pretrained(tmp_path / "saved")
-  here = workdir.load(str(trained_transformer))
+  here = loading.load(str(trained_transformer))
   tokenizer = str(tmp_path / "out/tokenizer.model")
-  to_workdir.write(str(tmp_path / "saved"), str(tmp_path / "back"), tokenizer=tokenizer)
-  back = workdir.load(str(tmp_path / "back"))
+  conversion.convert(
+    str(tmp_path / "saved"), str(tmp_path / "back"), "workdir", tokenizer=tokenizer
+  )
+  back = loading.load(str(tmp_path / "back"))
   jax.tree.map(np.testing.assert_array_equal, back.params, here.params)
   assert vars(back.run.model) | {"init": "fan_in"} == vars(here.run.model)
 
@@ -179,7 +185,7 @@ def test_what_transformers_saves_comes_back(trained_transformer, tmp_path):
   ("model", "kind"), [("ar", "llama"), ("energy", "torch"), ("autoencoder", "torch")]
 )
 def test_transformers_finds_the_tokenizer(model, kind, golden, tmp_path):
-  formats.convert(str(golden("k4", model)), str(tmp_path / "out"), kind)
+  conversion.convert(str(golden("k4", model)), str(tmp_path / "out"), kind)
   tokenizer = transformers.AutoTokenizer.from_pretrained(
     tmp_path / "out", trust_remote_code=kind == "torch"
   )

@@ -6,16 +6,18 @@ import jax
 import numpy as np
 import pytest
 
-from calm_jax import errors, workdir
+from calm_jax import errors
 from calm_jax.data import pipeline, synthetic
 from calm_jax.generation import requests, tradeoff
 from calm_jax.models import layers
+from calm_jax.running import loading
+from calm_jax.training import trained as trained_lib
 
 FIRST, PUBLISHED = requests.Sampler(), requests.Sampler("none", "batch")
 
 
 def test_each_sampler_temperature_and_number_is_a_row(trained_calm: pathlib.Path):
-  trained = workdir.load_calm(str(trained_calm))
+  trained = loading.load(str(trained_calm))
   store = synthetic.open_store(trained.run.data.path)
   rows = tradeoff.of_calm(trained, store, (1.0, 0.5), (4, 16), (FIRST, PUBLISHED), 20, seed=0)
   told = [(row["rule"], row["temperature"], row["num_candidates"]) for row in rows]
@@ -31,10 +33,10 @@ def test_each_sampler_temperature_and_number_is_a_row(trained_calm: pathlib.Path
 
 
 def test_the_baselines_figures_are_those_of_its_law(trained_transformer: pathlib.Path):
-  trained = workdir.load(str(trained_transformer), "transformer")
-  assert isinstance(trained, workdir.TrainedTransformer)
+  trained = loading.load(str(trained_transformer), "transformer")
+  assert isinstance(trained, trained_lib.Trained)
   store = synthetic.open_store(trained.run.data.path)
-  (row,) = tradeoff.of_transformer(trained, store, (0.5,), 31)
+  (row,) = tradeoff.of_transformer(trained, store, (0.5,), (), (), 31, 0)
   ((batch, _),) = pipeline.heldout_batches(store, 32, 1, 1)
   token_1S = batch["tokens"]
   hidden_1SD, _ = layers.apply(trained.model, trained.params, token_1S[:, :-1], method="hidden")
@@ -45,15 +47,12 @@ def test_the_baselines_figures_are_those_of_its_law(trained_transformer: pathlib
   np.testing.assert_allclose(row["collision"], [100 * (p_SV**2).sum(axis=1).mean()], rtol=1e-5)
 
 
-def test_what_can_not_be_is_told(trained_calm: pathlib.Path, trained_autoencoder: pathlib.Path):
-  trained = workdir.load_calm(str(trained_calm))
+def test_what_can_not_be_is_told(trained_calm: pathlib.Path):
+  trained = loading.load(str(trained_calm))
   store = synthetic.open_store(trained.run.data.path)
   for temperatures, numbers, reason in (
     ((1.5,), (4,), "got 1.5"),
     ((0.25,), (3,), "at least 1/temperature = 4, got 3"),
   ):
     with pytest.raises(errors.CalmError, match=reason):
-      tradeoff.measure(trained, store, temperatures, numbers, (FIRST,), 4, 0)
-  codec = workdir.load_autoencoder(str(trained_autoencoder))
-  with pytest.raises(errors.CalmError, match="writes no text"):
-    tradeoff.measure(codec, store, (1.0,), (4,), (FIRST,), 4, 0)
+      tradeoff.of_calm(trained, store, temperatures, numbers, (FIRST,), 4, 0)

@@ -1,4 +1,4 @@
-"""Claims about the baseline: its law sums to one, its BrierLM is the exact one in expectation."""
+"""Claims about the baseline: its BrierLM is exact in expectation, its loss the cross-entropy."""
 
 import itertools
 
@@ -9,10 +9,11 @@ from jax import numpy as jnp
 
 from calm_jax import config
 from calm_jax.models import layers, transformer
-from calm_jax.training import transformer_stage
+from calm_jax.running import untrained
+from calm_jax.stages import transformer as transformer_stage
 
 VOCAB, TOKENS = 3, 7
-RUN = config.TransformerRun(
+RUN = transformer_stage.Run(
   model=config.Transformer(layers=1, width=8, ffn=16, heads=2, kv_heads=1, init="fan_in"),
   training=config.Training(compute_dtype="float32"),
 )
@@ -32,8 +33,8 @@ def next_law(params, text: tuple[int, ...]) -> np.ndarray:
 
 
 def test_brier_of_the_baseline_is_exact_accuracy_and_an_unbiased_collision(params):
-  """Every continuation of 4 tokens of a vocabulary of 3 is summed up by brute force."""
-  stage = transformer_stage.build(RUN, VOCAB)
+  """Sums over all continuations of 4 tokens from a vocabulary of 3, by brute force."""
+  stage = untrained.functions(RUN, {}, VOCAB, untrained.abstract)
   text = tuple(int(x) for x in jax.random.randint(jax.random.key(1), (TOKENS,), 0, VOCAB))
   cache = {}
 
@@ -49,8 +50,8 @@ def test_brier_of_the_baseline_is_exact_accuracy_and_an_unbiased_collision(param
     for n in range(4):
       right *= law(text[: start + n])[text[start + n]]
       accuracy[row, n] = right
-      for way in itertools.product(range(VOCAB), repeat=n + 1):
-        chances = [law(text[:start] + way[:j])[way[j]] for j in range(n + 1)]
+      for gram in itertools.product(range(VOCAB), repeat=n + 1):
+        chances = [law(text[:start] + gram[:j])[gram[j]] for j in range(n + 1)]
         collision[row, n] += np.prod(chances) ** 2
   rows = 2000
   batch = {
@@ -59,14 +60,14 @@ def test_brier_of_the_baseline_is_exact_accuracy_and_an_unbiased_collision(param
   }
   scores = jax.jit(stage.evaluate)(params, {}, batch, jax.random.key(2))
   np.testing.assert_allclose(scores["accuracy"][0], accuracy.mean(axis=0), rtol=1e-4)
-  found = np.asarray(scores["collision"])
-  error = found.std(axis=0) / np.sqrt(rows)
-  assert np.all(np.abs(found.mean(axis=0) - collision.mean(axis=0)) < 4 * error + 1e-5)
+  estimates = np.asarray(scores["collision"])
+  error = estimates.std(axis=0) / np.sqrt(rows)
+  assert np.all(np.abs(estimates.mean(axis=0) - collision.mean(axis=0)) < 4 * error + 1e-5)
   assert error[0] < 1e-6 < error[3]  # The last token's collision is exact; the path is drawn.
 
 
 def test_the_loss_is_the_cross_entropy_of_the_next_token(params):
-  stage = transformer_stage.build(RUN, VOCAB)
+  stage = untrained.functions(RUN, {}, VOCAB, untrained.abstract)
   text = (0, 2, 1, 1)
   value, metrics = stage.loss(
     params, {}, {"tokens": jnp.array([text]), "index": jnp.array([0])}, jax.random.key(0)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from calm_jax import errors, verify, workdir_checks
-from calm_jax.interchange import formats
+from calm_jax.running import conversion
 from calm_jax.training import checkpoint
 
 
@@ -19,7 +19,7 @@ def places(
   found = {name: tmp_path / name for name in ("store", "workdir", "exported")}
   shutil.copytree(tokens, found["store"])
   shutil.copytree(trained_calm, found["workdir"])
-  formats.convert(str(trained_calm), str(found["exported"]), "reference")
+  conversion.convert(str(trained_calm), str(found["exported"]), "reference")
   return found
 
 
@@ -93,10 +93,11 @@ def test_a_checkpoint_that_its_run_removes_meanwhile_is_no_lie(
     "steps_in",
     lambda path: once.pop() if once and path == str(places["workdir"]) else steps_in(path),
   )
-  assert "removed meanwhile by the run" in "\n".join(lines(places["workdir"]))
+  assert "removed by the run in the meantime" in "\n".join(lines(places["workdir"]))
 
 
 def test_a_folder_of_no_kind_is_refused(tmp_path: pathlib.Path):
-  for path, told in ((tmp_path, "holds no token store"), (tmp_path / "x", "is not there")):
-    with pytest.raises(errors.CalmError, match=told):
-      lines(path)
+  with pytest.raises(errors.CalmError, match="is no token store or workdir or exported folder"):
+    lines(tmp_path)
+  with pytest.raises(errors.CalmError, match="x does not exist"):
+    lines(tmp_path / "x")

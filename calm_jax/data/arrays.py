@@ -1,7 +1,7 @@
-"""Flat arrays of a token store: zarr v3, sharded, compressed, each chunk with a checksum.
+"""Flat arrays of a token store: zarr v3, sharded, compressed, with a checksum per chunk.
 
-TensorStore's file driver syncs each file and its folder by itself (`file_io_sync`), but not
-the folders above, which `sync_folders` does.
+TensorStore's file driver syncs each file and its folder (`file_io_sync`), but not the folders
+above; `sync_folders` does that.
 """
 
 import hashlib
@@ -16,19 +16,19 @@ from calm_jax import errors, files
 from calm_jax.data import manifest
 
 _CHUNK = 8192  # Elements that are compressed and read together.
-_SHARD = 2**24  # Elements a file.
-_READ = 2**20  # Elements read at once where a whole array is.
+_SHARD = 2**24  # Elements per file.
+_READ = 2**20  # Elements per read of a complete array.
 
 
 def open(path: str, name: str, size: int, dtype: np.dtype, num_sums: int) -> Any:
-  """Returns the array `name` of the store at `path`, to be read.
+  """Opens the array `name` of the store at `path` for reading and returns it.
 
   Args:
-    num_sums: how many sums of shards there are.
+    num_sums: number of shards that the manifest has a sum of.
 
   Raises:
-    CalmError: if it is not there, a file of it is missing, or it is of another size,
-      type or coding.
+    CalmError: if the array or a file of it is missing, or its size, type or encoding
+      differs from what the manifest implies.
   """
   shards = -(-size // _SHARD)
   if num_sums != shards:
@@ -49,7 +49,7 @@ def write(
   """Writes an array of `size` elements and returns the SHA-256 of each shard's elements.
 
   Raises:
-    CalmError: if what is read back is not what was written.
+    CalmError: if the elements read back differ from those written.
   """
   array = tensorstore.open(_spec(path, name, size, dtype), create=True, delete_existing=True)
   array = array.result()
@@ -66,30 +66,30 @@ def write(
 
 
 def verified(array: Any, path: str, name: str, sums: Iterable[str]) -> Iterator[np.ndarray]:
-  """Yields all elements in blocks, and raises where a shard has another SHA-256 than `sums`.
+  """Yields all elements in blocks and compares the SHA-256 of each shard with `sums`.
 
   Raises:
-    CalmError: naming the file of the first shard that is not as it was written.
+    CalmError: at the first shard whose sum differs; names its file.
   """
   for shard, expected in enumerate(sums):
-    found = hashlib.sha256()
+    sha256 = hashlib.sha256()
     begin, end = shard * _SHARD, min((shard + 1) * _SHARD, array.shape[0])
     for start in range(begin, end, _READ):
       block = result(array[start : min(start + _READ, end)].read(), path)
-      found.update(block.astype(_stored(block.dtype), copy=False).data)
+      sha256.update(block.astype(_stored(block.dtype), copy=False).data)
       yield block
-    if found.hexdigest() != expected:
+    if sha256.hexdigest() != expected:
       raise errors.CalmError(
         f"{_folder(path, name)}c/{shard} is damaged: its elements have SHA-256 "
-        f"{found.hexdigest()[:16]}, they were written with {expected[:16]}: {manifest.AGAIN}"
+        f"{sha256.hexdigest()[:16]}, but {expected[:16]} when written: {manifest.ADVICE}"
       )
 
 
 def result(pending: Any, path: str) -> np.ndarray:
-  """Returns the elements of a read that was started, TensorStore's future.
+  """Waits for a read, TensorStore's future, and returns its elements.
 
   Raises:
-    CalmError: if they are lost or damaged.
+    CalmError: if they are missing or damaged.
   """
   try:
     return pending.result()
@@ -98,57 +98,58 @@ def result(pending: Any, path: str) -> np.ndarray:
 
 
 def sync_folders(path: str) -> None:
-  """Returns when the names of all folders below `path`, and its own, are on the disk."""
+  """Flushes all folders below `path` to disk, and the folder that holds `path`."""
   if not files.is_local(path):
     return
   for folder, _, _ in os.walk(path):
     files.sync(folder)
   parent = os.path.dirname(files.absolute(path))
-  if os.access(parent, os.R_OK):  # One that can't be listed can't be synced.
+  if os.access(parent, os.R_OK):  # A folder that can't be listed can't be synced.
     files.sync(parent)
 
 
 def _require_files(path: str, name: str, count: int) -> None:
-  """Raises CalmError unless the files of a local array are there, and are files.
+  """Raises CalmError unless all `count` shards of a local array exist as regular files.
 
-  TensorStore would wait for ever to open a pipe, and miss a lost shard only when it is read.
+  TensorStore would block on opening a pipe, and notice a missing shard only on reading it.
   """
   folder = _folder(path, name)
   files.require_regular(f"{folder}zarr.json")
   try:
     with os.scandir(f"{folder}c") as entries:
-      found = {entry.name for entry in entries if entry.is_file()} if count else set()
+      names = {entry.name for entry in entries if entry.is_file()} if count else set()
   except OSError as error:
     if not count:
       return
     raise errors.CalmError(f"can't read the token store {path}: {error}") from error
   for shard in range(count):
-    if str(shard) not in found:
+    if str(shard) not in names:
       raise errors.CalmError(
         f"can't read the token store {path}: {folder}c/{shard} is missing or no file"
       )
 
 
 def _regrouped(blocks: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
-  """Yields the same elements in blocks of `size`, the last one shorter."""
-  held, count = [], 0
+  """Yields the same elements in blocks of `size`; the last block may be shorter."""
+  pending, count = [], 0
   for block in blocks:
-    held.append(block)
+    pending.append(block)
     count += len(block)
     if count >= size:
-      whole = np.concatenate(held)
-      yield from (whole[i : i + size] for i in range(0, count - size + 1, size))
-      held, count = [whole[count - count % size :]], count % size
+      joined = np.concatenate(pending)
+      yield from (joined[i : i + size] for i in range(0, count - size + 1, size))
+      pending, count = [joined[count - count % size :]], count % size
   if count:
-    yield np.concatenate(held)
+    yield np.concatenate(pending)
 
 
 def _stored(dtype: np.dtype) -> np.dtype:
+  """Returns the little-endian type that elements are stored in."""
   return dtype.newbyteorder("<")
 
 
 def _reason(error: ValueError) -> str:
-  """Returns the beginning of what TensorStore tells, without the whole specification."""
+  """Returns the beginning of TensorStore's message, without the array's specification."""
   return f"{' '.join(str(error).partition(' [tensorstore_spec=')[0].split()):.400}"
 
 
@@ -157,7 +158,7 @@ def _folder(path: str, name: str) -> str:
 
 
 def _spec(path: str, name: str, size: int, dtype: np.dtype) -> dict[str, Any]:
-  """Returns how an array lies; one that is opened must lie so."""
+  """Returns the storage layout of an array; opening checks that it matches."""
   inner = [
     {"name": "bytes", "configuration": {"endian": "little"}},
     {"name": "zstd", "configuration": {"level": 1}},
@@ -169,7 +170,7 @@ def _spec(path: str, name: str, size: int, dtype: np.dtype) -> dict[str, Any]:
   return {
     "driver": "zarr3",
     "kvstore": {"driver": "file", "path": url} if files.is_local(path) else url,
-    # A lost file is an error, not a run of zeros.
+    # A missing file is an error, not a run of zeros.
     "fill_missing_data_reads": False,
     "store_data_equal_to_fill_value": True,
     "metadata": {

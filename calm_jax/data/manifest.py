@@ -1,4 +1,4 @@
-"""What is in a token store: a JSON file that is written last and carries a hash of itself."""
+"""The manifest of a token store: its content as JSON, written last, with a hash of itself."""
 
 import dataclasses
 import typing
@@ -12,7 +12,7 @@ from calm_jax import errors, files, sealed_json
 FORMAT_VERSION = 2
 SPLITS = ("train", "heldout")
 MANIFEST = "manifest.json"
-AGAIN = "prepare the text again, into another --output"  # What to do with a damaged store.
+ADVICE = "prepare the text again, into another --output"  # What to do about a damaged store.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,8 +20,10 @@ class TokenizerInfo:
   """The tokenizer of a store.
 
   Attributes:
-    file: the name of its copy in the store. sha256: of its bytes.
-    vocab_size: every id is smaller. eos_id: ends a document.
+    file: name of its copy in the store.
+    sha256: SHA-256 of the copy's bytes.
+    vocab_size: V; every id is smaller.
+    eos_id: id of the token that ends a document.
   """
 
   file: str
@@ -31,13 +33,13 @@ class TokenizerInfo:
 
   @property
   def hash(self) -> str:
-    """The first 16 hex digits of `sha256`, which workdirs record."""
+    """The first 16 hex digits of `sha256`; workdirs record them."""
     return self.sha256[:16]
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """An input: its name, and the UTF-8 bytes of its documents."""
+  """An input: its name, the UTF-8 bytes of its documents, and their number."""
 
   name: str
   bytes: int
@@ -46,10 +48,9 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-  """The size of a split, and the SHA-256 of the elements of each shard, little-endian.
+  """Size of a split, and the SHA-256 of each shard's elements, little-endian.
 
-  They are of the elements, not of the files: the same tokens have the same sums
-  whatever compressed them.
+  The sums cover the elements, not the files, so they do not depend on the compression.
   """
 
   tokens: int
@@ -60,14 +61,18 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-  """What is in a store.
+  """The content of a store.
 
   Attributes:
-    appends_eos: whether EOS ends every document. dtype: of the stored tokens.
-    heldout: the share asked for; `splits` has what came of it.
-    heldout_by: how it was held out, see `data.holdout`.
-    skipped_lines: bad lines left out of `sources`.
-    plan: the SHA-256 of the file that says what the store was made from; empty for none.
+    appends_eos: whether EOS ends every document.
+    dtype: type of the stored tokens.
+    heldout: the requested held-out share; `splits` has the resulting sizes.
+    heldout_by: what was held out; see `data.holdout`.
+    skipped_lines: number of bad lines left out.
+    sources: the inputs.
+    splits: split name -> its size and sums.
+    plan: SHA-256 of the plan file, which states what the store was made from; empty if there
+      is none.
   """
 
   tokenizer: TokenizerInfo
@@ -82,20 +87,24 @@ class Manifest:
   format_version: int = FORMAT_VERSION
 
   def to_json(self) -> str:
-    """Returns the text of the file, with its hash."""
+    """Returns the JSON text of the manifest, with its hash."""
     return files.to_json(sealed_json.sealed(dataclasses.asdict(self)))
 
   @classmethod
   def from_mapping(cls, values: Mapping[str, Any], where: str) -> "Manifest":
-    """Returns the manifest that a file's JSON holds; `where` names the file.
+    """Returns the manifest in a file's JSON.
+
+    Args:
+      values: the JSON object.
+      where: names the file in errors.
 
     Raises:
-      CalmError: if it is of another version, or not as it was written.
+      CalmError: if it has another format version or was changed since it was written.
     """
     version = values.get("format_version")
     if version != FORMAT_VERSION:
       raise errors.CalmError(
-        f"can't read {where}: format {version!r}, this version reads {FORMAT_VERSION}"
+        f"can't read {where}: it has format {version!r}, this version reads {FORMAT_VERSION}"
       )
     values = sealed_json.unsealed(values, where)
     try:
@@ -106,7 +115,7 @@ class Manifest:
       raise errors.CalmError(f"can't read {where}: {error!r}") from error
 
   def _require_sound(self) -> None:
-    """Raises ValueError for what no writer of ours writes."""
+    """Raises ValueError for values that `prepare` never writes."""
     tokenizer, sizes = self.tokenizer, [(s.tokens, s.documents) for s in self.splits.values()]
     if tokenizer.file not in ("tokenizer.model", "tokenizer.json"):
       raise ValueError(f"the tokenizer's file is {tokenizer.file!r}")
@@ -117,22 +126,22 @@ class Manifest:
 
   @property
   def content_hash(self) -> str:
-    """16 hex digits that follow from what is read in training, and from nothing else.
+    """16 hex digits that identify what training reads: tokens, offsets, tokenizer and EOS.
 
-    From tokens, offsets, tokenizer and EOS: not from names, times or compression.
+    Names, times and compression do not change them.
     """
     values = dataclasses.asdict(self)
-    read = {name: values[name] for name in ("appends_eos", "dtype", "splits")}
+    content = {name: values[name] for name in ("appends_eos", "dtype", "splits")}
     tokenizer = self.tokenizer
-    read["tokenizer"] = [tokenizer.sha256, tokenizer.vocab_size, tokenizer.eos_id]
-    return sealed_json.digest(read)[:16]
+    content["tokenizer"] = [tokenizer.sha256, tokenizer.vocab_size, tokenizer.eos_id]
+    return sealed_json.digest(content)[:16]
 
 
 def read(path: str) -> Manifest | None:
-  """Returns the manifest of the store at `path`, None if there is no whole store.
+  """Returns the manifest of the store at `path`, None if there is no complete store.
 
   Raises:
-    CalmError: if it can't be read, or is not as it was written.
+    CalmError: if it can't be read or was changed since it was written.
   """
   files.require_reachable(path)
   file = epath.Path(path) / MANIFEST
@@ -145,11 +154,11 @@ def read(path: str) -> Manifest | None:
   try:
     return Manifest.from_mapping(files.parse_json(text, str(file)), str(file))
   except errors.CalmError as error:
-    raise errors.CalmError(f"{error}: {AGAIN}") from error
+    raise errors.CalmError(f"{error}: {ADVICE}") from error
 
 
 def _typed(kind: Any, value: Any) -> Any:
-  """Returns a value of JSON as the type it is to have: dataclass, tuple, mapping or plain."""
+  """Returns a JSON value converted to `kind`: a dataclass, tuple, mapping or plain type."""
   if dataclasses.is_dataclass(kind):
     hints = typing.get_type_hints(kind)
     if value.keys() - hints.keys():
@@ -159,8 +168,8 @@ def _typed(kind: Any, value: Any) -> Any:
   origin, inner = typing.get_origin(kind), typing.get_args(kind)
   if origin is tuple and isinstance(value, list):
     return tuple(_typed(inner[0], item) for item in value)
-  if origin is Mapping:  # Of splits.
+  if origin is Mapping:  # Manifest.splits.
     return {name: _typed(inner[1], value[name]) for name in SPLITS}
   if type(value) is not kind and not (kind is float and type(value) is int):
-    raise ValueError(f"{value!r:.40} where {getattr(kind, '__name__', kind)} belongs")
+    raise ValueError(f"{value!r:.40} is not of type {getattr(kind, '__name__', kind)}")
   return value

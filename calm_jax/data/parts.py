@@ -1,8 +1,8 @@
-"""Documents -> parts: the tokens of a stretch of the corpus, made in parallel and kept.
+"""Documents -> parts: the tokens of stretches of a corpus, made in parallel and kept.
 
-A part is five files in a work folder: tokens and document lengths of each split, and a JSON
-of counts, written last, with sums of the others and of itself. One that is whole is never made
-again; one that was cut, zeroed or edited since is.
+A part is five files in a work folder: the tokens and document lengths of each split, and a JSON
+file of counts, written last, with the sums of the other files and of itself. An intact part is
+reused; a truncated, zeroed or edited one is made again.
 """
 
 import collections
@@ -24,7 +24,7 @@ import numpy as np
 from etils import epath
 
 from calm_jax import errors, files, sealed_json
-from calm_jax.data import holdout, manifest, sources, store
+from calm_jax.data import holdout, manifest, readers, store
 from calm_jax.data import tokenizer as tokenizer_lib
 
 Counts = collections.Counter[str]  # "train.tokens", "heldout.documents", "0.bytes", ...
@@ -33,22 +33,24 @@ SKIPPED = "skipped_lines"
 _LENGTH_DTYPE = np.dtype(np.int64)
 _FILES = tuple(f"{split}.{name}" for split in manifest.SPLITS for name in ("tokens", "lengths"))
 _READ_BYTES = 2**24
-# SentencePiece needs some 50 bytes of memory a letter, so long documents are encoded
-# in pieces that end at a newline.
-_PIECE_LETTERS = 2**22
+# SentencePiece needs about 50 bytes of memory per character, so long documents are encoded in
+# pieces of so many characters that end at a newline.
+_PIECE_LENGTH = 2**22
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
-  """What every part of a run has in common.
+class PartJob:
+  """The settings that all parts of a run share.
 
   Attributes:
-    directory: the work folder. tokenizer: its file. tokenizer_sha256: of its bytes.
-    eos_id: its EOS.
-    text_field: the field of JSON lines, the column of Parquet.
-    skip_bad_lines: whether to count bad lines and go on.
+    directory: path of the work folder.
+    tokenizer: path of the tokenizer file.
+    tokenizer_sha256: SHA-256 of its bytes.
+    eos_id: id of its EOS.
+    text_field: field of JSON lines, column of Parquet.
+    skip_bad_lines: whether bad lines are counted and left out.
     append_eos: whether EOS ends each document.
-    division: what is held out.
+    division: assigns documents to splits.
   """
 
   directory: str
@@ -60,12 +62,11 @@ class Job:
   append_eos: bool
   division: holdout.Division
 
-  def digest(self, spans: Sequence[sources.Span]) -> str:
-    """Returns a hash of all that the content of a part of these spans follows from."""
+  def digest(self, spans: Sequence[readers.Span]) -> str:
+    """Returns a hash of everything that determines the content of a part of `spans`."""
     values = dataclasses.asdict(self) | {"spans": [dataclasses.astuple(span) for span in spans]}
-    return sealed_json.digest(
-      {**values, "directory": "", "tokenizer": ""}
-    )  # Not of where they lie.
+    values |= {"directory": "", "tokenizer": ""}  # Paths do not matter.
+    return sealed_json.digest(values)
 
   def file(self, part: int, name: str) -> epath.Path:
     """Returns the path of a part's file."""
@@ -74,42 +75,28 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-  """A part that is made: what there was, and the SHA-256 of each of its files by name."""
+  """A finished part: counts of its content, and the SHA-256 of each of its files by name."""
 
   counts: Counts
   sums: dict[str, str]
 
 
-def good_documents(
-  span: sources.Span, field: str, skip_bad_lines: bool
-) -> Iterator[str | sources.BadLine]:
-  """Yields the documents of a span, and bad lines only where they may be skipped.
-
-  Raises:
-    CalmError: at a bad line that may not be skipped, or if the file can't be read.
-  """
-  for item in sources.documents(span, field):
-    if isinstance(item, sources.BadLine) and not skip_bad_lines:
-      raise errors.CalmError(f"{item.where}: {item.reason}; --skip_bad_lines leaves it out")
-    yield item
-
-
-def read_part(job: Job, part: int, spans: Sequence[sources.Span]) -> Part | None:
-  """Returns a part that was made before, of the same, and is whole; else None."""
+def read_part(job: PartJob, part: int, spans: Sequence[readers.Span]) -> Part | None:
+  """Returns an intact part that was made before from the same input, None without one."""
   path = job.file(part, "json")
   try:
     values = sealed_json.unsealed(files.read_json(path), str(path))
     if values["made_of"] != job.digest(spans):
       return None
-    found = Part(collections.Counter(values["counts"]), values["files"])
-    whole = all(files.digest(job.file(part, name)) == found.sums[name] for name in _FILES)
+    loaded = Part(collections.Counter(values["counts"]), values["files"])
+    intact = all(files.digest(job.file(part, name)) == loaded.sums[name] for name in _FILES)
   except (errors.CalmError, KeyError):
     return None
-  return found if whole else None
+  return loaded if intact else None
 
 
-def make_part(job: Job, part: int, spans: Sequence[sources.Span]) -> Part:
-  """Writes a part and returns what is in it, once it is on the disk.
+def make_part(job: PartJob, part: int, spans: Sequence[readers.Span]) -> Part:
+  """Writes a part, flushes it to disk and returns it.
 
   Raises:
     CalmError: if its sources can't be read or its files can't be written.
@@ -125,51 +112,53 @@ def make_part(job: Job, part: int, spans: Sequence[sources.Span]) -> Part:
       files.sync(job.file(part, name))
     values = {"made_of": job.digest(spans), "counts": dict(counts), "files": sums}
     files.write(job.file(part, "json"), files.to_json(sealed_json.sealed(values)))
-  except OSError as error:  # Those of sources are CalmErrors by now.
+  except OSError as error:  # Reading errors are CalmErrors already.
     raise errors.CalmError(f"can't write {job.directory}: {error}") from error
   return Part(counts, sums)
 
 
 def make_parts(
-  job: Job,
-  spans_of: dict[int, tuple[sources.Span, ...]],
+  job: PartJob,
+  spans_by_part: dict[int, tuple[readers.Span, ...]],
   workers: int,
   on_done: Callable[[int, Part], None],
 ) -> None:
-  """Makes parts in `workers` processes and calls `on_done` with each.
+  """Makes parts in `workers` processes and calls `on_done` with each finished part.
 
   Raises:
-    CalmError: of the first part that fails, or if a process dies.
+    CalmError: the error of the first part that fails, or if a process dies.
   """
-  workers = min(workers, len(spans_of))
+  workers = min(workers, len(spans_by_part))
   if workers <= 1:
-    for part, spans in spans_of.items():
+    for part, spans in spans_by_part.items():
       on_done(part, make_part(job, part, spans))
     return
-  others = set(multiprocessing.active_children())
+  before = set(multiprocessing.active_children())
   executor = concurrent.futures.ProcessPoolExecutor(
     workers, multiprocessing.get_context("spawn"), _start_worker
   )
   try:
     futures = {
-      executor.submit(make_part, job, part, spans): part for part, spans in spans_of.items()
+      executor.submit(make_part, job, part, spans): part for part, spans in spans_by_part.items()
     }
     for future in concurrent.futures.as_completed(futures):
       on_done(futures[future], future.result())
   except process.BrokenProcessPool as error:
     raise errors.CalmError(
-      "a worker process died, perhaps for want of memory: run again with fewer --workers; "
+      "a worker process died, perhaps for lack of memory: run again with fewer --workers; "
       "finished parts are kept"
     ) from error
   finally:
     executor.shutdown(wait=False, cancel_futures=True)
-    for child in set(multiprocessing.active_children()) - others:
+    for child in set(multiprocessing.active_children()) - before:
       child.terminate()
 
 
-def read_split(job: Job, parts: Sequence[Part], split: str, dtype: np.dtype) -> store.Content:
+def read_split(
+  job: PartJob, parts: Sequence[Part], split: str, dtype: np.dtype
+) -> store.SplitContent:
   """Returns a split of all parts, in order; reading it raises CalmError at a damaged file."""
-  return store.Content(
+  return store.SplitContent(
     num_tokens=sum(part.counts[f"{split}.tokens"] for part in parts),
     num_documents=sum(part.counts[f"{split}.documents"] for part in parts),
     tokens=_read_blocks(job, parts, f"{split}.tokens", dtype),
@@ -178,20 +167,21 @@ def read_split(job: Job, parts: Sequence[Part], split: str, dtype: np.dtype) -> 
 
 
 def _start_worker() -> None:
-  """Leaves Ctrl-C to the parent, and ends this process when the parent is gone."""
+  """Ignores Ctrl-C, which the parent handles, and ends this process when the parent ends."""
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   parent = multiprocessing.parent_process()
   assert parent
 
-  def follow() -> None:
+  def exit_with_parent() -> None:
     parent.join()
     os._exit(1)
 
-  threading.Thread(target=follow, daemon=True).start()
+  threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
 @functools.lru_cache(maxsize=1)
 def _tokenizer(path: str, eos_id: int, sha256: str) -> tokenizer_lib.Tokenizer:
+  """Returns the tokenizer in a file; raises CalmError if the file's bytes have changed."""
   loaded = tokenizer_lib.load(path, eos=eos_id)
   if loaded.sha256 != sha256:
     raise errors.CalmError(f"{path} changed while it was used: run prepare again")
@@ -199,7 +189,7 @@ def _tokenizer(path: str, eos_id: int, sha256: str) -> tokenizer_lib.Tokenizer:
 
 
 class _SplitWriter:
-  """Appends documents to a part's files of one split."""
+  """Appends documents to the files of one split of a part."""
 
   def __init__(self, split: str, opened: dict[str, IO[bytes]], dtype: np.dtype):
     self._split, self._files, self._dtype = split, opened, dtype
@@ -207,8 +197,8 @@ class _SplitWriter:
 
   @classmethod
   @contextlib.contextmanager
-  def open(cls, job: Job, part: int, split: str) -> Iterator["_SplitWriter"]:
-    """Opens the files, in place of those of an attempt that was cut short."""
+  def open(cls, job: PartJob, part: int, split: str) -> Iterator["_SplitWriter"]:
+    """Opens the files, replacing those of an interrupted attempt."""
     tokenizer = _tokenizer(job.tokenizer, job.eos_id, job.tokenizer_sha256)
     for name in ("tokens", "lengths"):
       job.file(part, f"{split}.{name}").unlink(missing_ok=True)
@@ -220,7 +210,7 @@ class _SplitWriter:
       yield cls(split, opened, store.token_dtype(tokenizer.vocab_size))
 
   def append(self, pieces: Iterable[Sequence[int]]) -> int:
-    """Writes one document, given in pieces, and returns its length in tokens."""
+    """Writes a document, given as pieces of ids, and returns its length in tokens."""
     length = 0
     for ids in pieces:
       self._write("tokens", np.array(ids, self._dtype))
@@ -229,8 +219,8 @@ class _SplitWriter:
     return length
 
   def sums(self) -> dict[str, str]:
-    """Returns the SHA-256 of what was written, by file."""
-    return {f"{self._split}.{name}": total.hexdigest() for name, total in self._sums.items()}
+    """Returns the SHA-256 of the bytes written so far, by file."""
+    return {f"{self._split}.{name}": sha256.hexdigest() for name, sha256 in self._sums.items()}
 
   def _write(self, name: str, values: np.ndarray) -> None:
     content = values.tobytes()
@@ -239,19 +229,19 @@ class _SplitWriter:
 
 
 def _tokenize(
-  job: Job, part: int, spans: Iterable[sources.Span], writers: dict[str, _SplitWriter]
+  job: PartJob, part: int, spans: Iterable[readers.Span], writers: dict[str, _SplitWriter]
 ) -> Counts:
-  """Writes the documents of `spans` to their splits and returns what there was."""
+  """Writes the documents of `spans` to their splits and returns their counts."""
   tokenizer = _tokenizer(job.tokenizer, job.eos_id, job.tokenizer_sha256)
   end = [[tokenizer.eos_id]] if job.append_eos else []
   counts: Counts = collections.Counter()
   number = 0
   for span in spans:
-    for item in good_documents(span, job.text_field, job.skip_bad_lines):
-      if isinstance(item, sources.BadLine):
+    for item in readers.good_documents(span, job.text_field, job.skip_bad_lines):
+      if isinstance(item, readers.BadLine):
         counts[SKIPPED] += 1
         continue
-      for split, text in job.division.of(part, number, item):
+      for split, text in job.division.split(part, number, item):
         encoded = (tokenizer.encode(piece) for piece in _pieces(text))
         counts[f"{split}.tokens"] += writers[split].append(itertools.chain(encoded, end))
         counts[f"{split}.documents"] += 1
@@ -262,9 +252,10 @@ def _tokenize(
 
 
 def _pieces(text: str) -> Iterator[str]:
+  """Yields a text in pieces of at most `_PIECE_LENGTH` characters, ended at newlines if any."""
   start = 0
-  while len(text) - start > _PIECE_LETTERS:
-    limit = start + _PIECE_LETTERS
+  while len(text) - start > _PIECE_LENGTH:
+    limit = start + _PIECE_LENGTH
     stop = text.rfind("\n", start, limit) + 1 or limit
     yield text[start:stop]
     start = stop
@@ -272,16 +263,16 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def _read_blocks(
-  job: Job, parts: Sequence[Part], name: str, dtype: np.dtype
+  job: PartJob, parts: Sequence[Part], name: str, dtype: np.dtype
 ) -> Iterator[np.ndarray]:
-  """Yields a file of each part, and raises where one is not as it was written."""
+  """Yields the file `name` of all parts in blocks; raises CalmError if one was changed."""
   for number, part in enumerate(parts):
-    path, found = job.file(number, name), hashlib.sha256()
+    path, sha256 = job.file(number, name), hashlib.sha256()
     with path.open("rb") as file:
       while block := file.read(_READ_BYTES):
-        found.update(block)
+        sha256.update(block)
         yield np.frombuffer(block[: len(block) - len(block) % dtype.itemsize], dtype)
-    if found.hexdigest() != part.sums[name]:
+    if sha256.hexdigest() != part.sums[name]:
       raise errors.CalmError(
-        f"{path} changed since it was written: run prepare again, which makes it anew"
+        f"{path} changed since it was written: run prepare again, which rewrites it"
       )

@@ -1,16 +1,16 @@
-"""Tokens -> token store: two flat arrays a split, readable at random, from disk or a bucket.
+"""Tokens -> token store: two flat arrays per split with random access, on disk or in a bucket.
 
-  manifest.json          what is in the store, with sums of all of it and a hash of itself;
-                         written last, so it marks a whole store
-  plan.json              what it was made from, for `calm_jax.prepare`
-  tokenizer.model|json   a copy
+  manifest.json          the content of the store, with sums of all of it and a hash of itself;
+                         written last, so it marks a complete store
+  plan.json              what the store was made from, for `calm_jax.prepare`
+  tokenizer.model|json   a copy of the tokenizer
   train/tokens           zarr v3, uint16 or uint32 [tokens]
   train/offsets          zarr v3, int64 [documents + 1]: the start of each document, and the end
   heldout/tokens, heldout/offsets
 
 A block of 512 or of 8192 tokens takes one request, whatever its start. Opening checks the
-manifest's hash and that arrays of the right size are there; reading checks the CRC-32C of what
-is read, and the sums of offsets; `TokenStore.checks` check everything.
+manifest's hash and the size of the arrays. Reading checks the CRC-32C of the chunks it reads, and
+the sums of offsets. `TokenStore.checks` check everything.
 """
 
 import dataclasses
@@ -33,8 +33,14 @@ OFFSET_DTYPE = np.dtype(np.int64)
 
 
 @dataclasses.dataclass(frozen=True)
-class Content:
-  """A split to be written: its size, its tokens and its documents' lengths, in blocks."""
+class SplitContent:
+  """A split to be written.
+
+  Attributes:
+    num_tokens, num_documents: sizes of the split.
+    tokens: its tokens, in blocks of any size.
+    lengths: the length of each document in tokens, in blocks of any size.
+  """
 
   num_tokens: int
   num_documents: int
@@ -42,8 +48,29 @@ class Content:
   lengths: Iterable[np.ndarray]
 
 
+@dataclasses.dataclass(frozen=True)
+class Provenance:
+  """How a store was made, as its manifest records it.
+
+  Attributes:
+    sources: the inputs.
+    appends_eos: whether EOS ends every document.
+    heldout: the requested held-out share.
+    heldout_by: what was held out; see `data.holdout`.
+    skipped_lines: number of bad lines left out.
+    plan: what the store was made from, for plan.json; None to write no plan.
+  """
+
+  sources: Sequence[manifest_lib.Source]
+  appends_eos: bool
+  heldout: float
+  heldout_by: str
+  skipped_lines: int = 0
+  plan: Mapping[str, Any] | None = None
+
+
 class TokenStore:
-  """A whole token store. Can be pickled, and read from several threads."""
+  """A complete token store. It can be pickled, and read from several threads."""
 
   def __init__(self, path: str, manifest: manifest_lib.Manifest):
     self.path, self.manifest = path, manifest
@@ -62,7 +89,7 @@ class TokenStore:
     """Returns the store at `path`, a folder or a bucket's URL.
 
     Raises:
-      CalmError: if there is none, it is unfinished, or it is seen to be damaged.
+      CalmError: if there is none, or it is unfinished or visibly damaged.
     """
     manifest = manifest_lib.read(path)
     if manifest is None:
@@ -76,7 +103,7 @@ class TokenStore:
 
   @property
   def hash(self) -> str:
-    """16 hex digits that follow from tokens, offsets, tokenizer and EOS, and nothing else."""
+    """16 hex digits that identify the tokens, offsets, tokenizer and EOS."""
     return self.manifest.content_hash
 
   def num_tokens(self, split: str) -> int:
@@ -87,7 +114,8 @@ class TokenStore:
     """Returns tokens [start, stop) of a split, int32.
 
     Raises:
-      ValueError: if the split does not hold them; CalmError if they are lost or damaged.
+      ValueError: if the range exceeds the split.
+      CalmError: if the tokens are missing or damaged.
     """
     return self.read_rows(split, [start], stop - start)[0]
 
@@ -111,17 +139,17 @@ class TokenStore:
     """Returns the start of each document and the end of the last, int64 [documents + 1].
 
     Raises:
-      CalmError: if they are lost, or not those that were written.
+      CalmError: if the offsets are missing or damaged.
     """
     sums = self.manifest.splits[split].offset_shards
     blocks = arrays.verified(self._offsets[split], self.path, f"{split}/offsets", sums)
     return np.concatenate([np.zeros(0, OFFSET_DTYPE), *blocks])
 
   def checks(self) -> Iterator[tuple[str, Callable[[], str]]]:
-    """Yields the name of each thing that can be checked, and its check.
+    """Yields (name, check) for each file and array of the store.
 
-    A check reads all of it, in some MiB of memory, and returns a line on what was found.
-    It raises CalmError, naming the file, where that is not as it was written.
+    A check reads all of it, in a few MiB of memory, and returns a line on the result. It
+    raises CalmError with the name of the file if the content differs from what was written.
     """
     yield MANIFEST, self._check_manifest
     yield PLAN, self._check_plan
@@ -131,13 +159,13 @@ class TokenStore:
       yield f"{split}/offsets", functools.partial(self._check_offsets, split)
 
   def _check_manifest(self) -> str:
-    """Returns a line on the manifest; CalmError if it is no longer the one that was opened."""
+    """Returns a line on the manifest; raises CalmError if it was replaced since opening."""
     if manifest_lib.read(self.path) != self.manifest:
       raise errors.CalmError(f"{epath.Path(self.path) / MANIFEST} was replaced since it was opened")
     return f"SHA-256 of its fields; store {self.hash}"
 
   def _check_plan(self) -> str:
-    """Returns a line on the plan; CalmError if it is not the one that the store was made by."""
+    """Returns a line on the plan; raises CalmError if it was changed since it was written."""
     if not self.manifest.plan:
       return "none: the store was not made by prepare"
     require_digest(epath.Path(self.path) / PLAN, self.manifest.plan)
@@ -147,7 +175,7 @@ class TokenStore:
     """Returns a line on the tokenizer's copy.
 
     Raises:
-      CalmError: if it is not the one that the tokens were written with.
+      CalmError: if it is not the tokenizer that produced the tokens.
     """
     info = self.manifest.tokenizer
     path = epath.Path(self.path) / info.file
@@ -155,7 +183,7 @@ class TokenStore:
     loaded = tokenizer_lib.load(str(path), info.eos_id)
     if loaded.vocab_size != info.vocab_size:
       raise errors.CalmError(
-        f"{path} has a vocabulary of {loaded.vocab_size}, {MANIFEST} says {info.vocab_size}"
+        f"{path} has a vocabulary of {loaded.vocab_size}, but {MANIFEST} says {info.vocab_size}"
       )
     return f"SHA-256 of its bytes; vocabulary of {info.vocab_size:,}, EOS {info.eos_id}"
 
@@ -163,24 +191,24 @@ class TokenStore:
     """Returns a line on the tokens of a split.
 
     Raises:
-      CalmError: if they are not those that were written, or lie outside the vocabulary.
+      CalmError: if they differ from those written, or exceed the vocabulary.
     """
     name, size = f"{split}/tokens", self.manifest.tokenizer.vocab_size
     sums = self.manifest.splits[split].token_shards
     for block in arrays.verified(self._tokens[split], self.path, name, sums):
       if len(block) and int(block.max()) >= size:
         raise errors.CalmError(
-          f"{epath.Path(self.path) / name} is damaged: it holds token {int(block.max())}, the "
+          f"{epath.Path(self.path) / name} is damaged: it holds token {int(block.max())}, but the "
           f"vocabulary has {size}"
         )
     return f"SHA-256 of {len(sums)} shards, {self.num_tokens(split):,} tokens of the vocabulary"
 
   def _check_offsets(self, split: str) -> str:
-    """Returns a line on the documents' offsets of a split.
+    """Returns a line on the document offsets of a split.
 
     Raises:
-      CalmError: if they are not those that were written, or do not ascend from 0 to the
-        number of tokens.
+      CalmError: if they differ from those written, or do not ascend from 0 to the number of
+        tokens.
     """
     name, sizes = f"{split}/offsets", self.manifest.splits[split]
     first, last = None, 0
@@ -191,93 +219,104 @@ class TokenStore:
       last = int(block[-1])
     if (first, last) != (0, sizes.tokens):
       raise errors.CalmError(
-        f"{epath.Path(self.path) / name} is damaged: it goes from {first} to {last}, the split has "
-        f"{sizes.tokens} tokens"
+        f"{epath.Path(self.path) / name} is damaged: it goes from {first} to {last}, but the split "
+        f"has {sizes.tokens} tokens"
       )
     return f"SHA-256 of {len(sizes.offset_shards)} shards, {sizes.documents:,} documents"
 
 
 def require_digest(path: epath.Path, expected: str) -> None:
   """Raises CalmError unless a file's bytes have the SHA-256 that a store's manifest records."""
-  found = files.digest(path)
-  if found != expected:
-    raise errors.CalmError(
-      f"{path} is damaged: its bytes have SHA-256 {found[:16]}, {MANIFEST} says {expected[:16]}: "
-      f"{manifest_lib.AGAIN}"
-    )
+  files.require_digest(path, expected, f"{MANIFEST} says", manifest_lib.ADVICE)
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-  """Returns the smallest type that tokens are stored in."""
+  """Returns the smallest type that holds the tokens of a vocabulary."""
   return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
 
 
 def write(
   path: str,
   tokenizer: tokenizer_lib.Tokenizer,
-  contents: Mapping[str, Content],
-  sources: Iterable[manifest_lib.Source],
-  *,
-  appends_eos: bool,
-  heldout: float,
-  heldout_by: str,
-  skipped_lines: int,
-  plan: Mapping[str, Any] | None = None,
+  contents: Mapping[str, SplitContent],
+  provenance: Provenance,
   proceed: Callable[[], None] = lambda: None,
 ) -> TokenStore:
   """Writes a store, reads it back, writes its manifest last, and returns it.
 
   Args:
-    plan: what it is made from, to be kept beside it; None for a store made otherwise.
-    proceed: called before each part that is written; raises to write no more.
+    path: a folder or a bucket's URL.
+    tokenizer: the tokenizer that produced the tokens; its file is copied.
+    contents: split name -> its content.
+    provenance: how the store was made.
+    proceed: called before each split and the manifest; raises to stop writing.
 
   Raises:
-    CalmError: if it can't be written, or what is read back is not what was written.
+    CalmError: if the store can't be written, or reads back differently.
   """
   dtype = token_dtype(tokenizer.vocab_size)
-  root = epath.Path(path)
-  file = f"tokenizer{epath.Path(tokenizer.path).suffix}"
   try:
-    root.mkdir(parents=True, exist_ok=True)
-    for left in (root / name for name in SPLITS):  # By an attempt that was cut short.
-      if left.exists():
-        left.rmtree()
-    copy = files.read(tokenizer.path)
-    if hashlib.sha256(copy).hexdigest() != tokenizer.sha256:
-      raise errors.CalmError(f"{tokenizer.path} changed while it was used: run prepare again")
-    files.write(root / file, copy)
-    text = files.to_json(plan) if plan is not None else ""
-    if text:
-      files.write(root / PLAN, text)
+    _clear(path)
+    info = _copy_tokenizer(path, tokenizer)
+    plan = _write_plan(path, provenance.plan)
     splits = {}
     for name in SPLITS:
       proceed()
       splits[name] = _write_split(path, name, contents[name], dtype)
     arrays.sync_folders(path)
     manifest = manifest_lib.Manifest(
-      tokenizer=manifest_lib.TokenizerInfo(
-        file, tokenizer.sha256, tokenizer.vocab_size, tokenizer.eos_id
-      ),
-      appends_eos=appends_eos,
+      tokenizer=info,
+      appends_eos=provenance.appends_eos,
       dtype=dtype.name,
-      heldout=heldout,
-      heldout_by=heldout_by,
-      skipped_lines=skipped_lines,
-      sources=tuple(sources),
+      heldout=provenance.heldout,
+      heldout_by=provenance.heldout_by,
+      skipped_lines=provenance.skipped_lines,
+      sources=tuple(provenance.sources),
       splits=splits,
-      plan=hashlib.sha256(text.encode()).hexdigest() if text else "",
+      plan=plan,
     )
     proceed()
-    files.write(root / MANIFEST, manifest.to_json())
+    files.write(epath.Path(path) / MANIFEST, manifest.to_json())
   except errors.CalmError:
     raise
-  except (OSError, ValueError) as error:  # TensorStore tells a full disk by ValueError.
+  except (OSError, ValueError) as error:  # TensorStore reports a full disk as a ValueError.
     reason = " ".join(str(error).split())
     raise errors.CalmError(f"can't write the token store {path}: {reason}") from error
   return TokenStore(path, manifest)
 
 
-def _write_split(path: str, name: str, content: Content, dtype: np.dtype) -> manifest_lib.Split:
+def _clear(path: str) -> None:
+  """Makes the folder of a store and removes the splits of an interrupted attempt."""
+  root = epath.Path(path)
+  root.mkdir(parents=True, exist_ok=True)
+  for split in (root / name for name in SPLITS):
+    if split.exists():
+      split.rmtree()
+
+
+def _copy_tokenizer(path: str, tokenizer: tokenizer_lib.Tokenizer) -> manifest_lib.TokenizerInfo:
+  """Copies a tokenizer's file into a store; raises CalmError if the file has changed."""
+  name = f"tokenizer{epath.Path(tokenizer.path).suffix}"
+  content = files.read(tokenizer.path)
+  if hashlib.sha256(content).hexdigest() != tokenizer.sha256:
+    raise errors.CalmError(f"{tokenizer.path} changed while it was used: run prepare again")
+  files.write(epath.Path(path) / name, content)
+  return manifest_lib.TokenizerInfo(name, tokenizer.sha256, tokenizer.vocab_size, tokenizer.eos_id)
+
+
+def _write_plan(path: str, plan: Mapping[str, Any] | None) -> str:
+  """Writes plan.json and returns its SHA-256, empty without a plan."""
+  if plan is None:
+    return ""
+  text = files.to_json(plan)
+  files.write(epath.Path(path) / PLAN, text)
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _write_split(
+  path: str, name: str, content: SplitContent, dtype: np.dtype
+) -> manifest_lib.Split:
+  """Writes the two arrays of a split and returns its sizes and sums."""
   tokens, documents = content.num_tokens, content.num_documents
   return manifest_lib.Split(
     tokens,
@@ -288,7 +327,7 @@ def _write_split(path: str, name: str, content: Content, dtype: np.dtype) -> man
 
 
 def _starts(lengths: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-  """Yields the start of each document, then the end of the last."""
+  """Yields the start of each document, then the end of the last, from document lengths."""
   end = np.zeros(1, np.int64)
   yield end
   for block in lengths:

@@ -1,4 +1,4 @@
-"""Random tokens in place of a corpus: to measure, and to try a machine, without one."""
+"""A token store of random tokens, to measure or to try a machine without a corpus."""
 
 import atexit
 import functools
@@ -13,24 +13,24 @@ from calm_jax import errors
 from calm_jax.data import holdout, store, tokenizer
 
 PREFIX = "synthetic:"
-TOKENS = {"train": 2**22, "heldout": 2**19}
-DOCUMENT = 1024
+TOKENS = {"train": 2**22, "heldout": 2**19}  # Per split.
+DOCUMENT = 1024  # Tokens per document.
 
 
 def open_store(path: str) -> store.TokenStore:
-  """Returns the store at `path`, or, of synthetic:V, one of random tokens below V.
+  """Returns the store at `path`; for synthetic:V, a store of random tokens below V.
 
-  The tokens of a V are always the same.
+  The random tokens depend on V alone.
 
   Raises:
-    CalmError: as `TokenStore.open`; or if V is no size of a vocabulary.
+    CalmError: see `TokenStore.open`; also if V is not a valid vocabulary size.
   """
   if not path.startswith(PREFIX):
     return store.TokenStore.open(path)
   size = path.removeprefix(PREFIX)
   if not size.isdecimal() or not 3 <= int(size) < 2**31:
     raise errors.CalmError(
-      f"config.data.path is {path!r}: give {PREFIX}V with a vocabulary of V tokens, as "
+      f"config.data.path is {path!r}: give {PREFIX}V for a vocabulary of V tokens, such as "
       f"{PREFIX}32000"
     )
   return _write(int(size))
@@ -38,6 +38,7 @@ def open_store(path: str) -> store.TokenStore:
 
 @functools.cache
 def _write(vocab_size: int) -> store.TokenStore:
+  """Writes a store of random tokens to a temporary folder and returns it."""
   folder = pathlib.Path(tempfile.mkdtemp(prefix="calm_jax_synthetic_"))
   atexit.register(shutil.rmtree, folder, ignore_errors=True)
   words = {"<unk>": 0, "</s>": 1, **{f"w{i}": i for i in range(2, vocab_size)}}
@@ -47,16 +48,17 @@ def _write(vocab_size: int) -> store.TokenStore:
   model.save(str(folder / "words.json"))
   generator = np.random.default_rng(0)
   contents = {
-    split: store.Content(
-      count,
-      count // DOCUMENT,
-      [generator.integers(0, vocab_size, count)],
-      [np.full(count // DOCUMENT, DOCUMENT)],
+    split: store.SplitContent(
+      num_tokens=count,
+      num_documents=count // DOCUMENT,
+      tokens=[generator.integers(0, vocab_size, count)],
+      lengths=[np.full(count // DOCUMENT, DOCUMENT)],
     )
     for split, count in TOKENS.items()
   }
-  return store.write(
-    str(folder / "tokens"), tokenizer.load(str(folder / "words.json")), contents, [],
-    appends_eos=False, heldout=TOKENS["heldout"] / sum(TOKENS.values()),
-    heldout_by=holdout.DOCUMENTS, skipped_lines=0,
-  )  # fmt: skip
+  share = TOKENS["heldout"] / sum(TOKENS.values())
+  provenance = store.Provenance(
+    sources=(), appends_eos=False, heldout=share, heldout_by=holdout.DOCUMENTS
+  )
+  words_tokenizer = tokenizer.load(str(folder / "words.json"))
+  return store.write(str(folder / "tokens"), words_tokenizer, contents, provenance)

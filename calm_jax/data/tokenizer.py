@@ -15,7 +15,7 @@ from etils import epath
 
 from calm_jax import errors, files
 
-# End of document in well-known tokenizer.json files; the first that exists is taken.
+# Names of the EOS token in well-known tokenizer.json files; the first that exists is used.
 EOS_NAMES = (
   "<|end_of_text|>",
   "<|endoftext|>",
@@ -23,27 +23,29 @@ EOS_NAMES = (
   "<eos>",
   "<|eos|>",
   "[EOS]",
-  "<｜end▁of▁sentence｜>",  # noqa: RUF001 -- DeepSeek writes it with these letters.
+  "<｜end▁of▁sentence｜>",  # noqa: RUF001 -- DeepSeek uses these characters.
 )
 
-_MAX_BYTES = 2**28  # Of a tokenizer's file; the largest in use have some 2**25.
-_SPACE_MARK = "▁"  # SentencePiece writes a space so, and decodes this letter to a space.
+_MAX_BYTES = 2**28  # Limit of a tokenizer file; the largest in use have about 2**25.
+_SPACE_MARK = "▁"  # SentencePiece encodes a space as this character and decodes it to a space.
 
-# What a learned piece may span: a word with the space and punctuation before it,
-# punctuation with the newlines after it, runs of newlines. SentencePiece gives each
-# space of a run a piece of its own; CHANGELOG.md tells what pieces for runs would do.
+# The spans of a learned piece: a word with the space and punctuation before it, punctuation
+# with the newlines after it, or a run of newlines. SentencePiece gives each space of a run
+# its own piece; CHANGELOG.md has the figures of pieces for runs.
 _WORD = re.compile(r" ?[^\s\w]*\w+| ?[^\s\w]+(?:\r?\n)*| +|(?:\r?\n)+")
 
 
 class Tokenizer(abc.ABC):
-  """Text to ids and back.
+  """Converts text to ids and back.
 
-  `encode` never gives EOS or another control id, whatever the text: what looks
-  like a special token is encoded as the letters it is written with.
+  `encode` never returns EOS or another control id: text that looks like a special token is
+  encoded character by character.
 
   Attributes:
-    path: of the file. sha256: of its bytes.
-    vocab_size: every id is smaller. eos_id: ends a document.
+    path: path of the tokenizer file.
+    sha256: SHA-256 of its bytes.
+    vocab_size: V; every id is smaller.
+    eos_id: id of the token that ends a document.
   """
 
   path: str
@@ -63,36 +65,37 @@ class Tokenizer(abc.ABC):
     """Returns the ids of `text`, without EOS.
 
     Raises:
-      CalmError: if the tokenizer can't encode it, as one without an unknown token may not.
+      CalmError: if the tokenizer can't encode the text, for example because it lacks an
+        unknown token.
     """
     try:
       return self._encode(text)
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
       raise
-    except BaseException as error:  # As for `load`.
+    except BaseException as error:  # See `_read`.
       raise errors.CalmError(
         f"tokenizer {self.path} can't encode a text: {_reason(error):.200}"
       ) from error
 
   @abc.abstractmethod
   def _encode(self, text: str) -> list[int]:
-    """Returns what `encode` does, with the library's own errors."""
+    """Implements `encode`; raises the library's own errors."""
 
   @abc.abstractmethod
   def decode(self, ids: Iterable[int]) -> str:
-    """Returns the text of `ids`; control ids give none."""
+    """Returns the text of `ids`; control ids decode to nothing."""
 
   @abc.abstractmethod
   def piece(self, token: int) -> str:
-    """Returns how the vocabulary writes an id."""
+    """Returns the vocabulary's name of an id."""
 
   @abc.abstractmethod
   def find(self, names: Sequence[str]) -> int | None:
-    """Returns the id of the first control token of these names, None without any."""
+    """Returns the id of the first of `names` that is a control token, None if none is."""
 
 
 class _SentencePiece(Tokenizer):
-  """A SentencePiece model; decode(encode(x)) == x for those that `train` makes."""
+  """A SentencePiece model; decode(encode(x)) == x for models that `train` makes."""
 
   def __init__(self, path: str, content: bytes):
     super().__init__(path, content)
@@ -102,7 +105,7 @@ class _SentencePiece(Tokenizer):
     self._mark_ids = self._bytes_of_mark()
 
   def _bytes_of_mark(self) -> list[int]:
-    """Returns the byte pieces of a literal space mark, none if the model can't use them."""
+    """Returns the byte pieces of a literal space mark, [] if the model can't use them."""
     ids = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
     adds_prefix = self._model.encode("a", out_type=str)[0].startswith(_SPACE_MARK)
     return ids if all(map(self._model.is_byte, ids)) and not adds_prefix else []
@@ -110,12 +113,12 @@ class _SentencePiece(Tokenizer):
   def _encode(self, text: str) -> list[int]:
     if not self._mark_ids or _SPACE_MARK not in text:
       return self._model.encode(text)
-    first, *others = self._model.encode(text.split(_SPACE_MARK))
-    return first + [token for ids in others for token in self._mark_ids + ids]
+    first, *rest = self._model.encode(text.split(_SPACE_MARK))
+    return first + [token for ids in rest for token in self._mark_ids + ids]
 
   def decode(self, ids: Iterable[int]) -> str:
-    known = [int(token) for token in ids if token < self.vocab_size]  # A table may be padded.
-    return self._model.decode(known)
+    # A model's table may be padded, so ids beyond the vocabulary are possible.
+    return self._model.decode([int(token) for token in ids if token < self.vocab_size])
 
   def piece(self, token: int) -> str:
     return self._model.id_to_piece(token)
@@ -126,18 +129,18 @@ class _SentencePiece(Tokenizer):
 
 
 class _HuggingFace(Tokenizer):
-  """A tokenizer.json of the `tokenizers` package, without its template, padding, truncation."""
+  """A tokenizer.json of the `tokenizers` package; template, padding and truncation are off."""
 
   def __init__(self, path: str, content: bytes):
     super().__init__(path, content)
     self._model = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
     self._model.no_padding()
     self._model.no_truncation()
-    self._model.encode_special_tokens = True  # Special tokens in a text are letters.
-    # Ids may have gaps, so the count of pieces is not a bound.
+    self._model.encode_special_tokens = True  # Special tokens in a text are plain characters.
+    # Ids may have gaps, so the number of pieces is not a bound.
     self.vocab_size = 1 + max(self._model.get_vocab(with_added_tokens=True).values(), default=-1)
     added = [token["content"] for token in json.loads(content)["added_tokens"]]
-    # Not the ids that the file says: those the model gives, which may differ.
+    # The model's ids, which may differ from those in the file.
     self._added = {name: self._model.token_to_id(name) for name in added}
 
   def _encode(self, text: str) -> list[int]:
@@ -153,7 +156,7 @@ class _HuggingFace(Tokenizer):
     return next((self._added[name] for name in names if name in self._added), None)
 
 
-# A new kind of file is a new row.
+# File suffix -> tokenizer class. A new kind of file is a new row.
 KINDS = {".model": _SentencePiece, ".json": _HuggingFace}
 
 
@@ -161,11 +164,12 @@ def load(path: str, eos: str | int = "") -> Tokenizer:
   """Returns the tokenizer in a file.
 
   Args:
-    path: SentencePiece's .model or Hugging Face's tokenizer.json.
-    eos: the token that ends a document, by name or id; empty to look it up.
+    path: a SentencePiece .model or a Hugging Face tokenizer.json.
+    eos: name or id of the token that ends a document; empty to look it up by EOS_NAMES.
 
   Raises:
-    CalmError: if there is no such file, it can't be read, or its EOS is unclear.
+    CalmError: if there is no such file, it can't be read, or its EOS is missing or can't be
+      used.
   """
   kind = KINDS.get(pathlib.PurePath(path).suffix)
   if kind is None:
@@ -189,14 +193,14 @@ def load(path: str, eos: str | int = "") -> Tokenizer:
 
 
 def _read(kind: type[Tokenizer], path: str) -> Tokenizer:
-  """Returns the tokenizer in a file, its EOS not known yet."""
+  """Returns the tokenizer in a file, without its `eos_id`."""
   file = epath.Path(path)
   files.require_regular(path)
   try:
     size = file.stat().length
     if size > _MAX_BYTES:
       raise errors.CalmError(
-        f"can't read tokenizer {path}: it has {size:,} bytes, none has more than {_MAX_BYTES:,}"
+        f"can't read tokenizer {path}: it has {size:,} bytes, the limit is {_MAX_BYTES:,}"
       )
     tokenizer = kind(path, file.read_bytes())
   except errors.CalmError:
@@ -205,7 +209,7 @@ def _read(kind: type[Tokenizer], path: str) -> Tokenizer:
     raise errors.CalmError(f"no such tokenizer: {path}") from error
   except (KeyboardInterrupt, SystemExit, GeneratorExit):
     raise
-  except BaseException as error:  # Hugging Face's raises no narrower class, and panics.
+  except BaseException as error:  # `tokenizers` raises no narrower class, and Rust may panic.
     raise errors.CalmError(f"can't read tokenizer {path}: {_reason(error)}") from error
   if not 0 < tokenizer.vocab_size < 2**31:
     raise errors.CalmError(
@@ -216,30 +220,32 @@ def _read(kind: type[Tokenizer], path: str) -> Tokenizer:
 
 
 def _reason(error: BaseException) -> str:
+  """Returns an error's message in one line, its class if it has none."""
   return " ".join(str(error).split()) or type(error).__name__
 
 
 def _eos_id(tokenizer: Tokenizer, name: str) -> int:
-  found = tokenizer.find((name,) if name else EOS_NAMES)
-  if found is None:
+  """Returns the id of the token `name`, or of a well-known EOS if `name` is empty."""
+  eos_id = tokenizer.find((name,) if name else EOS_NAMES)
+  if eos_id is None:
     missing = repr(name) if name else f"none of {', '.join(EOS_NAMES)}"
     raise errors.CalmError(
       f"{tokenizer.path} has no token that ends a document ({missing}): name it with --eos_token"
     )
-  return found
+  return eos_id
 
 
 def train(texts: Iterable[str], vocab_size: int, output_path: str) -> Tokenizer:
-  """Writes a lossless byte-fallback BPE of `vocab_size` pieces, and returns it.
+  """Trains a lossless byte-fallback BPE of `vocab_size` pieces, writes it and returns it.
 
-  Two pieces are <unk>, which never occurs, and </s>, the EOS; 256 are bytes. The
-  same texts give the same file.
+  Two pieces are <unk>, which never occurs, and </s>, the EOS; 256 are bytes. Training is
+  deterministic: the same texts give the same file.
 
   Raises:
-    CalmError: if the texts are too few for the vocabulary or it is too small for them.
+    CalmError: if the vocabulary is too large or too small for the texts.
   """
   counts = collections.Counter(word for text in texts for word in _WORD.findall(text))
-  # A tab would end the word in SentencePiece's input; in a text it is a byte piece.
+  # _WORD matches no tab, which separates word and count in the TSV input; it stays a byte piece.
   words = {word: n for word, n in counts.items() if not set(word) & {"\0", _SPACE_MARK}}
   if not words:
     raise errors.CalmError("there is no text to train a tokenizer on")
@@ -255,7 +261,7 @@ def train(texts: Iterable[str], vocab_size: int, output_path: str) -> Tokenizer:
       add_dummy_prefix=False,
       remove_extra_whitespaces=False,
       byte_fallback=True,
-      # _WORD says where pieces end.
+      # _WORD has already split the text where pieces end.
       split_by_whitespace=False,
       split_by_unicode_script=False,
       split_by_number=False,
@@ -266,7 +272,7 @@ def train(texts: Iterable[str], vocab_size: int, output_path: str) -> Tokenizer:
       minloglevel=3,
     )
   except (RuntimeError, ValueError) as error:
-    # It reads: source line [condition] sentence. Increase vocab_size or set an option.
+    # The format is: source line [condition] sentence. Increase vocab_size or set an option.
     reason = str(error).partition("Increase")[0].rpartition("] ")[2].strip()
     raise errors.CalmError(
       f"can't train a tokenizer of {vocab_size} pieces on {sum(words.values())} words: "

@@ -8,10 +8,11 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from calm_jax import errors, workdir
+from calm_jax import errors
 from calm_jax.generation import candidates, laws, requests
 from calm_jax.models import memory
 from calm_jax.parallel import mesh
+from calm_jax.training import trained as trained_lib
 
 # A prompt's tail must be met by chance: so many candidates before giving up, in units of N, and
 # at least this N.
@@ -106,11 +107,13 @@ class Decoder:
 
   def __init__(
     self,
-    trained: workdir.TrainedCalm | workdir.TrainedTransformer,
+    trained: trained_lib.Trained,
+    law: laws.Law,
     sampler: requests.Sampler,
     report: Callable[[str], None],
   ):
-    self.law = laws.LAWS[trained.run.stage](trained, sampler)
+    """Takes a trained stage and its law, which follows the same sampler."""
+    self.law = law
     self.origin, self.sampler, self.report = trained.origin, sampler, report
     self.window = trained.run.data.context // self.law.patch_size - 1
     self.prefill = jax.jit(self._prefill, static_argnames="slots")

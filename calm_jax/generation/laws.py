@@ -1,27 +1,30 @@
-"""Hidden states -> the next patch of each row: one row of LAWS for each stage that writes text."""
+"""Hidden states -> the next patch of each row, one class for each kind of model."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax import numpy as jnp
 
-from calm_jax import errors, workdir
+from calm_jax import errors
 from calm_jax.generation import candidates, choosers, requests, rules, temperature
 from calm_jax.models import calm, layers
+from calm_jax.objectives import autoencoding
+from calm_jax.training import trained as trained_lib
 
 
 class CalmLaw:
   """The next patch by CALM: candidates from the head, decoded, one of them taken."""
 
-  def __init__(self, trained: workdir.TrainedCalm, sampler: requests.Sampler):
-    self._model, self._rule = trained.model, rules.RULES[sampler.rule]
+  def __init__(self, trained: trained_lib.Trained, sampler: requests.Sampler):
+    autoencoder = trained.parents["autoencoder"]
+    self._model, self._autoencoder = trained.model, autoencoder.model
+    self._rule = rules.RULES[sampler.rule]
     # Where unsettled patches are an error, any choice does until the error is told.
     self._chooser = choosers.CHOOSERS.get(sampler.at_limit, choosers.batch)
     self._draws_all = sampler.rule == "none"
-    self.patch_size = trained.model.autoencoder.sizes.patch_size
-    self.params = (trained.params, trained.autoencoder.params)
+    self.patch_size = self._autoencoder.sizes.patch_size
+    self.params = (trained.params, autoencoder.params)
     self._reads_latents = trained.run.model.reads_latents
 
   def power(self, request: requests.Request) -> float:
@@ -50,11 +53,11 @@ class CalmLaw:
     """Returns draws of the posteriors of given patches, [B, P, Z]; None if none are read."""
     if not self._reads_latents:
       return None
-    codec = self._model.autoencoder
-    mean_BPZ, log_std_BPZ = layers.apply(codec, params[1], token_BPK, method="encode")
+    posterior_BPZ = layers.apply(self._autoencoder, params[1], token_BPK, method="encode")
+    mean_BPZ, log_std_BPZ = posterior_BPZ
 
     def one(key, mean_PZ, log_std_PZ):
-      return calm.posterior_draws(key, mean_PZ, log_std_PZ, 1)[0]
+      return autoencoding.posterior_draws(key, mean_PZ, log_std_PZ, 1)[0]
 
     return jax.vmap(one)(key_B, mean_BPZ, log_std_BPZ)
 
@@ -70,7 +73,7 @@ class CalmLaw:
       noise_S = jax.vmap(lambda key: model.head.draw_noise(key, ()))(key_S)
       own = jax.tree.map(lambda x: x[row_S], condition)
       latent_SZ = model.head.samples(params[0]["head"], own, noise_S[None])[0]
-      token_SK = calm.decode_tokens(model.autoencoder, params[1], latent_SZ)
+      token_SK = calm.decode_tokens(self._autoencoder, params[1], latent_SZ)
       return candidates.Candidate(token_SK, latent_SZ if self._reads_latents else None)
 
     choice = candidates.choose(wanted, draw, self._rule, self._chooser, slots, sizes)
@@ -92,7 +95,7 @@ class TransformerLaw:
 
   patch_size = 1
 
-  def __init__(self, trained: workdir.TrainedTransformer, sampler: requests.Sampler):
+  def __init__(self, trained: trained_lib.Trained, sampler: requests.Sampler):
     self._model, self.params = trained.model, trained.params
 
   def power(self, request: requests.Request) -> float:
@@ -126,6 +129,3 @@ class TransformerLaw:
 
 
 Law = CalmLaw | TransformerLaw
-
-# A stage that writes text is a row.
-LAWS: dict[str, Callable[..., Law]] = {"calm": CalmLaw, "transformer": TransformerLaw}

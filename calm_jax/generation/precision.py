@@ -1,6 +1,5 @@
 """Trained weights -> what they are kept as while writing: one row a kind."""
 
-import copy
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -9,9 +8,8 @@ import jax
 from flax import linen as nn
 from jax import numpy as jnp
 
-from calm_jax import errors, workdir
-
-LanguageModel = workdir.TrainedCalm | workdir.TrainedTransformer
+from calm_jax import errors
+from calm_jax.training import trained as trained_lib
 
 # All that a module is called by while writing.
 _METHODS = ("__call__", "condition", "predict", "encode", "decode", "hidden", "logits")
@@ -21,12 +19,10 @@ def _cast(params: Any) -> Any:
   return jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
 
 
-def _bfloat16(trained: LanguageModel) -> LanguageModel:
+def _bfloat16(trained: trained_lib.Trained) -> trained_lib.Trained:
   """Half the memory. Where the model computes in bfloat16, the same numbers."""
-  if isinstance(trained, workdir.TrainedTransformer):
-    return dataclasses.replace(trained, params=_cast(trained.params))
-  codec = dataclasses.replace(trained.autoencoder, params=_cast(trained.autoencoder.params))
-  return dataclasses.replace(trained, params=_cast(trained.params), autoencoder=codec)
+  parents = {name: _bfloat16(parent) for name, parent in trained.parents.items()}
+  return dataclasses.replace(trained, params=_cast(trained.params), parents=parents)
 
 
 def _qwix() -> Any:
@@ -49,34 +45,26 @@ def _quantized(module: nn.Module) -> Any:
 
 def _quantize(params: Any, abstract: Any) -> Any:
   """Returns parameters as a quantized module takes them; those of layers are stacked."""
-  qwix = _qwix()
-  if "llama" not in params:
-    found = qwix.quantize_params(params, abstract)
-  else:
-    one = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), abstract["llama"]["layers"]
-    )
-    layers = jax.vmap(lambda layer: qwix.quantize_params(layer, one))(params["llama"]["layers"])
+  qwix, result, plain = _qwix(), {}, {}
+  for name, tree in params.items():
+    if name == "layers":
+      layer = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), abstract[name])
+      result[name] = jax.vmap(lambda x, layer=layer: qwix.quantize_params(x, layer))(tree)
+    elif _holds_layers(tree):
+      result[name] = _quantize(tree, abstract[name])
+    else:
+      plain[name] = tree
+  return result | qwix.quantize_params(plain, {name: abstract[name] for name in plain})
 
-    def others(tree: Any) -> Any:
-      return {**tree, "llama": {k: x for k, x in tree["llama"].items() if k != "layers"}}
 
-    found = qwix.quantize_params(others(params), others(abstract))
-    found = {**found, "llama": {**found["llama"], "layers": layers}}
-
-  def rest(x: Any) -> Any:
-    return x.astype(jnp.bfloat16) if isinstance(x, jax.Array) else x
-
-  return jax.tree.map(
-    rest, found, is_leaf=lambda x: isinstance(x, qwix.QArray) or hasattr(x, "how")
+def _holds_layers(params: Any) -> bool:
+  """Says whether a tree of parameters has stacked layers anywhere in it."""
+  return isinstance(params, dict) and any(
+    name == "layers" or _holds_layers(inner) for name, inner in params.items()
   )
 
 
-def _abstract(init: Callable[[jax.Array], Any]) -> Any:
-  return jax.eval_shape(init, jax.random.key(0))
-
-
-def _int8(trained: LanguageModel) -> LanguageModel:
+def _int8(trained: trained_lib.Trained) -> trained_lib.Trained:
   """Matrices as int8, all else as bfloat16: a quarter of the memory but for token tables.
 
   What is drawn changes; see README for by how much on a trained model.
@@ -84,26 +72,25 @@ def _int8(trained: LanguageModel) -> LanguageModel:
   Raises:
     CalmError: if qwix is not installed.
   """
-  if isinstance(trained, workdir.TrainedTransformer):
-    module = _quantized(trained.model)
-    params = _quantize(trained.params, _abstract(module.initial))
-    return dataclasses.replace(trained, model=module, params=params)
-  head: Any = copy.copy(trained.model.head)
-  head.network = _quantized(head.network)
-  model = dataclasses.replace(
-    trained.model,
-    autoencoder=_quantized(trained.model.autoencoder),
-    backbone=_quantized(trained.model.backbone),
-    head=head,
+  qwix = _qwix()
+
+  def as_bfloat16(x: Any) -> Any:
+    return x.astype(jnp.bfloat16) if isinstance(x, jax.Array) else x
+
+  def is_quantized(x: Any) -> bool:
+    return isinstance(x, qwix.QArray) or hasattr(x, "how")
+
+  model = trained.model.mapped(_quantized)
+  params = _quantize(trained.params, jax.eval_shape(model.initial, jax.random.key(0)))
+  return dataclasses.replace(
+    trained,
+    model=model,
+    params=jax.tree.map(as_bfloat16, params, is_leaf=is_quantized),
+    parents={name: _int8(parent) for name, parent in trained.parents.items()},
   )
-  abstract = _abstract(model.init)
-  params = {name: _quantize(trained.params[name], abstract[name]) for name in trained.params}
-  frozen = _quantize(trained.autoencoder.params, _abstract(model.autoencoder.initial))
-  codec = dataclasses.replace(trained.autoencoder, params=frozen)
-  return dataclasses.replace(trained, model=model, params=params, autoencoder=codec)
 
 
-WEIGHTS: dict[str, Callable[[LanguageModel], LanguageModel]] = {
+WEIGHTS: dict[str, Callable[[trained_lib.Trained], trained_lib.Trained]] = {
   "float32": lambda trained: trained,
   "bfloat16": _bfloat16,
   "int8": _int8,

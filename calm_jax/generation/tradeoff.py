@@ -13,12 +13,13 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from calm_jax import errors, workdir
+from calm_jax import errors
 from calm_jax.data import pipeline
 from calm_jax.data import store as store_lib
 from calm_jax.generation import candidates, choosers, requests, rules, temperature
 from calm_jax.models import calm, layers
-from calm_jax.objectives import brier
+from calm_jax.objectives import autoencoding, brier
+from calm_jax.training import trained as trained_lib
 
 # Patches whose draws are in memory at once.
 ROWS = 16
@@ -80,40 +81,41 @@ class _Sampled(NamedTuple):
   key_2B: jax.Array
 
 
-def _hidden_of(trained: workdir.TrainedCalm) -> Callable[..., jax.Array]:
+def _hidden_of(trained: trained_lib.Trained) -> Callable[..., jax.Array]:
   """Returns (tokens [1, P, K], key) -> hidden states [P, D]."""
-  model, frozen = trained.model, trained.autoencoder.params
+  model, autoencoder = trained.model, trained.parents["autoencoder"]
 
   @jax.jit
   def hidden(token_1PK, key):
     latent_1PZ = None
     if trained.run.model.reads_latents:
-      mean_1PZ, log_std_1PZ = layers.apply(model.autoencoder, frozen, token_1PK, method="encode")
-      latent_1PZ = calm.posterior_draws(key, mean_1PZ, log_std_1PZ, 1)[0]
+      posterior = layers.apply(autoencoder.model, autoencoder.params, token_1PK, method="encode")
+      mean_1PZ, log_std_1PZ = posterior
+      latent_1PZ = autoencoding.posterior_draws(key, mean_1PZ, log_std_1PZ, 1)[0]
     return model.hidden(trained.params, token_1PK, latent_1PZ)[0][0]
 
   return hidden
 
 
-def _pools_of(trained: workdir.TrainedCalm, draws: int) -> Callable[..., jax.Array]:
+def _pools_of(trained: trained_lib.Trained, draws: int) -> Callable[..., jax.Array]:
   """Returns (hidden [B, D], key) -> two pools of N = `draws` patches a row, [2, B, N, K]."""
-  model = trained.model
+  model, autoencoder = trained.model, trained.parents["autoencoder"]
 
   @jax.jit
   def pools(hidden_BD, key):
     z_NBZ = model.sample(trained.params, hidden_BD, key, 2 * draws)
-    token_NBK = calm.decode_tokens(model.autoencoder, trained.autoencoder.params, z_NBZ)
+    token_NBK = calm.decode_tokens(autoencoder.model, autoencoder.params, z_NBZ)
     return jnp.moveaxis(token_NBK.reshape(2, draws, *token_NBK.shape[1:]), 2, 1)
 
   return pools
 
 
 def _samples(
-  trained: workdir.TrainedCalm, store: store_lib.TokenStore, draws: int, patches: int, seed: int
+  trained: trained_lib.Trained, store: store_lib.TokenStore, draws: int, patches: int, seed: int
 ) -> Iterator[_Sampled]:
   """Yields `patches` predicted patches from all over the held-out text, with their draws."""
   hidden, pools = _hidden_of(trained), _pools_of(trained, draws)
-  size, context = trained.model.autoencoder.sizes.patch_size, trained.run.data.context
+  size, context = trained.model.sizes.patch_size, trained.run.data.context
   predicted = context // size - 1
   per_block, left = min(predicted, 4 * ROWS), patches
   for number, token_1S in enumerate(_blocks(store, context, patches, per_block)):
@@ -189,8 +191,22 @@ def _row(
   }
 
 
+def _require_reachable(temperatures: Sequence[float], num_candidates: Sequence[int]) -> None:
+  """Raises CalmError for a setting of candidates that can't be."""
+  fewest, most = min(num_candidates), max(num_candidates)
+  largest = requests.MOST["num_candidates"]
+  if most > largest:
+    raise errors.CalmError(f"num_candidates must lie in [1, {largest}], got {most}")
+  for value in temperatures:
+    power = temperature.power(value)
+    if fewest < power:
+      raise errors.CalmError(
+        f"num_candidates must be at least 1/temperature = {power:g}, got {fewest}"
+      )
+
+
 def of_calm(
-  trained: workdir.TrainedCalm,
+  trained: trained_lib.Trained,
   store: store_lib.TokenStore,
   temperatures: Sequence[float],
   num_candidates: Sequence[int],
@@ -202,7 +218,11 @@ def of_calm(
 
   Args:
     patches: the number of predicted patches, from all over the held-out text.
+
+  Raises:
+    CalmError: for a temperature that can't be reached with so many candidates.
   """
+  _require_reachable(temperatures, num_candidates)
   pairs = {setting: [] for setting in _settings(samplers, temperatures, num_candidates)}
   targets = []
   for sampled in _samples(trained, store, max(num_candidates), patches, seed):
@@ -214,12 +234,17 @@ def of_calm(
 
 
 def of_transformer(
-  trained: workdir.TrainedTransformer,
+  trained: trained_lib.Trained,
   store: store_lib.TokenStore,
   temperatures: Sequence[float],
+  num_candidates: Sequence[int],
+  samplers: Sequence[requests.Sampler],
   patches: int,
+  seed: int,
 ) -> list[dict[str, Any]]:
   """Returns a row for each temperature, of single tokens (n = 1), from their exact law.
+
+  Candidates, samplers and the seed make no difference: nothing is drawn.
 
   Raises:
     CalmError: for a temperature that is not above 0, or not finite.
@@ -255,34 +280,3 @@ def of_transformer(
     }
     for i, value in enumerate(temperatures)
   ]
-
-
-def measure(
-  trained: workdir.Trained,
-  store: store_lib.TokenStore,
-  temperatures: Sequence[float],
-  num_candidates: Sequence[int],
-  samplers: Sequence[requests.Sampler],
-  patches: int,
-  seed: int,
-) -> list[dict[str, Any]]:
-  """Returns the rows of `of_calm` or `of_transformer`.
-
-  Raises:
-    CalmError: for a stage that generates no text, or a setting out of range.
-  """
-  if isinstance(trained, workdir.TrainedTransformer):
-    return of_transformer(trained, store, temperatures, patches)
-  if not isinstance(trained, workdir.TrainedCalm):
-    raise errors.CalmError("an autoencoder writes no text: temperatures are for language models")
-  most, largest = max(num_candidates), requests.MOST["num_candidates"]
-  if most > largest:
-    raise errors.CalmError(f"num_candidates must lie in [1, {largest}], got {most}")
-  for value in temperatures:
-    power = temperature.power(value)
-    fewest = min(num_candidates)
-    if fewest < power:
-      raise errors.CalmError(
-        f"num_candidates must be at least 1/temperature = {power:g}, got {fewest}"
-      )
-  return of_calm(trained, store, temperatures, num_candidates, samplers, patches, seed)

@@ -1,7 +1,7 @@
-"""An exported folder -> what there is to check of it, a function a thing.
+"""An exported folder -> its checks, one function each.
 
-Each returns what it looked at, for people, and raises CalmError at the first lie. All
-take the folders of any format, and folders of others as far as they can be imported.
+A check returns a line on the result and raises CalmError at the first difference. It accepts the
+folders of all export formats, and folders of other frameworks that can be imported.
 """
 
 import importlib.util
@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 from jax import export
 
-from calm_jax import errors, files, workdir
+from calm_jax import errors, files
 from calm_jax.interchange import checksums, names, reading, tensors
 
 
 def is_exported(folder: pathlib.Path) -> bool:
-  """Tells whether a folder is one that is exported or can be imported, and no workdir."""
+  """Returns whether a folder was exported or can be imported, and is not a workdir."""
   has_weights = any((folder / name).exists() for name in tensors.WEIGHTS)
   return (folder / checksums.NAME).exists() or (
     has_weights and not (folder / "origin.json").exists()
@@ -24,29 +24,29 @@ def is_exported(folder: pathlib.Path) -> bool:
 
 
 def sums(folder: pathlib.Path) -> str:
-  """Checks that each file has the SHA-256 it was written with, and none is missing or added."""
+  """Checks that each file has its recorded SHA-256, and that none is missing or added."""
   count = checksums.check(folder, reading.USED)
   return f"{count} files" if count else f"not checked: there is no {checksums.NAME}"
 
 
 def headers(folder: pathlib.Path) -> str:
-  """Checks that weight files begin with what tells their tensors, and are not cut short."""
+  """Checks that weight files have a valid header and are not truncated."""
   count = sum(len(tensors.open_folder(place)) for place in _with_weights(folder))
   return f"{count} tensors" if count else "no weights by name"
 
 
 def index(folder: pathlib.Path) -> str:
-  """Checks that each tensor is in the file where an index says, and no file holds others."""
-  names_of = [place for place in _with_weights(folder) if any(place.glob("*.index.json"))]
-  shards = {stored.file for place in names_of for stored in tensors.open_folder(place).values()}
+  """Checks that each file holds exactly the tensors that the index assigns to it."""
+  indexed = [place for place in _with_weights(folder) if any(place.glob("*.index.json"))]
+  shards = {stored.file for place in indexed for stored in tensors.open_folder(place).values()}
   return f"{len(shards)} shards" if shards else "no shards"
 
 
 def shapes(folder: pathlib.Path) -> str:
-  """Checks that tensors are those of the model that config.json or the programs tell of."""
+  """Checks that the tensors fit the model of config.json, or the exported programs."""
   compiled, graphs = sorted(folder.glob("*.stablehlo")), sorted(folder.glob("*.onnx"))
   if graphs and importlib.util.find_spec("onnx") is None:
-    return "not checked: that takes onnx: pip install -e '.[onnx]'"
+    return "not checked: onnx is not installed: pip install -e '.[onnx]'"
   for path in compiled:
     _check_compiled(path, tensors.open_folder(folder))
   for path in graphs:
@@ -69,7 +69,7 @@ def values(folder: pathlib.Path) -> str:
   return f"{count:,} weights"
 
 
-# In the order in which they are best asked.
+# In the order in which they run; later checks rely on earlier ones.
 CHECKS: Mapping[str, Callable[[pathlib.Path], str]] = {
   "checksums": sums,
   "headers": headers,
@@ -80,47 +80,49 @@ CHECKS: Mapping[str, Callable[[pathlib.Path], str]] = {
 
 
 def _with_weights(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Gives the folder and the autoencoder's inside it, where they hold weights by name."""
-  for place in (folder, folder / workdir.AUTOENCODER):
+  """Yields those of the folder and its subfolders that hold named weights."""
+  for place in (folder, *sorted(path for path in folder.iterdir() if path.is_dir())):
     if any((place / name).exists() for name in tensors.WEIGHTS):
       yield place
 
 
 def _check_compiled(path: pathlib.Path, held: Mapping[str, tensors.Stored]) -> None:
-  """Raises CalmError unless an artefact can be read and takes the folder's weights."""
+  """Raises CalmError unless an artefact can be read and accepts the folder's weights."""
   try:
     exported = export.deserialize(bytearray(files.read(path)))
     (weights, *_), _ = exported.in_tree.unflatten(exported.in_avals)
   except errors.CalmError:
     raise
-  except Exception as error:  # A damaged flatbuffer raises whatever it trips over.
+  except Exception as error:  # A damaged flatbuffer can raise any error.
     reason = " ".join(str(error).split()) or type(error).__name__
     raise errors.CalmError(f"{path} is no artefact of jax.export: {reason}") from error
   for name in sorted(weights.keys() | held.keys()):
-    wanted = weights[name].shape if name in weights else None
-    found = held[name].shape if name in held else None
-    if wanted != found:
-      raise errors.CalmError(f"{path} takes {name} of shape {wanted}, the folder's is {found}")
+    expected = weights[name].shape if name in weights else None
+    stored = held[name].shape if name in held else None
+    if expected != stored:
+      raise errors.CalmError(
+        f"{path} takes {name} of shape {expected}, but the folder has {stored}"
+      )
 
 
 def _check_graph(path: pathlib.Path) -> None:
-  """Raises CalmError unless a graph can be read and its weights lie in the files beside it."""
+  """Raises CalmError unless a graph can be read and the files next to it hold its weights."""
   import onnx
 
   files.require_regular(path)
   try:
     graph = onnx.load(path, load_external_data=False).graph
-  except Exception as error:  # protobuf's class of error differs by its version.
+  except Exception as error:  # The class of protobuf's error depends on its version.
     reason = " ".join(str(error).split()) or type(error).__name__
     raise errors.CalmError(f"{path} is no ONNX graph: {reason}") from error
   for tensor in graph.initializer:
-    facts = {entry.key: entry.value for entry in tensor.external_data}
-    if not facts:
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    if not entries:
       continue
-    beside = path.parent / pathlib.PurePath(facts.get("location", "")).name
+    file = path.parent / pathlib.PurePath(entries.get("location", "")).name
     try:
-      end = int(facts.get("offset", 0)) + int(facts.get("length", 0))
+      end = int(entries.get("offset", 0)) + int(entries.get("length", 0))
     except ValueError as error:
-      raise errors.CalmError(f"{path}: {tensor.name} lies nowhere: {error}") from error
-    if not beside.is_file() or beside.stat().st_size < end:
-      raise errors.CalmError(f"{path}: {tensor.name} lies in {beside}, which is missing or short")
+      raise errors.CalmError(f"{path}: {tensor.name} has no valid place: {error}") from error
+    if not file.is_file() or file.stat().st_size < end:
+      raise errors.CalmError(f"{path}: {tensor.name} is in {file}, which is missing or short")

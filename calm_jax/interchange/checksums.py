@@ -1,4 +1,4 @@
-"""SHA256SUMS: what the files of an exported folder were when it was written, as sha256sum(1)."""
+"""SHA256SUMS: the checksums of the files of an exported folder, in the format of sha256sum(1)."""
 
 import fnmatch
 import pathlib
@@ -13,7 +13,7 @@ _LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 
 
 def write(folder: pathlib.Path) -> None:
-  """Writes the sums of all files in a folder and those inside; all are on the disk then.
+  """Writes the sums of all files below a folder, and flushes all of them to disk.
 
   Raises:
     CalmError: if a file can't be read or the sums can't be written.
@@ -28,10 +28,10 @@ def write(folder: pathlib.Path) -> None:
 
 
 def read(folder: pathlib.Path) -> dict[str, str]:
-  """Returns the sums of a folder by the name of the file, empty where it carries none.
+  """Returns file name -> sum of a folder, {} if it has no sums.
 
   Raises:
-    CalmError: if they can't be read, or name a file outside the folder.
+    CalmError: if the sums can't be read, or name a file outside the folder.
   """
   path = folder / NAME
   if not path.exists():
@@ -39,30 +39,31 @@ def read(folder: pathlib.Path) -> dict[str, str]:
   try:
     lines = files.read(path).decode().splitlines()
   except UnicodeDecodeError as error:
-    raise errors.CalmError(f"{path} is no text: {error}; {_ADVICE}") from error
-  found = {}
+    raise errors.CalmError(f"{path} is not text: {error}; {_ADVICE}") from error
+  sums = {}
   for number, line in enumerate(lines, start=1):
     match = _LINE.fullmatch(line)
     if not match:
-      raise errors.CalmError(f"{path}, line {number}: no line that sha256sum writes; {_ADVICE}")
+      raise errors.CalmError(f"{path}, line {number}: not a line of sha256sum; {_ADVICE}")
     name = match[2]
     if name.startswith("/") or ".." in pathlib.PurePosixPath(name).parts or not name.isprintable():
       raise errors.CalmError(f"{path}, line {number}: names a file outside its folder: {name!r}")
-    found[name] = match[1]
-  if not found:
+    sums[name] = match[1]
+  if not sums:
     raise errors.CalmError(f"{path} names no file; {_ADVICE}")
-  return found
+  return sums
 
 
 def check(folder: pathlib.Path, used: Iterable[str] = ()) -> int:
-  """Returns how many files are what they were when the folder was written; 0 without sums.
+  """Checks the files of a folder against its sums; returns their number, 0 without sums.
 
   Args:
-    used: patterns of names of files in the folder that must have a sum, where they are
-      there. Others may lie beside: notes, what git keeps.
+    folder: the folder.
+    used: patterns of file names; matching files in the folder must have a sum. Other files
+      without a sum, such as notes or those of git, are ignored.
 
   Raises:
-    CalmError: for the first file that is missing, changed, or used without a sum.
+    CalmError: at the first file that is missing, changed, or used without a sum.
   """
   sums = read(folder)
   if not sums:
@@ -71,17 +72,17 @@ def check(folder: pathlib.Path, used: Iterable[str] = ()) -> int:
     path = folder / name
     if not path.exists():
       raise errors.CalmError(f"{path} is missing: {NAME} names it; {_ADVICE}")
-    found = files.digest(path)
-    if found != expected:
+    actual = files.digest(path)
+    if actual != expected:
       raise errors.CalmError(
-        f"{path} is not the file that was written: its SHA-256 begins with {found[:8]}, in {NAME} "
+        f"{path} is not the file that was written: its SHA-256 begins with {actual[:8]}, in {NAME} "
         f"with {expected[:8]}; {_ADVICE}"
       )
   for path in sorted(folder.iterdir()):
     if path.name not in sums and any(fnmatch.fnmatchcase(path.name, p) for p in used):
-      raise errors.CalmError(f"{path} has no line in {NAME}: take it away; {_OWN_CHANGE}")
+      raise errors.CalmError(f"{path} has no line in {NAME}: remove it; {_OWN_CHANGE}")
   return len(sums)
 
 
-_OWN_CHANGE = f"if you made the change, delete {NAME} or write it anew with sha256sum"
+_OWN_CHANGE = f"if you made the change, delete {NAME} or rewrite it with sha256sum"
 _ADVICE = f"fetch or convert the folder again; {_OWN_CHANGE}"

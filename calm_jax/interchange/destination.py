@@ -1,4 +1,4 @@
-"""Where an exported folder is written: beside its place, and moved there whole."""
+"""Writes an exported folder next to its destination and renames it when it is complete."""
 
 import contextlib
 import fcntl
@@ -10,25 +10,25 @@ from collections.abc import Iterator
 
 from calm_jax import errors, files, interrupts
 
-# In a folder being written; whoever writes it holds it locked, and a dead process holds nothing.
+# A file in a folder that is being written. The writer holds a lock on it, which ends with it.
 _LOCK = "calm_jax.lock"
 _TRIES, _PAUSE_SECONDS = 20, 0.1
 
 
 def require_local(path: str) -> None:
-  """Raises CalmError for a bucket's URL: folders of other frameworks are files here."""
+  """Raises CalmError for a bucket's URL: folders of other frameworks must be local."""
   if not files.is_local(path):
     raise errors.CalmError(f"{path} is no local folder: convert on a disk, then copy")
 
 
 @contextlib.contextmanager
 def new_folder(output: str) -> Iterator[pathlib.Path]:
-  """Gives a folder to write into that becomes `output` at the end, if nothing went wrong.
+  """A context that yields a folder to write into, which becomes `output` on success.
 
-  What processes that were killed left of the same output is removed first.
+  First removes what killed processes left of the same output.
 
   Raises:
-    CalmError: if `output` is there already or can't be written.
+    CalmError: if `output` exists already or can't be written.
   """
   require_local(output)
   target = pathlib.Path(output)
@@ -37,7 +37,7 @@ def new_folder(output: str) -> Iterator[pathlib.Path]:
       raise errors.CalmError(f"{output} exists already: give a new --output")
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_left(target)
-    with _held(target) as place:
+    with _locked_folder(target) as place:
       partial = place / target.name
       partial.mkdir()
       yield partial
@@ -48,48 +48,49 @@ def new_folder(output: str) -> Iterator[pathlib.Path]:
 
 
 def _prefix(target: pathlib.Path) -> str:
+  """Returns how the names of unfinished folders of `target` begin."""
   return f".{target.name}."
 
 
 @contextlib.contextmanager
-def _held(target: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Gives a new folder beside `target`, locked as long as this process lives; gone at the end."""
+def _locked_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A context that yields a new folder next to `target`, locked, and removes it at the end."""
   place = pathlib.Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
   try:
     own = place / f"{_LOCK}.new"
     with own.open("w") as lock, interrupts.first(lambda: _remove(place)):
-      with contextlib.suppress(OSError):  # A file system without locks: nothing is removed there.
+      with contextlib.suppress(OSError):  # Without file locks, other runs remove nothing.
         fcntl.flock(lock, fcntl.LOCK_EX)
-      own.rename(place / _LOCK)  # Never seen unlocked.
+      own.rename(place / _LOCK)  # So that nobody sees the file without its lock.
       yield place
   finally:
     _remove(place)
 
 
 def _remove(place: pathlib.Path) -> None:
-  """Removes a folder with a lock; where that is not all removed, it stays for the next run."""
+  """Removes a locked folder; if some of it can't be removed, the next run tries again."""
   for _ in range(_TRIES):
-    with contextlib.suppress(FileNotFoundError):  # Removed already.
+    with contextlib.suppress(FileNotFoundError):  # Another process removed it.
       for path in place.iterdir():
         if path.is_dir():
           shutil.rmtree(path, ignore_errors=True)
         elif path.name != _LOCK:
           path.unlink()
       if any(path.name != _LOCK for path in place.iterdir()):
-        time.sleep(_PAUSE_SECONDS)  # After Ctrl-C threads that save may still be writing.
+        time.sleep(_PAUSE_SECONDS)  # After Ctrl-C, threads may still be writing.
         continue
       shutil.rmtree(place, ignore_errors=True)
     return
 
 
 def _remove_left(target: pathlib.Path) -> None:
-  """Removes folders that were to become `target` and whose process has ended."""
+  """Removes unfinished folders of `target` whose process has ended."""
   for place in target.parent.iterdir():
     if not place.name.startswith(_prefix(target)):
       continue
     try:
       with (place / _LOCK).open("r+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # None of ours, or held by a process that is alive.
+    except OSError:  # Not one of ours, or its process is alive.
       continue
     _remove(place)

@@ -1,8 +1,9 @@
-"""Our settings -> config.json, with the names that the reference and Hugging Face use."""
+"""Our settings -> config.json, under the names of the reference and of Hugging Face."""
 
 from typing import Any
 
-from calm_jax import config, workdir
+from calm_jax import config
+from calm_jax.training import trained as trained_lib
 
 _COMMON = {
   "hidden_act": "silu",
@@ -14,7 +15,7 @@ _COMMON = {
 }
 
 
-def autoencoder(trained: workdir.TrainedAutoencoder) -> dict[str, Any]:
+def autoencoder(trained: trained_lib.Trained) -> dict[str, Any]:
   """Returns the reference's config.json of an autoencoder."""
   sizes, loss = trained.run.model, trained.run.loss
   return {
@@ -35,7 +36,7 @@ def autoencoder(trained: workdir.TrainedAutoencoder) -> dict[str, Any]:
 
 
 def transformer(sizes: config.Transformer) -> dict[str, Any]:
-  """Returns the part of config.json on the Llama layers."""
+  """Returns the entries of config.json on the Llama layers."""
   return {
     "hidden_size": sizes.width,
     "intermediate_size": sizes.ffn,
@@ -48,18 +49,18 @@ def transformer(sizes: config.Transformer) -> dict[str, Any]:
   }
 
 
-def calm(trained: workdir.TrainedCalm) -> dict[str, Any]:
+def calm(trained: trained_lib.Trained) -> dict[str, Any]:
   """Returns the reference's config.json of a language model, without the autoencoder's path."""
-  run, codec = trained.run, trained.autoencoder.run.model
+  run, inner = trained.run, trained.model.sizes
   return {
     "num_samples": run.loss.samples,
     "beta": run.loss.alpha,
-    "patch_size": codec.patch_size,
-    "latent_size": codec.latent,
+    "patch_size": inner.patch_size,
+    "latent_size": inner.latent,
     "vocab_size": trained.origin.vocab_size,
     "noise_size": run.head.noise,
     "num_mlp_layers": run.head.blocks,
-    "max_position_embeddings": run.data.context // codec.patch_size,
+    "max_position_embeddings": run.data.context // inner.patch_size,
     "eos_token_id": trained.origin.eos_id,
     **transformer(run.model),
   }

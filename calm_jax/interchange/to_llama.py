@@ -1,9 +1,7 @@
 """A workdir of the baseline -> a folder that transformers loads as LlamaForCausalLM."""
 
-import pathlib
-
-from calm_jax import files, workdir
-from calm_jax.interchange import companions, names, settings, tensors
+from calm_jax import files
+from calm_jax.interchange import export, names, settings, tensors
 
 _USE = """```python
 from transformers import AutoModelForCausalLM
@@ -12,10 +10,9 @@ model = AutoModelForCausalLM.from_pretrained(FOLDER)
 ```"""
 
 
-def write(
-  trained: workdir.TrainedTransformer, folder: pathlib.Path, source: str, output: str
-) -> None:
-  """Writes the folder."""
+def write(request: export.Export) -> str:
+  """Writes the folder; see `export.Writer`."""
+  trained, folder = request.trained, request.folder
   run, eos = trained.run, trained.origin.eos_id
   tensors.write_folder(folder, names.outgoing(trained.params, names.transformer(run.model)))
   values = {
@@ -29,4 +26,4 @@ def write(
   }
   files.write(folder / "config.json", files.to_json(values))
   files.write(folder / "generation_config.json", files.to_json({"eos_token_id": eos}))
-  companions.write(folder, trained, source, _USE)
+  return _USE

@@ -1,6 +1,7 @@
 """A workdir -> ONNX graphs, by PyTorch's exporter from the module that our torch folders carry."""
 
 import contextlib
+import dataclasses
 import importlib.resources
 import importlib.util
 import logging
@@ -9,8 +10,9 @@ import tempfile
 import warnings
 from typing import Any
 
-from calm_jax import errors, files, workdir
-from calm_jax.interchange import companions, to_torch
+from calm_jax import errors, files
+from calm_jax.interchange import export, to_torch
+from calm_jax.training import trained as trained_lib
 
 OPSET = 18
 
@@ -25,23 +27,25 @@ def _require_packages() -> None:
     raise errors.CalmError(f"--format=onnx needs {' and '.join(missing)}: pip install -e '.[onnx]'")
 
 
-def _open(write, trained: workdir.Trained, source: str) -> Any:
-  """Returns the model in torch, through the folder that PyTorch users get."""
+def _open(write: export.Writer, request: export.Export, kind: str) -> Any:
+  """Returns the model in torch, through the folder that PyTorch users get.
+
+  Args:
+    kind: its class in our module for PyTorch.
+  """
   import torch
   import transformers
 
   code = importlib.resources.files("calm_jax.interchange") / f"torch_module/{to_torch.MODULE}.py"
   with tempfile.TemporaryDirectory() as folder, importlib.resources.as_file(code) as path:
-    write(trained, pathlib.Path(folder), source, folder)
+    write(dataclasses.replace(request, folder=pathlib.Path(folder), output=folder))
     spec = importlib.util.spec_from_file_location(to_torch.MODULE, path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    is_calm = isinstance(trained, workdir.TrainedCalm)
-    kind = module.CalmModel if is_calm else module.CalmAutoencoder
     with _quiet():
       transformers.utils.logging.disable_progress_bar()
-      return kind.from_pretrained(folder, dtype=torch.float32).eval()
+      return getattr(module, kind).from_pretrained(folder, dtype=torch.float32).eval()
 
 
 @contextlib.contextmanager
@@ -83,7 +87,7 @@ def _export(folder: pathlib.Path, name: str, module, inputs: dict, outputs: list
     program.save(folder / f"{name}.onnx", external_data=True)
 
 
-def _export_codec(folder: pathlib.Path, model, sizes) -> None:
+def _export_autoencoder(folder: pathlib.Path, model, sizes) -> None:
   import torch
 
   class Encode(torch.nn.Module):
@@ -112,10 +116,10 @@ def _export_codec(folder: pathlib.Path, model, sizes) -> None:
   _export(folder, "decode", Decode(), {"latents": (latents, {0: "batch"})}, ["token_logits"])
 
 
-def _export_step(folder: pathlib.Path, model, trained: workdir.TrainedCalm) -> None:
+def _export_step(folder: pathlib.Path, model, trained: trained_lib.Trained) -> None:
   import torch
 
-  sizes, codec = trained.run.model, trained.autoencoder.run.model
+  sizes, inner = trained.run.model, trained.model.sizes
   reads_latents = sizes.reads_latents
 
   class Past:
@@ -148,12 +152,12 @@ def _export_step(folder: pathlib.Path, model, trained: workdir.TrainedCalm) -> N
   head = trained.model.head
   batch, patches, candidates = 2, 3, 4
   inputs: dict[str, Any] = {
-    "tokens": (torch.zeros((batch, codec.patch_size), dtype=torch.int64), {0: "batch"}),
+    "tokens": (torch.zeros((batch, inner.patch_size), dtype=torch.int64), {0: "batch"}),
     "position": (torch.tensor(5.0), {}),
     "noise": (torch.zeros((candidates, batch, *head.noise_shape)), {0: "candidates", 1: "batch"}),
   }
   if reads_latents:
-    inputs["latents"] = (torch.zeros((batch, codec.latent)), {0: "batch"})
+    inputs["latents"] = (torch.zeros((batch, inner.latent)), {0: "batch"})
   shape = (batch, sizes.kv_heads, patches, sizes.width // sizes.heads)
   names = [f"{kind}_{i}" for i in range(sizes.layers) for kind in ("key", "value")]
   for name in names:
@@ -162,53 +166,50 @@ def _export_step(folder: pathlib.Path, model, trained: workdir.TrainedCalm) -> N
   _export(folder, "next_patch", NextPatch(), inputs, outputs)
 
 
-def write_autoencoder(
-  trained: workdir.TrainedAutoencoder, folder: pathlib.Path, source: str, output: str
-) -> None:
-  """Writes encode and decode; CalmError if a package that takes is missing."""
+def write_autoencoder(request: export.Export) -> str:
+  """Writes encode and decode; CalmError if a package that this needs is missing."""
   _require_packages()
-  model = _open(to_torch.write_autoencoder, trained, source)
-  _export_codec(folder, model, trained.run.model)
-  files.write(folder / "config.json", files.to_json({"opset": OPSET}))
-  companions.write(folder, trained, source, f"{_USE}```\n")
+  model = _open(to_torch.write_autoencoder, request, "CalmAutoencoder")
+  _export_autoencoder(request.folder, model, request.trained.run.model)
+  files.write(request.folder / "config.json", files.to_json({"opset": OPSET}))
+  return f"{_USE}```\n"
 
 
-def write_calm(
-  trained: workdir.TrainedCalm, folder: pathlib.Path, source: str, output: str
-) -> None:
+def write_calm(request: export.Export) -> str:
   """Writes encode, decode and next_patch.
 
   Raises:
-    CalmError: if a package that takes is missing, and for a diffusion head: the
-      exporter writes a loop out, and 100 steps took minutes for a toy model.
+    CalmError: if a package that takes is missing, and for a head that has an
+      `onnx_obstacle`, as a long loop: 100 steps took minutes for a toy model.
   """
-  if trained.run.head.kind == "diffusion":
+  trained, folder = request.trained, request.folder
+  obstacle = trained.model.head.onnx_obstacle
+  if obstacle:
     raise errors.CalmError(
-      "--format=onnx is not for diffusion heads, whose sampling loop the exporter would write out "
-      "step by step: use --format=stablehlo or --format=torch"
+      f"--format=onnx is not for {trained.run.head.kind} heads, {obstacle}: use "
+      "--format=stablehlo or --format=torch"
     )
   _require_packages()
-  model = _open(to_torch.write_calm, trained, source)
-  codec, sizes = trained.autoencoder.run.model, trained.run.model
-  _export_codec(folder, model.ae_model, codec)
+  model = _open(to_torch.write_calm, request, "CalmModel")
+  inner, sizes = trained.model.sizes, trained.run.model
+  _export_autoencoder(folder, model.ae_model, inner)
   _export_step(folder, model, trained)
   facts = {
     "opset": OPSET,
-    "patch_size": codec.patch_size,
-    "latent_size": codec.latent,
+    "patch_size": inner.patch_size,
+    "latent_size": inner.latent,
     "head": trained.run.head.kind,
     "noise_shape": list(trained.model.head.noise_shape),
     "input": sizes.input,
     "layers": sizes.layers,
     "past_shape": ["batch", sizes.kv_heads, "past", sizes.width // sizes.heads],
-    "window_patches": trained.run.data.context // codec.patch_size - 1,
+    "window_patches": trained.run.data.context // inner.patch_size - 1,
   }
   files.write(folder / "config.json", files.to_json(facts))
   latents = ' | {"latents": mean}' if sizes.reads_latents else ""
-  companions.write(folder, trained, source, _USE + _STEP.replace("LATENTS", latents))
+  step = _STEP.replace("LATENTS", latents).replace("NOISE", trained.model.head.noise_law)
+  return _USE + step
 
-
-WRITERS = {"autoencoder": write_autoencoder, "calm": write_calm}
 
 _USE = """ONNX graphs, float32, of any batch size; each `.onnx` file goes with its `.onnx.data`.
 
@@ -238,6 +239,5 @@ candidates, latents, *present = next_patch.run(None, step | pastLATENTS)
 past = dict(zip(past, present))  # For the next call, at position 1.
 ```
 
-`noise` is [candidates, batch, *noise_shape], see config.json: for an energy head uniform in
-[-0.5, 0.5), for the others standard normal. Cut `past` to the last `window_patches`, as many as an
-example showed the model in training."""
+`noise` is [candidates, batch, *noise_shape], see config.json: NOISE. Cut `past`
+to the last `window_patches`, as many as an example showed the model in training."""

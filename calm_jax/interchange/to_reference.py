@@ -2,18 +2,10 @@
 
 import dataclasses
 import os
-import pathlib
 
-from calm_jax import errors, files, workdir
-from calm_jax.interchange import (
-  checksums,
-  companions,
-  names,
-  reading,
-  settings,
-  tensors,
-  to_llama,
-)
+from calm_jax import errors, files
+from calm_jax.interchange import export, names, reading, settings, tensors
+from calm_jax.training import trained as trained_lib
 
 
 def _twice(outgoing: list[tensors.Outgoing], prefix: str = "") -> list[tensors.Outgoing]:
@@ -26,53 +18,42 @@ def _twice(outgoing: list[tensors.Outgoing], prefix: str = "") -> list[tensors.O
   return [dataclasses.replace(held, name=copy), *outgoing]
 
 
-def calm_tensors(trained: workdir.TrainedCalm) -> list[tensors.Outgoing]:
+def calm_tensors(trained: trained_lib.Trained) -> list[tensors.Outgoing]:
   """Returns a language model's tensors with its autoencoder's among them."""
-  codec = trained.autoencoder
-  inside = names.autoencoder(codec.run.model, reading.AUTOENCODER_PREFIX)
-  return names.outgoing(codec.params, inside) + names.outgoing(
+  autoencoder = trained.parents["autoencoder"]
+  inside = names.autoencoder(autoencoder.run.model, reading.AUTOENCODER_PREFIX)
+  return names.outgoing(autoencoder.params, inside) + names.outgoing(
     trained.params, names.calm(trained.run.model, trained.run.head)
   )
 
 
-def write_autoencoder(
-  trained: workdir.TrainedAutoencoder, folder: pathlib.Path, source: str, output: str
-) -> None:
-  """Writes an autoencoder's folder."""
+def write_autoencoder(request: export.Export) -> str:
+  """Writes an autoencoder's folder; see `export.Writer`."""
+  trained, folder = request.trained, request.folder
   outgoing = names.outgoing(trained.params, names.autoencoder(trained.run.model))
   tensors.write_folder(folder, _twice(outgoing))
   files.write(folder / "config.json", files.to_json(settings.autoencoder(trained)))
-  companions.write(folder, trained, source, _AUTOENCODER_USE)
+  return _AUTOENCODER_USE
 
 
-def write_calm(
-  trained: workdir.TrainedCalm, folder: pathlib.Path, source: str, output: str
-) -> None:
+def write_calm(request: export.Export) -> str:
   """Writes a language model's folder with its autoencoder's inside.
 
   Raises:
     CalmError: for a model that the reference can't express.
   """
+  trained, folder = request.trained, request.folder
   if trained.run.model.input != "discrete":
     raise errors.CalmError(
       f"the reference has no model with input={trained.run.model.input}: use --format=torch"
     )
-  inner = folder / workdir.AUTOENCODER
-  inner.mkdir()
-  write_autoencoder(trained.autoencoder, inner, str(pathlib.Path(source) / workdir.AUTOENCODER), "")
-  checksums.write(inner)  # It is a folder by itself, too.
+  request.parent("autoencoder")
   tensors.write_folder(folder, _twice(calm_tensors(trained), reading.AUTOENCODER_PREFIX))
-  place = os.path.join(os.path.abspath(output), workdir.AUTOENCODER)
+  place = os.path.join(os.path.abspath(request.output), "autoencoder")
   values = {"model_type": "", "ae_path": place, **settings.calm(trained)}
   files.write(folder / "config.json", files.to_json(values))
-  companions.write(folder, trained, source, _CALM_USE)
+  return _CALM_USE
 
-
-WRITERS = {
-  "autoencoder": write_autoencoder,
-  "calm": write_calm,
-  "transformer": to_llama.write,
-}
 
 _AUTOENCODER_USE = """The folder is in the layout of the CALM reference implementation, whose
 autoencoder class loads it."""

@@ -4,7 +4,6 @@ Each is a function of the weights, which lie beside it in safetensors under our 
 names, and of arrays of any batch size. One artefact serves CPU, CUDA and TPU.
 """
 
-import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,9 +14,11 @@ from flax import traverse_util
 from jax import export
 from jax import numpy as jnp
 
-from calm_jax import files, workdir
-from calm_jax.interchange import companions, tensors
-from calm_jax.models import autoencoder, calm, layers, memory
+from calm_jax import files
+from calm_jax.interchange import export as formats
+from calm_jax.interchange import tensors
+from calm_jax.models import autoencoder, layers, memory
+from calm_jax.training import trained as trained_lib
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 Shapes = tuple[Any, ...]
@@ -52,19 +53,19 @@ def _float(*shape) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def _codec_functions(codec: autoencoder.Autoencoder, prefix: str) -> dict[str, Any]:
+def _autoencoder_functions(model: autoencoder.Autoencoder, prefix: str) -> dict[str, Any]:
   """Returns encode and decode; `prefix` is that of the autoencoder's weights."""
-  sizes, (b,) = codec.sizes, export.symbolic_shape("b")
+  sizes, (b,) = model.sizes, export.symbolic_shape("b")
 
   def params(weights):
     own = {k.removeprefix(prefix): x for k, x in weights.items() if k.startswith(prefix)}
     return traverse_util.unflatten_dict(own, sep="/")
 
   def encode(weights, token_BK):
-    return layers.apply(codec, params(weights), token_BK, method="encode")
+    return layers.apply(model, params(weights), token_BK, method="encode")
 
   def decode(weights, z_BZ):
-    return layers.apply(codec, params(weights), z_BZ, method="decode")
+    return layers.apply(model, params(weights), z_BZ, method="decode")
 
   return {
     "encode": (encode, (_int(b, sizes.patch_size),)),
@@ -72,13 +73,10 @@ def _codec_functions(codec: autoencoder.Autoencoder, prefix: str) -> dict[str, A
   }
 
 
-def _model_functions(trained: workdir.TrainedCalm, window: int) -> dict[str, Any]:
-  """Returns begin and next_patch of a language model that computes in float32."""
-  codec = trained.autoencoder.module("float32")
-  training = dataclasses.replace(trained.run.training, compute_dtype="float32")
-  run = dataclasses.replace(trained.run, training=training)
-  model = calm.Calm.build(run, codec, trained.origin.vocab_size)
-  size, latent = codec.sizes.patch_size, codec.sizes.latent
+def _model_functions(trained: trained_lib.Trained, window: int) -> dict[str, Any]:
+  """Returns begin and next_patch of a language model."""
+  model, autoencoder_model = trained.model, trained.parents["autoencoder"].model
+  size, latent = model.sizes.patch_size, model.sizes.latent
   b, n = export.symbolic_shape("b, n")
 
   def begin(weights, token_BK):
@@ -94,13 +92,13 @@ def _model_functions(trained: workdir.TrainedCalm, window: int) -> dict[str, Any
     hidden_B1D, after = model.hidden(tree, token_BK[:, None], latent_B1Z, _cache(state))
     assert isinstance(after, memory.Cache)
     sample_NBZ = model.samples(tree, hidden_B1D[:, 0], noise)
-    logits_NBKV = layers.apply(codec, tree["autoencoder"], sample_NBZ, method="decode")
+    logits_NBKV = layers.apply(autoencoder_model, tree["autoencoder"], sample_NBZ, method="decode")
     token_NBK = jnp.argmax(logits_NBKV, axis=-1).astype(jnp.int32)
     return token_NBK, sample_NBZ, _plain(after)
 
   weights = _abstract(_calm_weights(trained))
   state = jax.eval_shape(begin, weights, _int(b, size))
-  latents = (_float(b, latent),) if run.model.reads_latents else ()
+  latents = (_float(b, latent),) if trained.run.model.reads_latents else ()
   noise = _float(n, b, *model.head.noise_shape)
   return {
     "begin": (begin, (_int(b, size),)),
@@ -120,48 +118,46 @@ def _cache(state: dict[str, Any]) -> memory.Cache:
   return memory.Cache(held, state["position_W"], state["next_position"])
 
 
-def _calm_weights(trained: workdir.TrainedCalm) -> dict[str, Any]:
-  tree = {**trained.params, "autoencoder": trained.autoencoder.params}
+def _calm_weights(trained: trained_lib.Trained) -> dict[str, Any]:
+  tree = {**trained.params, "autoencoder": trained.parents["autoencoder"].params}
   return traverse_util.flatten_dict(tree, sep="/")
 
 
-def write_autoencoder(
-  trained: workdir.TrainedAutoencoder, folder: pathlib.Path, source: str, output: str
-) -> None:
-  """Writes encode and decode."""
-  codec = trained.module("float32")
-  facts = {
-    "patch_size": codec.sizes.patch_size,
-    "latent_size": codec.sizes.latent,
-    "vocab_size": codec.vocab_size,
+def _facts(model: autoencoder.Autoencoder) -> dict[str, Any]:
+  return {
+    "patch_size": model.sizes.patch_size,
+    "latent_size": model.sizes.latent,
+    "vocab_size": model.vocab_size,
   }
+
+
+def write_autoencoder(request: formats.Export) -> str:
+  """Writes encode and decode; see `export.Writer`."""
+  trained = request.trained
   weights = traverse_util.flatten_dict(trained.params, sep="/")
-  _write(folder, _codec_functions(codec, ""), weights, facts)
-  companions.write(folder, trained, source, f"{_USE}```")
+  functions = _autoencoder_functions(trained.model, "")
+  _write(request.folder, functions, weights, _facts(trained.model))
+  return f"{_USE}```"
 
 
-def write_calm(
-  trained: workdir.TrainedCalm, folder: pathlib.Path, source: str, output: str
-) -> None:
+def write_calm(request: formats.Export) -> str:
   """Writes encode, decode, begin and next_patch."""
-  codec, run = trained.autoencoder.module("float32"), trained.run
-  window = run.data.context // codec.sizes.patch_size - 1  # As many as training showed.
-  functions = _codec_functions(codec, "autoencoder/") | _model_functions(trained, window)
+  trained, run = request.trained, request.trained.run
+  model = trained.parents["autoencoder"].model
+  window = run.data.context // model.sizes.patch_size - 1  # As many as training showed.
+  functions = _autoencoder_functions(model, "autoencoder/") | _model_functions(trained, window)
   facts = {
-    "patch_size": codec.sizes.patch_size,
-    "latent_size": codec.sizes.latent,
-    "vocab_size": codec.vocab_size,
+    **_facts(model),
     "window_patches": window,
     "head": run.head.kind,
     "noise_shape": list(trained.model.head.noise_shape),
     "input": run.model.input,
   }
-  _write(folder, functions, _calm_weights(trained), facts)
+  _write(request.folder, functions, _calm_weights(trained), facts)
   example = _CONTINUOUS_EXAMPLE if run.model.reads_latents else _EXAMPLE
-  companions.write(folder, trained, source, _USE + _CALM_CODE.replace("STEP", example) + _NOTE)
+  note = _NOTE.replace("NOISE", trained.model.head.noise_law)
+  return _USE + _CALM_CODE.replace("STEP", example) + note
 
-
-WRITERS = {"autoencoder": write_autoencoder, "calm": write_calm}
 
 _USE = """Functions for `jax.export`, for CPU, CUDA and TPU, at any batch size. They run with jax,
 flatbuffers and safetensors, without calm_jax:
@@ -198,7 +194,6 @@ _EXAMPLE = "candidates, latents, state = next_patch(weights, state, tokens, nois
 _CONTINUOUS_EXAMPLE = "candidates, latents, state = next_patch(weights, state, tokens, mean, noise)"
 _NOTE = """```
 
-`noise` is [candidates, batch, *noise_shape], see config.json: for an energy head uniform in
-[-0.5, 0.5), for the others standard normal. Candidates are int32 [candidates, batch, K], the
-latents they were decoded from [candidates, batch, latent]. JAX promises to read such files for six
-months."""
+`noise` is [candidates, batch, *noise_shape], see config.json: NOISE. Candidates
+are int32 [candidates, batch, K], the latents they were decoded from [candidates, batch, latent].
+JAX promises to read such files for six months."""

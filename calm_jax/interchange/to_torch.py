@@ -4,10 +4,9 @@ Tensors have the reference's names; torch_module/ holds the code that goes along
 """
 
 import importlib.resources
-import pathlib
 
-from calm_jax import files, workdir
-from calm_jax.interchange import companions, names, settings, tensors, to_reference
+from calm_jax import files
+from calm_jax.interchange import export, names, settings, tensors, to_reference
 
 MODULE = "modeling_calm"
 
@@ -30,32 +29,29 @@ def _auto(kind: str) -> dict[str, str]:
   return {"AutoConfig": f"{MODULE}.Calm{kind}Config", "AutoModel": f"{MODULE}.{model}"}
 
 
-def _write(folder: pathlib.Path, values: dict, trained: workdir.Trained, source: str, use: str):
+def _write(request: export.Export, values: dict) -> None:
   code = importlib.resources.files("calm_jax.interchange") / f"torch_module/{MODULE}.py"
-  files.write(folder / f"{MODULE}.py", code.read_text(encoding="utf-8"))
-  files.write(folder / "config.json", files.to_json(values))
-  companions.write(folder, trained, source, use)
+  files.write(request.folder / f"{MODULE}.py", code.read_text(encoding="utf-8"))
+  files.write(request.folder / "config.json", files.to_json(values))
 
 
-def write_autoencoder(
-  trained: workdir.TrainedAutoencoder, folder: pathlib.Path, source: str, output: str
-) -> None:
-  """Writes an autoencoder's folder."""
+def write_autoencoder(request: export.Export) -> str:
+  """Writes an autoencoder's folder; see `export.Writer`."""
+  trained, folder = request.trained, request.folder
   tensors.write_folder(folder, names.outgoing(trained.params, names.autoencoder(trained.run.model)))
   values = settings.autoencoder(trained) | {
     "model_type": "calm_autoencoder",
     "architectures": ["CalmAutoencoder"],
     "auto_map": _auto("Autoencoder"),
   }
-  _write(folder, values, trained, source, _AUTOENCODER_USE)
+  _write(request, values)
+  return _AUTOENCODER_USE
 
 
-def write_calm(
-  trained: workdir.TrainedCalm, folder: pathlib.Path, source: str, output: str
-) -> None:
+def write_calm(request: export.Export) -> str:
   """Writes a language model's folder, its autoencoder inside the same weights."""
-  run = trained.run
-  tensors.write_folder(folder, to_reference.calm_tensors(trained))
+  trained, run = request.trained, request.trained.run
+  tensors.write_folder(request.folder, to_reference.calm_tensors(trained))
   values = {
     **settings.calm(trained),
     "eos_token_id": trained.origin.eos_id if trained.origin.appends_eos else None,
@@ -64,11 +60,9 @@ def write_calm(
     "auto_map": _auto(""),
     "head": run.head.kind,
     "input": run.model.input,
-    "autoencoder": settings.autoencoder(trained.autoencoder),
+    "autoencoder": settings.autoencoder(trained.parents["autoencoder"]),
   }
   if run.head.steps:
     values["sampling_steps"] = run.head.steps
-  _write(folder, values, trained, source, _CALM_USE)
-
-
-WRITERS = {"autoencoder": write_autoencoder, "calm": write_calm}
+  _write(request, values)
+  return _CALM_USE

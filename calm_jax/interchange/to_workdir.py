@@ -1,15 +1,17 @@
-"""A folder of another framework -> a workdir: ready to evaluate, to write text, to start from."""
+"""A folder of another framework -> a workdir, to evaluate, generate from, or train further."""
 
 import pathlib
+from collections.abc import Callable
+from typing import Any
 
 from etils import epath
 
 from calm_jax import errors, files, workdir
 from calm_jax.data import tokenizer as tokenizer_lib
 from calm_jax.interchange import destination, reading
-from calm_jax.training import checkpoint, fingerprint
+from calm_jax.training import checkpoint, fingerprint, trained
 
-LEAST_SHARE = 0.9  # Of a table's rows that its tokenizer uses; others are padding.
+LEAST_SHARE = 0.9  # Least share of a token table that its tokenizer uses; the rest is padding.
 
 
 def write(
@@ -18,17 +20,23 @@ def write(
   autoencoder: str = "",
   tokenizer: str = "",
   allow_nonfinite: bool = False,
+  *,
+  run_of: Callable[[reading.Imported], Any],
 ) -> None:
   """Writes the model in the folder `source` as the workdir `output`.
 
+  On an error no folder is left.
+
   Args:
-    autoencoder: folder of a language model's autoencoder, where `source` has none.
-    tokenizer: file of the tokenizer, where `source` has none.
-    allow_nonfinite: take NaN and infinite weights.
+    source: the folder.
+    output: path of the new workdir.
+    autoencoder: folder of a language model's autoencoder, if `source` has none.
+    tokenizer: file of the tokenizer, if `source` has none.
+    allow_nonfinite: accept NaN and infinite weights.
+    run_of: returns the settings of a model as those of its stage.
 
   Raises:
-    CalmError: see `reading.read`; also for a tokenizer that is missing or has more
-      tokens than the model. No folder is left then.
+    CalmError: see `reading.read`; also if the tokenizer is missing or does not fit the model.
   """
   checkpoint.require_writable_name(output)
   folder = pathlib.Path(source)
@@ -38,37 +46,36 @@ def write(
   imported = reading.read(folder, autoencoder, allow_nonfinite)
   loaded = _tokenizer(folder, tokenizer, imported)
   with destination.new_folder(output) as partial:
-    codec = imported.autoencoder
-    if codec:
-      _write(str(partial / workdir.AUTOENCODER), codec, loaded)
-    _write(str(partial), imported, loaded)
+    for name, parent in imported.parents.items():
+      _write(str(partial / name), parent, run_of(parent), loaded)
+    _write(str(partial), imported, run_of(imported), loaded)
 
 
 def _tokenizer(
-  folder: pathlib.Path, given: str, imported: reading.Imported
+  folder: pathlib.Path, override: str, imported: reading.Imported
 ) -> tokenizer_lib.Tokenizer:
-  """Returns the given tokenizer, or the one in the folder."""
-  found = [str(folder / name) for name in reading.TOKENIZERS if (folder / name).exists()]
-  if not given and not found:
+  """Returns the tokenizer in the file `override`; if that is empty, the one in the folder."""
+  own = [str(folder / name) for name in reading.TOKENIZERS if (folder / name).exists()]
+  if not override and not own:
     raise errors.CalmError(
       f"{folder} holds no tokenizer ({' or '.join(reading.TOKENIZERS)}): give --tokenizer=FILE, "
       "the one that the model was trained with"
     )
-  path = given or found[0]
+  path = override or own[0]
   files.require_regular(path)
   try:
     loaded = tokenizer_lib.load(path)
   except errors.CalmError:
     if imported.eos_id is None:
       raise
-    loaded = tokenizer_lib.load(path, imported.eos_id)  # Its EOS has no well-known name.
+    loaded = tokenizer_lib.load(path, imported.eos_id)  # Its EOS may have an unusual name.
   if imported.eos_id is not None and not 0 <= imported.eos_id < loaded.vocab_size:
     raise errors.CalmError(
       f"{folder / 'config.json'} says eos_token_id = {imported.eos_id}, but {path} has "
-      f"{loaded.vocab_size} tokens: set the one that ends a text, or null"
+      f"{loaded.vocab_size} tokens: set it to the token that ends a text, or to null"
     )
-  for model in (imported, imported.autoencoder):
-    if model and model.vocab_size < loaded.vocab_size:
+  for model in (imported, *imported.parents.values()):
+    if model.vocab_size < loaded.vocab_size:
       raise errors.CalmError(
         f"{path} has {loaded.vocab_size} tokens, but the model's table has {model.vocab_size}: "
         "give --tokenizer=FILE, the one that the model was trained with"
@@ -81,17 +88,18 @@ def _tokenizer(
   return loaded
 
 
-def _write(target: str, imported: reading.Imported, tokenizer: tokenizer_lib.Tokenizer) -> None:
-  codec = imported.autoencoder
+def _write(
+  target: str, imported: reading.Imported, run: Any, tokenizer: tokenizer_lib.Tokenizer
+) -> None:
+  """Writes one model as the workdir `target`."""
   origin = workdir.Origin(
     tokenizer_file=epath.Path(tokenizer.path).name,
     tokenizer_hash=tokenizer.hash,
     store_hash="",
     vocab_size=imported.vocab_size,
     eos_id=tokenizer.eos_id,
-    appends_eos=imported.eos_id is not None,  # Where it is written, a text ends.
+    appends_eos=imported.eos_id is not None,  # So that generation ends at EOS.
     start_patch=(),
-    autoencoder_fingerprint=fingerprint.of(codec.params) if codec else "",
+    parents={name: fingerprint.of(parent.params) for name, parent in imported.parents.items()},
   )
-  path = epath.Path(tokenizer.path)
-  workdir.write_weights(target, imported.run, origin, imported.params, 0, path)
+  trained.write(target, run, origin, imported.params, 0, tokenizer.path)

@@ -1,1 +1,1 @@
-"""Patches -> latents -> hidden -> samples: pure linen modules, no losses, no meshes."""
+"""Patches -> latents -> hidden -> samples: Flax modules, and pure functions of their parameters."""

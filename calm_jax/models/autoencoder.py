@@ -1,5 +1,6 @@
 """Patches <-> latents: the near-lossless autoencoder of stage one."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,8 +22,8 @@ class Block(nn.Module):
   def __call__(self, x_E):
     y_E = layers.rms_norm("norm", self.dtype)(x_E)
     y_E = layers.SwiGLU(self.sizes.ffn, self.sizes.init, self.dtype, name="mlp")(y_E)
-    # Before the sum: a mesh of data, fsdp and tensor, in a loop, computed wrong products else.
-    return x_E + mesh.constrain_last(y_E, "position", *[None] * (y_E.ndim - 1))
+    # Before the sum: without this, XLA miscomputes data x fsdp x tensor meshes inside a scan.
+    return x_E + mesh.constrain(y_E, "position", *[None] * (y_E.ndim - 1))
 
 
 class Encoder(nn.Module):
@@ -36,22 +37,22 @@ class Encoder(nn.Module):
     sizes = self.sizes
     for i in range(sizes.encoder_layers // 2):
       x_KE = Block(sizes, self.dtype, name=f"token_block_{i}")(x_KE)
-      x_KE = mesh.constrain_last(x_KE, "position", None, None)
+      x_KE = mesh.constrain(x_KE, "position", None, None)
     x_E = x_KE.reshape(*x_KE.shape[:-2], sizes.patch_size * sizes.width)
     x_E = layers.linear("squeeze", sizes.width, sizes.init, self.dtype)(x_E)
     for i in range(sizes.encoder_layers // 2):
-      x_E = mesh.constrain_last(x_E, "position", None)
+      x_E = mesh.constrain(x_E, "position", None)
       x_E = Block(sizes, self.dtype, name=f"patch_block_{i}")(x_E)
-    x_E = mesh.constrain_last(x_E, "position", None)
+    x_E = mesh.constrain(x_E, "position", None)
     x_E = layers.rms_norm("norm", self.dtype)(x_E)
     posterior_2Z = layers.linear("posterior", 2 * sizes.latent, sizes.init, self.dtype)(x_E)
-    posterior_2Z = mesh.constrain_last(posterior_2Z, "position", None)
+    posterior_2Z = mesh.constrain(posterior_2Z, "position", None)
     mean_Z, log_std_Z = jnp.split(posterior_2Z.astype(jnp.float32), 2, axis=-1)
     return mean_Z, log_std_Z
 
 
 class Decoder(nn.Module):
-  """Latent [..., Z] -> normed features [..., K, E], to be read against the token table."""
+  """Latent [..., Z] -> normed features [..., K, E], to be multiplied by the token table."""
 
   sizes: config.Autoencoder
   dtype: jnp.dtype
@@ -61,21 +62,21 @@ class Decoder(nn.Module):
     sizes = self.sizes
     x_E = layers.linear("from_latent", sizes.width, sizes.init, self.dtype)(z_Z)
     for i in range(sizes.decoder_layers // 2):
-      x_E = mesh.constrain_last(x_E, "position", None)
+      x_E = mesh.constrain(x_E, "position", None)
       x_E = Block(sizes, self.dtype, name=f"patch_block_{i}")(x_E)
     x_KE = layers.linear("expand", sizes.patch_size * sizes.width, sizes.init, self.dtype)(x_E)
     x_KE = x_KE.reshape(*x_E.shape[:-1], sizes.patch_size, sizes.width)
     for i in range(sizes.decoder_layers // 2):
-      x_KE = mesh.constrain_last(x_KE, "position", None, None)
+      x_KE = mesh.constrain(x_KE, "position", None, None)
       x_KE = Block(sizes, self.dtype, name=f"token_block_{i}")(x_KE)
-    x_KE = mesh.constrain_last(x_KE, "position", None, None)
+    x_KE = mesh.constrain(x_KE, "position", None, None)
     return layers.rms_norm("norm", self.dtype)(x_KE)
 
 
 class Autoencoder(nn.Module):
-  """Encodes each patch of K tokens by itself into Z numbers, and back.
+  """Encodes each patch of K tokens, independently of others, into Z numbers, and decodes them.
 
-  One token table (V, E) serves as input embedding and output layer.
+  One token table [V, E] is both the input embedding and the output layer.
 
   Source: CALM (arXiv:2510.27688), section 3.
   """
@@ -95,21 +96,25 @@ class Autoencoder(nn.Module):
     self.decoder = Decoder(self.sizes, self.dtype)
 
   def encode(self, token_K: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the posterior of patches [..., K]: mean and log of the std, [..., Z] float32."""
-    x_KE = mesh.constrain_last(self.embed(token_K), "position", None, None)
+    """Returns the posterior of patches [..., K]: mean and log std, [..., Z] float32 each."""
+    x_KE = mesh.constrain(self.embed(token_K), "position", None, None)
     return self.encoder(x_KE)
 
   def features(self, z_Z: jax.Array) -> jax.Array:
-    """Returns what is read against the token table, [..., K, E] of each latent."""
+    """Returns features of latents [..., Z], to be multiplied by the token table: [..., K, E]."""
     return self.decoder(z_Z)
 
   def decode(self, z_Z: jax.Array) -> jax.Array:
-    """Returns the logits of the K tokens of each latent, [..., K, V] float32."""
+    """Returns the logits of the K tokens of latents [..., Z]: [..., K, V] float32."""
     return self.embed.attend(self.decoder(z_Z)).astype(jnp.float32)
 
   def __call__(self, token_K: jax.Array) -> jax.Array:
-    """Returns the logits at the posterior's mean; creates every parameter."""
+    """Returns the logits at the posterior mean; creates every parameter."""
     return self.decode(self.encode(token_K)[0])
+
+  def mapped(self, function: Callable[[Any], Any]) -> Any:
+    """Returns the model with `function` applied to each of its linen modules, itself."""
+    return function(self)
 
   def initial(self, key: jax.Array) -> Any:
     """Returns initial parameters, float32."""

@@ -28,9 +28,8 @@ class InputProjection(nn.Module):
 class Backbone(nn.Module):
   """Patches -> hidden states; the one at patch i predicts patch i + 1.
 
-  What a patch is to the Transformer is the setting `sizes.input`: its tokens,
-  embedded and projected (discrete), its latent through one Linear (continuous),
-  or the sum of the two.
+  `sizes.input` says what the Transformer reads of a patch: its tokens, embedded and
+  projected (discrete), its latent through one Linear (continuous), or the sum of both.
 
   Source: CALM (arXiv:2510.27688), section 4; the layers are Llama's.
   """
@@ -45,16 +44,15 @@ class Backbone(nn.Module):
     self,
     token_BPK: jax.Array,
     latent_BPZ: jax.Array | None = None,
-    known: memory.Memory | None = None,
+    cache: memory.Memory | None = None,
   ) -> tuple[jax.Array, memory.Memory | None]:
-    """Returns hidden states [B, P, D] and the memory with the P patches in it.
+    """Returns hidden states [B, P, D] and the cache with the P patches in it.
 
     Args:
-      token_BPK, latent_BPZ: the patches; latents may be None where the input is
-        discrete.
-      known: what came before; see `llama.Llama`.
+      token_BPK, latent_BPZ: the patches. Latents may be None if the input is discrete.
+      cache: earlier patches; see `llama.Llama`.
     """
-    sizes, x_BPD = self.sizes, []
+    sizes, inputs_BPD = self.sizes, []
     if sizes.reads_tokens:
       embed = nn.Embed(
         self.vocab_size,
@@ -64,9 +62,10 @@ class Backbone(nn.Module):
         name="embed",
       )
       x_BPKD = mesh.constrain(embed(token_BPK), "batch", "position", None, None)
-      x_BPD.append(InputProjection(sizes, self.dtype, name="input")(x_BPKD))
+      inputs_BPD.append(InputProjection(sizes, self.dtype, name="input")(x_BPKD))
     if sizes.reads_latents:
       assert latent_BPZ is not None
       latent_BPZ = mesh.constrain(latent_BPZ, "batch", "position", None)
-      x_BPD.append(layers.linear("latent_in", sizes.width, sizes.init, self.dtype)(latent_BPZ))
-    return llama.Llama(sizes, self.dtype, self.execution, name="llama")(sum(x_BPD), known)
+      latent_in = layers.linear("latent_in", sizes.width, sizes.init, self.dtype)
+      inputs_BPD.append(latent_in(latent_BPZ))
+    return llama.Llama(sizes, self.dtype, self.execution, name="llama")(sum(inputs_BPD), cache)

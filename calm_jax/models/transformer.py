@@ -1,5 +1,6 @@
-"""Tokens -> logits: the Transformer that CALM is compared with, an ordinary Llama."""
+"""Tokens -> logits: the Llama Transformer that CALM is compared with."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -36,11 +37,11 @@ class Transformer(nn.Module):
     )
 
   def hidden(
-    self, token_BS: jax.Array, known: memory.Memory | None = None
+    self, token_BS: jax.Array, cache: memory.Memory | None = None
   ) -> tuple[jax.Array, memory.Memory | None]:
-    """Returns hidden states [B, S, D] and the memory with the S tokens in it."""
+    """Returns hidden states [B, S, D] and the cache with the S tokens in it."""
     x_BSD = mesh.constrain(self.embed(token_BS), "batch", "position", None)
-    return self.llama(x_BSD, known)
+    return self.llama(x_BSD, cache)
 
   def logits(self, hidden_D: jax.Array) -> jax.Array:
     """Returns the logits of the next token, [..., V] float32."""
@@ -49,6 +50,10 @@ class Transformer(nn.Module):
   def __call__(self, token_BS: jax.Array) -> jax.Array:
     """Returns the logits at every token; creates every parameter."""
     return self.logits(self.hidden(token_BS)[0])
+
+  def mapped(self, function: Callable[[Any], Any]) -> Any:
+    """Returns the model with `function` applied to each of its linen modules, itself."""
+    return function(self)
 
   def initial(self, key: jax.Array) -> Any:
     """Returns initial parameters, float32."""

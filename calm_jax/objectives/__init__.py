@@ -1,1 +1,1 @@
-"""Samples -> numbers: losses and scores as pure functions."""
+"""Samples -> numbers: losses and scores as pure functions of arrays."""

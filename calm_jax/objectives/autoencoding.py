@@ -1,18 +1,26 @@
-"""Samples -> numbers: what stage one minimises and reports."""
+"""Posteriors -> draws and numbers: what stage one minimises and reports."""
 
 import jax
 from jax import numpy as jnp
 
 
+def posterior_draws(
+  key: jax.Array, mean_Z: jax.Array, log_std_Z: jax.Array, count: int
+) -> jax.Array:
+  """Returns `count` (M) draws z = mean + std · eps of posteriors [..., Z]: [M, ..., Z]."""
+  eps_MZ = jax.random.normal(key, (count, *mean_Z.shape))
+  return mean_Z[None] + jnp.exp(log_std_Z)[None] * eps_MZ
+
+
 def kl_to_standard_normal(mean_Z: jax.Array, log_std_Z: jax.Array) -> jax.Array:
-  """KL(N(mean, std²) ‖ N(0, 1)) of each dimension in nats, same shape; lower is nearer."""
+  """KL(N(mean, std²) ‖ N(0, 1)) per dimension, nats, same shape. Lower is closer to N(0, 1)."""
   return 0.5 * (jnp.square(mean_Z) + jnp.exp(2 * log_std_Z) - 1 - 2 * log_std_Z)
 
 
 def floored_kl(mean_Z: jax.Array, log_std_Z: jax.Array, floor: float) -> jax.Array:
-  """KL to N(0, I) in nats, each dimension raised to `floor`, summed over Z: [...].
+  """KL to N(0, I) in nats, each dimension at least `floor`, summed over Z: [...].
 
-  Lower is better. The gradient of a dimension below the floor is zero.
+  Lower is better. A dimension below the floor has no gradient.
 
   Source: CALM (arXiv:2510.27688), section 3.2 (KL clipping).
   """

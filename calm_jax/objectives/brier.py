@@ -1,16 +1,17 @@
 """Samples -> numbers: BrierLM, a likelihood-free score of a language model.
 
-All scores are in percent: higher is better, 100 is a deterministic model that
-is always right; a calibrated model's expectation is positive.
+All scores are in percent, higher is better: 100 is a deterministic model that is always
+right. The expected score of a calibrated model is positive.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from jax import numpy as jnp
 
-ORDERS = 4  # BrierLM multiplies the scores of n-grams, n = 1 to 4.
+ORDERS = 4  # BrierLM multiplies the scores of n-grams for n = 1 to 4.
 
 
 def accuracy(sample_NPK: jax.Array, target_PK: jax.Array) -> jax.Array:
@@ -19,65 +20,63 @@ def accuracy(sample_NPK: jax.Array, target_PK: jax.Array) -> jax.Array:
 
 
 def collision(sample_NPK: jax.Array) -> jax.Array:
-  """Share of pairs of different samples whose first n tokens are equal: [P, K] in [0, 1].
+  """Share of pairs of two samples whose first n tokens are equal, n = 1 to K: [P, K] in [0, 1].
 
   Raises:
-    ValueError: if N < 2, where there is no pair.
+    ValueError: if N < 2, where no pair exists.
   """
   count = sample_NPK.shape[0]
   if count < 2:
     raise ValueError(f"BrierLM needs N >= 2 samples, got {count}")
-  same_NNPK = _equal_so_far(sample_NPK[:, None], sample_NPK[None])
-  pairs_PK = jnp.sum(same_NNPK, axis=(0, 1)) - count  # Without each sample's pair with itself.
+  equal_NNPK = _equal_so_far(sample_NPK[:, None], sample_NPK[None])
+  pairs_PK = jnp.sum(equal_NNPK, axis=(0, 1)) - count  # No sample is paired with itself.
   return pairs_PK / (count * (count - 1))
 
 
 def repeats(sample_NPK: jax.Array) -> jax.Array:
-  """Share of samples 2 to N that are the first one: [P] in [0, 1]."""
+  """Share of samples 2 to N that equal the first sample: [P] in [0, 1]."""
   return jnp.mean(_equal_so_far(sample_NPK[1:], sample_NPK[:1])[..., -1], axis=0)
 
 
 def _equal_so_far(a_K: jax.Array, b_K: jax.Array) -> jax.Array:
+  """Returns 1 where the first n tokens are equal, else 0, n = 1 to K: [..., K]."""
   return jnp.cumprod((a_K == b_K).astype(jnp.float32), axis=-1)
 
 
 def chain(within: Sequence[jax.Array], whole: Sequence[jax.Array]) -> jax.Array:
-  """The accuracy or collision of n-grams, n = 1 to 4, from those of the patches they span.
+  """Accuracy or collision of n-grams, n = 1 to 4, from the patches that they span: [..., 4].
 
-  Unbiased where the estimates of different patches are independent given the text
-  and the path that is followed.
+  Unbiased if the estimates of different patches are independent given the text and the path
+  that is followed.
 
   Args:
-    within: for each patch in turn, the share of its first 1 to K tokens, [..., K].
-    whole: for each but the last, the factor by which the n-gram goes on past it, [...].
+    within: per patch, the share for its first 1 to K tokens, [..., K].
+    whole: per patch except the last, the share for the complete patch, [...]: the factor by
+      which n-grams continue into the next patch.
 
-  Returns:
-    [..., 4].
-
-  Source: CALM (arXiv:2510.27688), section 5. With K < 4 the paper goes on along one
-  sample's path for accuracy and collision. Collision is the same here, with N
-  samples a patch; accuracy is the product of the teacher-forced ones, which has the
-  same expectation and no need of a path. Where the backbone reads latents this holds
-  nearly: the teacher-forced ones read a posterior draw of the text, the paper's path
-  the sample's own latent.
+  Source: CALM (arXiv:2510.27688), section 5. For K < 4 the paper follows one sample's path,
+  for accuracy and for collision. Our collision does the same, with N samples per patch. Our
+  accuracy is the product of teacher-forced accuracies, which has the same expectation and
+  needs no path. If the backbone reads latents, this holds only nearly: teacher forcing reads
+  a posterior draw of the text, the paper's path reads the sample's own latent.
   """
   parts, factor = [], jnp.ones_like(within[0][..., 0])
-  for share_K, goes_on in zip(within, [*whole, None], strict=True):
+  for share_K, complete in zip(within, [*whole, None], strict=True):
     parts.append(factor[..., None] * share_K)
-    if goes_on is not None:
-      factor = factor * goes_on
+    if complete is not None:
+      factor = factor * complete
   return jnp.concatenate(parts, axis=-1)[..., :ORDERS]
 
 
 def patches_spanned(patch_size: int) -> int:
-  """Returns the number of patches that 4 tokens from a patch's start reach into."""
+  """Returns the number of patches that 4 tokens span, counted from the start of a patch."""
   return -(-ORDERS // patch_size)
 
 
 def brier_lm(accuracy_n: np.ndarray, collision_n: np.ndarray) -> np.ndarray:
-  """BrierLM in percent from accuracies and collisions [..., 4]: [...]. Higher is better.
+  """BrierLM in percent, from accuracies and collisions [..., 4]: [...]. Higher is better.
 
-  The geometric mean of Brier-1 to Brier-4, 0 where any of them is not positive.
+  The geometric mean of Brier-1 to Brier-4, or 0 if any of them is not positive.
 
   Source: CALM (arXiv:2510.27688), eq. 13.
   """
@@ -86,16 +85,15 @@ def brier_lm(accuracy_n: np.ndarray, collision_n: np.ndarray) -> np.ndarray:
   return np.where(positive, 100 * np.prod(np.maximum(brier_n, 0), axis=-1) ** (1 / ORDERS), 0.0)
 
 
-def jackknife(values: np.ndarray, statistic) -> float:
-  """Standard error of statistic(mean over blocks), leaving out one block at a time.
+def jackknife(values: np.ndarray, statistic: Callable[[np.ndarray], Any]) -> float:
+  """Jackknife standard error of statistic(mean over blocks), NaN for fewer than 2 blocks.
 
-  Blocks, not positions, are the independent units: scores within one stretch of
-  text are correlated.
+  Blocks, not positions, are the independent units: scores within one block of text are
+  correlated.
 
   Args:
     values: [blocks, ...].
-    statistic: maps means [..., *] with a leading axis of leave-one-outs to one
-      number each.
+    statistic: maps means [blocks, ...], each without one of the blocks, to numbers [blocks].
   """
   blocks = len(values)
   if blocks < 2:
@@ -106,14 +104,13 @@ def jackknife(values: np.ndarray, statistic) -> float:
 
 
 def summary(accuracy_n: np.ndarray, collision_n: np.ndarray) -> dict[str, float]:
-  """Scores with standard errors from per-block means.
+  """Returns scores in percent, with standard errors, from per-block means.
+
+  The keys are accuracy_n, collision_n, brier_n and brier_n_stderr for n = 1 to 4, and
+  brier_lm and brier_lm_stderr.
 
   Args:
     accuracy_n, collision_n: [blocks, 4], shares.
-
-  Returns:
-    accuracy_n, collision_n and brier_n in percent for each n, and brier_lm, with
-    standard errors.
   """
   both = np.stack([accuracy_n, collision_n], axis=1).astype(np.float64)
   result = {}
@@ -132,32 +129,32 @@ def summary(accuracy_n: np.ndarray, collision_n: np.ndarray) -> dict[str, float]
 
 
 def marginal(train_Pn: np.ndarray, heldout_Pn: np.ndarray) -> dict[str, float]:
-  """Scores of the unconditional law of 4-grams in training: what ignoring the context reaches.
+  """Returns BrierLM of a model that ignores the context, as {"brier_lm_marginal": percent}.
 
-  The law of the first n tokens is their frequency in training; its accuracy on
-  the held-out text and its collision are exact sums.
+  The model's probability of the first n tokens is their frequency in training. Its accuracy
+  on the held-out text and its collision are exact sums.
 
   Args:
-    train_Pn, heldout_Pn: the 4 tokens from the starts of patches on, [P, 4].
+    train_Pn, heldout_Pn: the first 4 tokens from the start of each patch, [P, 4].
   """
   accuracy_n, collision_n = [], []
   for n in range(1, ORDERS + 1):
     grams, counts = np.unique(_keys(train_Pn[:, :n]), return_counts=True)
     share = counts / counts.sum()
     heldout = _keys(heldout_Pn[:, :n])
-    found = np.minimum(np.searchsorted(grams, heldout), len(grams) - 1)
-    accuracy_n.append(np.mean(np.where(grams[found] == heldout, share[found], 0.0)))
+    row = np.minimum(np.searchsorted(grams, heldout), len(grams) - 1)
+    accuracy_n.append(np.mean(np.where(grams[row] == heldout, share[row], 0.0)))
     collision_n.append(np.sum(share**2))
   return {"brier_lm_marginal": float(brier_lm(np.array(accuracy_n), np.array(collision_n)))}
 
 
 def grams(token_S: np.ndarray, patch_size: int) -> np.ndarray:
-  """Returns the 4 tokens from each patch's start on, where there are so many: [..., P, 4]."""
+  """Returns the 4 tokens from the start of each patch that has 4 tokens after it: [..., P, 4]."""
   rows = np.lib.stride_tricks.sliding_window_view(token_S, ORDERS, axis=-1)
   return rows[..., ::patch_size, :]
 
 
 def _keys(token_Pn: np.ndarray) -> np.ndarray:
-  """Returns one sortable value for each row of tokens."""
+  """Returns one sortable value per row of tokens: [P, n] -> [P]."""
   rows = np.ascontiguousarray(token_Pn.astype(">u4"))
   return rows.view(np.dtype((np.void, rows.shape[1] * 4)))[:, 0]

@@ -1,7 +1,7 @@
-"""Samples -> numbers: the energy score, stage two's objective.
+"""Samples -> numbers: the energy score, the training objective of the energy head.
 
-A posterior is a pair of arrays [..., Z], its mean and the standard deviation of each
-dimension; samples are [N, ..., Z].
+A posterior is a pair of arrays [..., Z]: the mean and the standard deviation of each
+dimension. Samples are [N, ..., Z].
 """
 
 import math
@@ -12,11 +12,11 @@ import numpy as np
 import scipy.special
 from jax import numpy as jnp
 
-# Targets that are in memory at once. At 3, 65,536 patches of 128 dimensions and 8 samples
-# take 540 MB of temporaries on a v5e.
-_AT_ONCE = 3
+# Targets that are in memory at once. With 3, 65,536 patches of 128 dimensions and 8 samples
+# need 540 MB of temporaries on a v5e.
+_CHUNK = 3
 # Nodes of the integral over u in `expected_attraction`: a trapezoid rule in log u. Below 0.001
-# the integrand falls with u^(3/2); from 1,000 on it matters where few dimensions are wide.
+# the integrand falls with u^(3/2); above 1,000 it matters only if few dimensions are wide.
 _NODES = np.geomspace(1e-3, 1e3, 16)
 _STEP = math.log(_NODES[1] / _NODES[0])
 
@@ -35,46 +35,50 @@ def attraction(
   count: int,
   alpha: float = 1.0,
 ) -> jax.Array:
-  """Mean distance of samples to `count` targets, to the power alpha, [...]. Lower is nearer.
+  """Mean distance of samples to `count` (M) targets, to the power alpha, [...]. Lower is nearer.
 
-  Target m is center + offset(m), [..., Z]; both are constants to the gradient. A few targets
-  are made at a time, and the gradient is added up beside the value: nothing is made twice,
-  and no array has both N and `count` beside Z. The square of a distance comes from a
-  product, d·d + o·o − 2 d·o with d = sample − center, of which no term is far above it
-  where the center is the targets' mean.
+  Target m is center + offset(m), [..., Z]; both are constants to the gradient. A scan makes
+  a few targets at a time and sums the gradient together with the value: no target is made
+  twice, and no array has the axes N, M and Z. The square of a distance comes from a product,
+  d·d + o·o − 2 d·o with d = sample − center. If the center is the targets' mean, none of the
+  terms is far larger than the square itself, so that little precision is lost.
   """
-  several = min(_AT_ONCE, count)
+  chunk = min(_CHUNK, count)
   delta_PNZ = jnp.moveaxis(jax.lax.stop_gradient(sample_NPZ) - center_PZ[None], 0, -2)
   delta_PN = jnp.sum(jnp.square(delta_PNZ), axis=-1)
 
   def add(sums: tuple[jax.Array, jax.Array], first: jax.Array):
-    number_m = first + jnp.arange(several)
+    number_m = first + jnp.arange(chunk)
     offset_PmZ = jnp.moveaxis(jax.vmap(offset)(number_m), 0, -2)
     offset_Pm = jnp.sum(jnp.square(offset_PmZ), axis=-1)
-    product_PNm = jnp.einsum("...nz,...mz->...nm", delta_PNZ, offset_PmZ, precision="highest")
+    product_PNm = jnp.einsum("...NZ,...mZ->...Nm", delta_PNZ, offset_PmZ, precision="highest")
     square_PNm = delta_PN[..., :, None] + offset_Pm[..., None, :] - 2 * product_PNm
     counts_PNm = (square_PNm > 0) & jnp.broadcast_to(number_m < count, square_PNm.shape)
     square_PNm = jnp.where(counts_PNm, square_PNm, 1.0)
     distance_PNm = jnp.where(counts_PNm, square_PNm ** (alpha / 2), 0.0)
     # The gradient of ‖x‖^alpha is x times this.
     slope_PNm = jnp.where(counts_PNm, alpha * square_PNm ** (alpha / 2 - 1), 0.0)
-    pull_PNZ = jnp.einsum("...nm,...mz->...nz", slope_PNm, offset_PmZ, precision="highest")
+    pull_PNZ = jnp.einsum("...Nm,...mZ->...NZ", slope_PNm, offset_PmZ, precision="highest")
     gradient_PNZ = delta_PNZ * jnp.sum(slope_PNm, axis=-1, keepdims=True) - pull_PNZ
     return jax.tree.map(jnp.add, sums, (jnp.sum(distance_PNm, axis=(-2, -1)), gradient_PNZ)), None
 
   zeros = (jnp.zeros_like(delta_PN[..., 0]), jnp.zeros_like(delta_PNZ))
-  (value_P, gradient_PNZ), _ = jax.lax.scan(add, zeros, jnp.arange(0, count, several))
+  (value_P, gradient_PNZ), _ = jax.lax.scan(add, zeros, jnp.arange(0, count, chunk))
   gradient_NPZ = jnp.moveaxis(gradient_PNZ, -2, 0)
-  nothing_NPZ = sample_NPZ - jax.lax.stop_gradient(sample_NPZ)
-  total_P = value_P + jnp.sum(nothing_NPZ * gradient_NPZ, axis=(0, -1))
+  zero_NPZ = sample_NPZ - jax.lax.stop_gradient(sample_NPZ)  # Its gradient is 1.
+  total_P = value_P + jnp.sum(zero_NPZ * gradient_NPZ, axis=(0, -1))
   return total_P / (sample_NPZ.shape[0] * count)
 
 
 def drawn_attraction(
-  key: jax.Array, sample_NPZ: jax.Array, mean_PZ: jax.Array, std_PZ: jax.Array, count: int,
+  key: jax.Array,
+  sample_NPZ: jax.Array,
+  mean_PZ: jax.Array,
+  std_PZ: jax.Array,
+  count: int,
   alpha: float = 1.0,
-) -> jax.Array:  # fmt: skip
-  """Mean distance of samples to `count` (M) draws of the posterior; see `attraction`."""
+) -> jax.Array:
+  """Mean distance of samples to `count` (M) draws of the posterior, [...]; see `attraction`."""
 
   def offset(number: jax.Array) -> jax.Array:
     return std_PZ * jax.random.normal(jax.random.fold_in(key, number), mean_PZ.shape)
@@ -87,17 +91,17 @@ def expected_attraction(
 ) -> jax.Array:
   """Expected distance of samples to the posterior, to the power alpha, [...]. Lower is nearer.
 
-  What `drawn_attraction` tends to as its draws grow, without noise. With Q the square of
-  the distance, E Q^(alpha/2) = alpha/2 / Γ(1 − alpha/2) ∫₀^∞ (1 − E e^(−tQ)) t^(−1−alpha/2) dt,
-  and E e^(−tQ) is a product over dimensions. We add and subtract e^(−t E Q), whose integral is
-  known, which leaves E[Q]^(alpha/2) and the integral of a small difference, by 16 nodes.
-  The relative error is below 5e-5 where 32 dimensions or more are about as wide, and below
-  5e-4 with one. The posterior is a constant to the gradient.
+  The limit of `drawn_attraction` for many draws, without noise. With Q the square of the
+  distance, E Q^(alpha/2) = alpha/2 / Γ(1 − alpha/2) ∫₀^∞ (1 − E e^(−tQ)) t^(−1−alpha/2) dt,
+  and E e^(−tQ) is a product over dimensions. Adding and subtracting e^(−t E Q), whose
+  integral is known, leaves E[Q]^(alpha/2) and the integral of a small difference, computed
+  with 16 nodes. The relative error is below 5e-5 for 32 or more dimensions of about equal
+  width, and below 5e-4 for one dimension. The posterior is a constant to the gradient.
   """
   mean_PZ, variance_PZ = jax.lax.stop_gradient((mean_PZ, jnp.square(std_PZ)))
   square_NPZ = jnp.square(sample_NPZ - mean_PZ[None])
   expected_NP = jnp.sum(square_NPZ + variance_PZ[None], axis=-1)
-  # Nodes are one patch's, for all its samples. A posterior of no width leaves 0 at its mean.
+  # All samples of a patch share its nodes. At the mean of a posterior of width 0, Q is 0.
   scale_P = jax.lax.stop_gradient(jnp.maximum(jnp.mean(expected_NP, axis=0), 1e-30))
 
   @jax.checkpoint
@@ -118,7 +122,7 @@ def expected_attraction(
 
 
 def repulsion(sample_NPZ: jax.Array, alpha: float = 1.0) -> jax.Array:
-  """Mean distance among different samples, to the power alpha, [...]. Higher is more diverse."""
+  """Mean distance between different samples, to the power alpha, [...]. Higher is more diverse."""
   count = sample_NPZ.shape[0]
   distance_NNP = norm_power(sample_NPZ[:, None] - sample_NPZ[None], alpha)
   return jnp.sum(distance_NNP, axis=(0, 1)) / (count * (count - 1))
@@ -135,8 +139,8 @@ def energy_loss(
   power `alpha`, so values compare only within one autoencoder.
 
   Raises:
-    ValueError: if N < 2, where the repulsion would divide by zero, or alpha lies
-      outside (0, 2]. At 2 the score is not proper: it asks for the right mean alone.
+    ValueError: if N < 2, where the repulsion would divide by zero, or if alpha is outside
+      (0, 2]. At alpha = 2 the score is not proper: it only asks for the right mean.
 
   Source: CALM (arXiv:2510.27688), eq. 9 and 10.
   """

@@ -1,4 +1,4 @@
-"""Samples -> numbers: the flow-matching loss."""
+"""Latents -> points between noise and latent, and velocities -> the flow-matching loss."""
 
 import jax
 from jax import numpy as jnp
@@ -12,8 +12,8 @@ def between(t_N: jax.Array, start_NZ: jax.Array, z_NZ: jax.Array) -> jax.Array:
 def flow_matching_loss(velocity_NZ: jax.Array, start_NZ: jax.Array, z_NZ: jax.Array) -> jax.Array:
   """Mean squared error of the velocity on the line from noise to latent: [..., Z] -> [...].
 
-  Lower is better; latent units squared, averaged over Z. Its lowest value is above
-  0: many lines cross a point.
+  Lower is better; latent units squared, averaged over Z. The minimum is above 0, because many
+  lines cross at a point.
 
   Source: CALM (arXiv:2510.27688), section 7.4; rectified flow (arXiv:2209.03003).
   """

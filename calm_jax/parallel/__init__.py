@@ -1,1 +1,1 @@
-"""Devices, and what of the model and the data lies on which."""
+"""Devices, and the sharding of parameters, activations and batches."""

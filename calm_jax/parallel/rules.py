@@ -1,8 +1,8 @@
-"""Parameters -> where they lie on the mesh: one table, and each parameter matches one row.
+"""Parameters -> their sharding: one table, of which each parameter matches exactly one row.
 
-The optimizer's state and the gradients follow their parameters. A matrix is held
-(in, out). `tensor` divides the wide side of a pair of matrices, so that a layer
-needs one sum over devices at its end; fsdp, with sequence, divides the other side.
+Optimizer state and gradients are sharded as their parameters. Matrices are stored [in, out].
+`tensor` divides the inner width between a pair of matrices, so that the pair needs one sum over
+devices at its end; `fsdp`, together with `sequence`, divides the other axis.
 """
 
 import dataclasses
@@ -17,8 +17,8 @@ from calm_jax import errors
 
 _FSDP = ("fsdp", "sequence")
 
-# (what it is, its path's end, how its last axes lie). Axes before them, as that of
-# stacked layers, are whole everywhere, and so is what has no axes named here.
+# (kind of parameter, end of its path, axes of the mesh that divide its last axes). Leading axes,
+# such as that of stacked layers, are not divided, and neither are parameters without axes here.
 RULES: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
   ("token table", r"embed/embedding", ("tensor", _FSDP)),
   ("output table", r"(?<!attention/)(?<!head/)\bout/kernel", (_FSDP, "tensor")),
@@ -38,7 +38,7 @@ RULES: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
 )
 _RULES = tuple((name, re.compile(f"(^|/)(.*/)?{path}$"), axes) for name, path, axes in RULES)
 
-# Unsharded parameters are refused above this share of all and this size.
+# Undivided parameters are refused above this share of all bytes and this size.
 MOST_UNSHARDED, FEW_BYTES = 0.02, 2**24
 
 
@@ -56,24 +56,24 @@ Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 
 
 def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-  """Returns how one parameter lies. An axis that its size can't be divided by is left out.
+  """Returns the partition of one parameter, without axes of the mesh that don't divide its size.
 
   Raises:
     CalmError: unless exactly one rule matches.
   """
-  found = matching(path)
-  if len(found) != 1:
+  matches = matching(path)
+  if len(matches) != 1:
     raise errors.CalmError(
-      f"parameter {path} matches {len(found)} rows of parallel.rules.RULES: each must match one"
+      f"parameter {path} matches {len(matches)} rows of parallel.rules.RULES: each must match one"
     )
-  axes = found[0][1]
+  axes = matches[0][1]
   lead = (None,) * (len(shape) - len(axes))
   own = zip(axes, shape[len(lead) :], strict=True)
   return PartitionSpec(*lead, *(_fitting(axis, size, mesh) for axis, size in own))
 
 
 def _fitting(axis: Any, size: int, mesh: Mesh) -> Any:
-  """Returns the first axes of a rule's that divide `size` evenly."""
+  """Returns as many of a rule's axes, from the first, as divide `size` evenly together."""
   names = (axis,) if isinstance(axis, str) else axis
   while names and size % math.prod(mesh.shape[name] for name in names):
     names = names[:-1]
@@ -81,16 +81,16 @@ def _fitting(axis: Any, size: int, mesh: Mesh) -> Any:
 
 
 def shardings(tree: Any, mesh: jax.sharding.Mesh) -> Any:
-  """Returns the sharding of every leaf of a tree of parameters, gradients or state."""
+  """Returns the sharding of each leaf of a tree of parameters, gradients or state."""
 
-  def one(path, leaf):
+  def sharding(path, leaf):
     return NamedSharding(mesh, spec(path_name(path), leaf.shape, mesh))
 
-  return jax.tree.map_with_path(one, tree)
+  return jax.tree.map_with_path(sharding, tree)
 
 
 def constrain(tree: Any) -> Any:
-  """Says, inside a program, that a tree of parameters or gradients lies by the rules."""
+  """Constrains a tree of parameters or gradients, inside a program, to the rules' shardings."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return tree
@@ -100,9 +100,9 @@ def constrain(tree: Any) -> Any:
 
 
 def abstract(tree: Any, mesh: jax.sharding.Mesh) -> Any:
-  """Returns shapes, dtypes and places of `tree`, which may be abstract itself."""
+  """Returns shapes, dtypes and shardings of the leaves of `tree`, which may be abstract itself."""
   return jax.tree.map(
-    lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+    lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
     tree,
     shardings(tree, mesh),
   )
@@ -110,7 +110,13 @@ def abstract(tree: Any, mesh: jax.sharding.Mesh) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Placed:
-  """How one parameter lies; bytes are those of all devices, copies counted once."""
+  """The sharding of one parameter.
+
+  Attributes:
+    rule: kind of parameter, the first column of RULES.
+    bytes: of the parameter, copies on several devices counted once.
+    parts: number of different shards; 1 if every device holds all of it.
+  """
 
   path: str
   rule: str
@@ -121,20 +127,20 @@ class Placed:
 
 
 def placed(tree: Any, mesh: jax.sharding.Mesh) -> list[Placed]:
-  """Returns how every leaf of `tree` lies."""
+  """Returns the sharding of each leaf of `tree`."""
   result = []
   for path, leaf in jax.tree.leaves_with_path(tree):
     name = path_name(path)
-    where = spec(name, leaf.shape, mesh)
-    shard = NamedSharding(mesh, where).shard_shape(leaf.shape)
+    partition = spec(name, leaf.shape, mesh)
+    shard = NamedSharding(mesh, partition).shard_shape(leaf.shape)
     parts = math.prod(leaf.shape) // max(1, math.prod(shard))
     size = math.prod(leaf.shape) * leaf.dtype.itemsize
-    result.append(Placed(name, matching(name)[0][0], leaf.shape, where, size, parts))
+    result.append(Placed(name, matching(name)[0][0], leaf.shape, partition, size, parts))
   return result
 
 
 def table(rows: list[Placed]) -> str:
-  """Returns the rows as text, for people."""
+  """Returns a printable table, a line a parameter."""
   lines = [
     f"{row.path}  {list(row.shape)}  {row.rule}  {row.spec}  {row.parts} parts" for row in rows
   ]
@@ -142,10 +148,10 @@ def table(rows: list[Placed]) -> str:
 
 
 def require_sharded(tree: Any, mesh: jax.sharding.Mesh) -> float:
-  """Returns the share of bytes that lie whole on every device of fsdp.
+  """Returns the share of bytes that are on every device, undivided.
 
   Raises:
-    CalmError: if it is more than MOST_UNSHARDED of more than a few bytes.
+    CalmError: if fsdp is above 1, the share above MOST_UNSHARDED and the bytes above FEW_BYTES.
   """
   rows = placed(tree, mesh)
   whole = [row for row in rows if row.parts == 1]

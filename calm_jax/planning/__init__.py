@@ -1,1 +1,1 @@
-"""A compiled step and a topology -> what the run will take, before any chip is there."""
+"""Settings and a topology -> memory, time and cost of a run, without the chips."""

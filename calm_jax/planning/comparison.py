@@ -5,34 +5,45 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from calm_jax import config, errors, files
-from calm_jax.planning import result, topologies
+from calm_jax.planning import result
+from calm_jax.planning.compiled import topologies
 
 Written = Mapping[str, Any]
 
 _HEADER = (
-  "run", "slices", "layout", "fits", "peak a chip", "state a chip", "model TFLOP a chip",
-  "program / model FLOPs, padded", "ms a step", "bound by", "M tokens/s", "days",
-)  # fmt: skip
+  "run",
+  "slices",
+  "layout",
+  "fits",
+  "peak a chip",
+  "state a chip",
+  "model TFLOP a chip",
+  "program / model FLOPs, padded",
+  "ms a step",
+  "bound by",
+  "M tokens/s",
+  "days",
+)
 
 
 def read(patterns: str) -> list[Written]:
-  """Returns the plans in JSON files, globs with commas between.
+  """Returns the plans in JSON files, given as globs separated by commas.
 
   Raises:
-    CalmError: where there is none, or one is no plan.
+    CalmError: if there is no file, or one holds no plan.
   """
   paths = [path for pattern in patterns.split(",") for path in sorted(glob.glob(pattern.strip()))]
   config.require(bool(paths), f"--table={patterns} matches no file: give files of --output")
-  found = [_read(path) for path in paths]
-  names = list(dict.fromkeys(plan["facts"]["name"] for plan in found))
-  return sorted(found, key=lambda plan: (names.index(plan["facts"]["name"]), *_place(plan)))
+  plans = [_read(path) for path in paths]
+  names = list(dict.fromkeys(plan["facts"]["name"] for plan in plans))
+  return sorted(plans, key=lambda plan: (names.index(plan["facts"]["name"]), *_order(plan)))
 
 
 def _read(path: str) -> Written:
-  """Returns the plan in a file; CalmError where any of it that a row tells is missing."""
+  """Returns the plan in a file; raises CalmError if anything that a row shows is missing."""
   plan = files.read_json(path)
   try:
-    _place(plan)
+    _order(plan)
     table([plan])
   except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
     reason = f"{type(error).__name__}: {error}"
@@ -40,14 +51,14 @@ def _read(path: str) -> Written:
   return plan
 
 
-def _place(plan: Written) -> tuple[int, int]:
-  """Returns what plans of a run are ordered by: the number of chips, and their kind."""
+def _order(plan: Written) -> tuple[int, int]:
+  """Returns the sort key of plans of a run: number of chips, then generation."""
   topology = plan["topology"]
   return int(topology["chips"]), list(topologies.CHIPS).index(topology["chip"]["name"])
 
 
 def table(plans: Sequence[Written]) -> str:
-  """Returns a row a plan; times are told if all overlaps and if nothing does."""
+  """Returns a row a plan; times are for full overlap, and for none."""
   rows = [_HEADER, ("---",) * len(_HEADER), *(_row(plan) for plan in plans)]
   return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
@@ -79,14 +90,14 @@ def _row(plan: Written) -> tuple[str, ...]:
 
 
 def _name(name: str) -> str:
-  """Returns the config's name, with what was changed of it besides the layout."""
+  """Returns the config's name and its changed settings, without those of the layout."""
   layout = ("mesh.", "execution.", "training.accumulation=")
   words = (word for word in name.split() if not word.startswith(layout))
   return " ".join(words).removeprefix("configs/")
 
 
 def _layout(choices: Mapping[str, Any]) -> str:
-  """Returns what a reader has to know of the layout, 1s and defaults left out."""
-  told = {name.removeprefix("mesh."): value for name, value in choices.items()}
-  told.pop("attention", None)
-  return " ".join(f"{name}={value}" for name, value in told.items() if value not in (1, "none"))
+  """Returns the layout's settings, without 1s and defaults."""
+  settings = {name.removeprefix("mesh."): value for name, value in choices.items()}
+  settings.pop("attention", None)
+  return " ".join(f"{name}={value}" for name, value in settings.items() if value not in (1, "none"))

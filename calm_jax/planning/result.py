@@ -1,4 +1,4 @@
-"""A program for a topology -> the plan: what it holds, sends and takes, told and as JSON."""
+"""A compiled program -> the plan: its memory, collectives and time, and all of it as JSON."""
 
 import dataclasses
 import importlib.metadata
@@ -6,33 +6,34 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from calm_jax import files
-from calm_jax.planning import collectives as collectives_lib
-from calm_jax.planning import matmuls, runs, topologies, traffic
-from calm_jax.planning import memory as memory_lib
-from calm_jax.planning import program as program_lib
-from calm_jax.planning import roofline as roofline_lib
+from calm_jax.planning.compiled import collectives as collectives_lib
+from calm_jax.planning.compiled import matmuls, runs, topologies, traffic
+from calm_jax.planning.compiled import memory as memory_lib
+from calm_jax.planning.compiled import program as program_lib
+from calm_jax.planning.compiled import roofline as roofline_lib
 
 GIB = memory_lib.GIB
 
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-  """What is known of a step besides its program.
+  """Facts about a step that its program does not state.
 
   Attributes:
-    name: of the run, as its config is named.
-    parameters: that are trained, on all chips.
-    state_bytes: of the train state on one device.
-    state_arrays: of the train state.
-    tokens: of a step, on all chips.
-    model_flops: of a step, on all chips, by `models/flops.py`.
-    steps: of the run.
-    kernel_flops: of a step, on all chips, in kernels of our own (attention), which the
-      program does not tell. padding_flops: what those compute besides, in blocks and lanes
-      that they fill up.
-    fsdp: devices that the state is cut over. examples: of a device, in one part of a
-      step. accumulation: parts of a step. recomputes_all: whether the backward pass
-      keeps nothing of a layer but its input. choices: settings of the layout, for people.
+    name: the config's name.
+    parameters: trained parameters, on all chips.
+    state_bytes: bytes of the train state on one device.
+    state_arrays: arrays of the train state.
+    tokens: tokens of a step, on all chips.
+    model_flops: analytic FLOPs of a step, on all chips.
+    steps: steps of the run.
+    kernel_flops: FLOPs of a step in Pallas kernels (attention), on all chips.
+    padding_flops: FLOPs of those kernels in padded blocks and lanes, on all chips.
+    fsdp: devices that the state is sharded over.
+    examples: examples of a device in one part of a step.
+    accumulation: parts of a step.
+    recomputes_all: whether the backward pass keeps nothing of a layer but its input.
+    choices: settings of the layout, for people.
   """
 
   name: str
@@ -53,16 +54,19 @@ class Facts:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """All that is told. Bytes and FLOPs are a device's; 7x has two devices a chip.
+  """A step on a topology. Bytes and FLOPs are those of one device; 7x has two devices a chip.
 
   Attributes:
-    program_flops: of the matrix products that the program runs, recomputation included,
-      and of `facts.kernel_flops`, without `facts.padding_flops`, which take time all the same.
-    kernels: custom calls whose FLOPs the program does not tell, and how often each runs.
-    unknown_loops: loops whose length the program does not state, counted once.
-    rematerialized: values that XLA computes again, unasked, where memory is short: a
-      program near its limit has more FLOPs than the model and its recomputation.
-    donated: whether every array of the state takes its predecessor's place.
+    program_flops: FLOPs of the program's matrix products, recomputation included, and
+      `facts.kernel_flops`. `facts.padding_flops` are left out, but cost time too.
+    hbm_bytes: bytes read from and written to main memory.
+    kernels: custom calls, whose FLOPs the program does not state, and runs of each.
+    unknown_loops: loops of unknown trip count, which are counted once.
+    rematerialized: values that XLA itself recomputes where memory is short. A program near
+      its limit has more FLOPs than the model and its recomputation.
+    donated: whether every array of the new state overwrites the old one.
+    compile_seconds: compile time.
+    versions: versions of the compiler's packages.
   """
 
   facts: Facts
@@ -87,12 +91,13 @@ class Plan:
     facts: Facts,
     topology: topologies.Topology,
     devices: Sequence[Any],
-    program: program_lib.Program,
+    program: program_lib.CompiledProgram,
   ) -> "Plan":
-    """Takes `mesh.devices.flat` of the mesh that the step was lowered for."""
+    """Takes `mesh.devices.flat` of the mesh that the step was lowered on."""
     module = program.module
-    found = collectives_lib.read(module, collectives_lib.Placement.of(topology, devices))
-    moved = traffic.hbm_bytes(module)
+    placement = collectives_lib.Placement.of(topology, devices)
+    collectives = tuple(collectives_lib.read(module, placement))
+    hbm_bytes = traffic.hbm_bytes(module)
     flops = matmuls.flops(module) + facts.kernel_flops / topology.devices
     return cls(
       facts=facts,
@@ -100,15 +105,15 @@ class Plan:
       memory=program.memory,
       overflow=program.overflow,
       largest=program.largest,
-      collectives=tuple(found),
+      collectives=collectives,
       program_flops=flops,
-      hbm_bytes=moved,
+      hbm_bytes=hbm_bytes,
       kernels=matmuls.kernels(module),
       unknown_loops=tuple(name for name, trips in module.trips.items() if trips is None),
       rematerialized=_rematerialized(module),
       donated=len(memory_lib.aliases(module)) >= facts.state_arrays,
       roofline=roofline_lib.roofline(
-        topology.chip, flops + facts.padding_flops / topology.devices, moved, found
+        topology.chip, flops + facts.padding_flops / topology.devices, hbm_bytes, collectives
       ),
       compile_seconds=program.seconds,
       versions={name: _version(name) for name in ("jax", "jaxlib", "libtpu")},
@@ -120,12 +125,12 @@ class Plan:
 
   @property
   def model_flops(self) -> float:
-    """The model's FLOPs of a step on one device, by the analytic count."""
+    """Analytic FLOPs of a step on one device."""
     return self.facts.model_flops / self.topology.devices
 
   @property
   def speeds(self) -> tuple[roofline_lib.Speed, roofline_lib.Speed]:
-    """If all overlaps and if nothing does."""
+    """Speeds if everything overlaps, and if nothing does."""
     return (self._speed(self.roofline.fastest), self._speed(self.roofline.slowest))
 
   def _speed(self, seconds: float) -> roofline_lib.Speed:
@@ -133,42 +138,42 @@ class Plan:
     return roofline_lib.speed(self.topology, seconds, facts.tokens, facts.model_flops, facts.steps)
 
   def refusal(self) -> str:
-    """One line: by how much the step does not fit, and what to change; "" if it fits."""
+    """Returns a line on how much memory is missing and what to change; "" if the step fits."""
     if self.overflow is None:
       return ""
     return (
       f"{self.facts.name} does not fit {self.topology.chip.name}: a "
-      f"{self.holder} needs {gib(self.overflow.needed)} of {gib(self.overflow.available)}, "
-      f"{gib(self.overflow.excess)} too much; {'; or '.join(self.ways())}"
+      f"{self.device} needs {gib(self.overflow.needed)} of {gib(self.overflow.available)}, "
+      f"{gib(self.overflow.excess)} too much; {'; or '.join(self.remedies())}"
     )
 
-  def ways(self) -> list[str]:
-    """What may make it fit, the most promising first."""
-    facts, found = self.facts, []
+  def remedies(self) -> list[str]:
+    """Returns changes that may make the step fit, the most promising first."""
+    facts, remedies = self.facts, []
     usable = self.topology.chip.usable
-    state = f"cut the state, {gib(facts.state_bytes)} of it, over more than {facts.fsdp} (fsdp)"
-    can_cut = facts.fsdp < self.topology.devices
-    if can_cut and facts.state_bytes > usable / 2:
-      found.append(state)
+    shard = f"shard the state, {gib(facts.state_bytes)}, over more than {facts.fsdp} devices (fsdp)"
+    can_shard = facts.fsdp < self.topology.devices
+    if can_shard and facts.state_bytes > usable / 2:
+      remedies.append(shard)
     if not facts.recomputes_all:
-      found.append("recompute every layer in the backward pass (remat full)")
+      remedies.append("recompute every layer in the backward pass (remat full)")
     if facts.examples > 1:
-      found.append(
-        f"work a step off in more than {facts.accumulation} parts (accumulation): a "
-        f"{self.holder} holds {facts.examples} examples at once"
+      remedies.append(
+        f"divide a step into more than {facts.accumulation} parts (accumulation): a "
+        f"{self.device} holds {facts.examples} examples at once"
       )
-    if can_cut and state not in found:
-      found.append(state)
-    found.append(f"take a smaller batch, or more chips than {self.topology.chips:,}")
-    return found
+    if can_shard and shard not in remedies:
+      remedies.append(shard)
+    remedies.append(f"use a smaller batch, or more chips than {self.topology.chips:,}")
+    return remedies
 
   @property
-  def holder(self) -> str:
-    """What has the memory that is told."""
+  def device(self) -> str:
+    """What people call a device of this chip."""
     return "chip" if self.topology.chip.devices == 1 else "device (half a chip)"
 
   def to_json(self) -> str:
-    """Returns all of it, derived figures included."""
+    """Returns the plan and the figures derived from it."""
     overlapped, serial = (dataclasses.asdict(speed) for speed in self.speeds)
     values = dataclasses.asdict(self)
     values["topology"] |= {
@@ -189,9 +194,12 @@ class Plan:
 
 
 def _rematerialized(module: runs.Module) -> int:
+  """Returns the number of values that XLA recomputes, by its names for them."""
   moves = ("get-tuple-element", "bitcast", "copy")
   return sum(
-    count for _, one, count in module.running() if ".remat" in one.name and one.opcode not in moves
+    count
+    for _, instruction, count in module.running()
+    if ".remat" in instruction.name and instruction.opcode not in moves
   )
 
 
@@ -203,5 +211,5 @@ def _version(package: str) -> str:
 
 
 def gib(size: float) -> str:
-  """Returns a size in GiB, with its unit."""
+  """Returns a size in bytes as text in GiB."""
   return f"{size / GIB:,.2f} GiB"

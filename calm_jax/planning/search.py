@@ -1,8 +1,7 @@
-"""A job -> layouts of it that are compiled one by one, and the fastest that fits.
+"""A job -> layouts, compiled one by one in the order of predicted cost, and the fastest that fits.
 
-Layouts are tried by a predicted cost, and left out where those before tell enough:
-one that recomputes more can't be faster than one that fits on the same mesh, and one
-that keeps as much or more can't fit where a leaner one does not.
+Earlier results rule layouts out: one that recomputes more can't be faster than one that fits
+on the same mesh, and one that keeps as much or more can't fit where a leaner one does not.
 """
 
 import dataclasses
@@ -17,20 +16,20 @@ from calm_jax import config, errors
 from calm_jax.models import remat
 from calm_jax.planning import result, steps, tables
 
-# How much of a step's products is computed in all, its own included, by what is recomputed:
-# a third of them is the forward pass. To order by; the compiled program tells the truth.
-# Moving to the host and back comes last: what that takes is in no figure here.
+# Products computed in a step, relative to one without recomputation, by policy; the forward pass
+# is a third of them. Used to order layouts; the compiled program has the true count. `offload` is
+# last, since the time of moving arrays to the host and back is not known here.
 _COMPUTED = {"none": 1.0, "dots": 1.1, "named": 1.2, "full": 1.33, "offload": 1.4}
-# Policies in the order of what they keep on the chip.
+# Policies, from the one that keeps most on the chip to the one that keeps least.
 _LEANER = ("none", "dots", "named", "offload", "full")
 _MOST_PARTS = 64
-# A layout is tried where it is predicted to need at most this much of what there is.
+# A layout is tried if it is predicted to need at most this share of the memory.
 _NEAR = 1.15
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """What a search changes."""
+  """The settings that a search changes."""
 
   mesh: config.Mesh
   accumulation: int
@@ -38,25 +37,26 @@ class Layout:
 
   @property
   def cost(self) -> float:
-    """Predicted, of a step of the plainest layout: more parts gather parameters again."""
+    """Predicted cost of a step, 1 for the plainest layout; each part gathers parameters again."""
     parts = 0.03 * math.log2(self.accumulation)
     cut = 0.10 * math.log2(self.mesh.sequence) + 0.15 * math.log2(self.mesh.tensor)
     return _COMPUTED[self.remat] + parts + cut + 0.001 * math.log2(self.mesh.data)
 
   def keeps_at_least(self, other: "Layout") -> bool:
-    """Tells whether it surely holds as much as another on the same mesh."""
+    """Returns whether it certainly needs as much memory as another one on the same mesh."""
     leaner = _LEANER.index(self.remat) <= _LEANER.index(other.remat)
     return self.mesh == other.mesh and self.accumulation <= other.accumulation and leaner
 
   @property
   def flags(self) -> str:
+    """The layout as flags of a command."""
     mesh = {f"mesh.{name}": size for name, size in dataclasses.asdict(self.mesh).items()}
     changed = {name: size for name, size in mesh.items() if size != 1 or name == "mesh.fsdp"}
     changed |= {"training.accumulation": self.accumulation, "execution.remat": self.remat}
     return " ".join(f"--config.{name}={value}" for name, value in changed.items())
 
-  def applied(self, job: steps.Job) -> steps.Job:
-    """Returns the job laid out so."""
+  def applied(self, job: steps.PlanJob) -> steps.PlanJob:
+    """Returns the job with this layout."""
     run = job.run
     return job.changed(
       mesh=self.mesh,
@@ -67,7 +67,7 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Tried:
-  """A layout and what came of it: a plan, or why it was not compiled."""
+  """A layout with its plan, or the reason why it has none."""
 
   layout: Layout
   plan: result.Plan | None
@@ -78,26 +78,28 @@ class Tried:
     return self.plan is not None and self.plan.fits
 
   def figures(self) -> dict[str, Any]:
-    """Returns what is written of it."""
-    plan = self.plan
-    measured = {} if plan is None else {
-      "fits": plan.fits,
-      "peak": plan.memory.peak,
-      "roofline": {**dataclasses.asdict(plan.roofline), "bound": plan.roofline.bound},
-      "seconds": plan.roofline.fastest,
-      "slowest_seconds": plan.roofline.slowest,
-    }  # fmt: skip
-    return {**dataclasses.asdict(self.layout), "flags": self.layout.flags, "reason": self.reason,
-            **measured}  # fmt: skip
+    """Returns the figures for JSON."""
+    figures = dataclasses.asdict(self.layout)
+    figures |= {"flags": self.layout.flags, "reason": self.reason}
+    if self.plan is not None:
+      times = self.plan.roofline
+      figures |= {
+        "fits": self.plan.fits,
+        "peak": self.plan.memory.peak,
+        "roofline": {**dataclasses.asdict(times), "bound": times.bound},
+        "seconds": times.fastest,
+        "slowest_seconds": times.slowest,
+      }
+    return figures
 
 
-def layouts(job: steps.Job) -> list[Layout]:
-  """Returns the layouts that a job's batch, positions and heads allow, the cheapest first."""
-  found = [layout for layout in _possible(job) if _allowed(layout, job)]
-  return sorted(found, key=lambda layout: layout.cost)
+def layouts(job: steps.PlanJob) -> list[Layout]:
+  """Returns the layouts that a job's batch, positions and heads allow, cheapest first."""
+  allowed = [layout for layout in _possible(job) if _is_allowed(layout, job)]
+  return sorted(allowed, key=lambda layout: layout.cost)
 
 
-def _possible(job: steps.Job) -> Iterator[Layout]:
+def _possible(job: steps.PlanJob) -> Iterator[Layout]:
   devices, slices = job.topology.devices, job.topology.slices
   powers = [2**power for power in range(int(math.log2(_MOST_PARTS)) + 1)]
   for sequence, tensor in itertools.product((1, 2), (1, 2)):
@@ -112,19 +114,22 @@ def _possible(job: steps.Job) -> Iterator[Layout]:
       )
 
 
-def _allowed(layout: Layout, job: steps.Job) -> bool:
+def _is_allowed(layout: Layout, job: steps.PlanJob) -> bool:
   rows = layout.accumulation * layout.mesh.data * layout.mesh.fsdp
-  if job.run.training.batch % rows or (job.run.stage == "autoencoder" and layout.remat != "none"):
+  if job.run.training.batch % rows or (job.transformer is None and layout.remat != "none"):
     return False
   heads = getattr(job.run.model, "kv_heads", layout.mesh.tensor)
   return job.positions % layout.mesh.sequence == 0 and heads % layout.mesh.tensor == 0
 
 
-def search(job: steps.Job, tries: int, report: Callable[[str], None]) -> list[Tried]:
-  """Returns what was tried, at most `tries` layouts.
+def search(job: steps.PlanJob, tries: int, report: Callable[[str], None]) -> list[Tried]:
+  """Returns the layouts that were tried, at most `tries`, in order.
+
+  Args:
+    report: takes lines of progress.
 
   Raises:
-    CalmError: where no layout divides the job evenly.
+    CalmError: if no layout divides the job evenly.
   """
   candidates = layouts(job)
   config.require(
@@ -132,16 +137,16 @@ def search(job: steps.Job, tries: int, report: Callable[[str], None]) -> list[Tr
     f"no layout divides config.training.batch = {job.run.training.batch} over "
     f"{job.topology.devices} devices: give a batch that is a multiple of half of them or more",
   )
-  found: list[Tried] = []
-  while candidates and len(found) < tries:
+  tried: list[Tried] = []
+  while candidates and len(tried) < tries:
     layout = candidates.pop(0)
-    found.append(_tried(layout, job))
-    report(f"{len(found)}: {layout.flags}: {_told(found[-1])}")
-    candidates = [other for other in candidates if not _pointless(other, found)]
-  return found
+    tried.append(_try(layout, job))
+    report(f"{len(tried)}: {layout.flags}: {_line(tried[-1])}")
+    candidates = [other for other in candidates if not _is_pointless(other, tried)]
+  return tried
 
 
-def _tried(layout: Layout, job: steps.Job) -> Tried:
+def _try(layout: Layout, job: steps.PlanJob) -> Tried:
   try:
     return Tried(layout, steps.train_plan(layout.applied(job)))
   except errors.CalmError as error:
@@ -150,28 +155,28 @@ def _tried(layout: Layout, job: steps.Job) -> Tried:
     return Tried(layout, None, f"does not compile: {str(error).splitlines()[0]}")
 
 
-def _pointless(layout: Layout, found: Sequence[Tried]) -> bool:
-  """Tells whether a layout can't be the fastest that fits, by what was tried."""
-  for one in found:
-    same_mesh = layout.mesh == one.layout.mesh
-    if one.plan is None:
-      ruled_out = same_mesh and layout.remat == one.layout.remat
-    elif one.fits:
-      ruled_out = same_mesh and layout.cost >= one.layout.cost
+def _is_pointless(layout: Layout, tried: Sequence[Tried]) -> bool:
+  """Returns whether a layout can't be the fastest that fits, given those tried."""
+  for trial in tried:
+    same_mesh = layout.mesh == trial.layout.mesh
+    if trial.plan is None:
+      ruled_out = same_mesh and layout.remat == trial.layout.remat
+    elif trial.fits:
+      ruled_out = same_mesh and layout.cost >= trial.layout.cost
     else:
-      ruled_out = layout.keeps_at_least(one.layout) or (same_mesh and _too_large(layout, one))
+      ruled_out = layout.keeps_at_least(trial.layout) or (same_mesh and _is_large(layout, trial))
     if ruled_out:
       return True
-  # Compute is the same on every mesh: where the best is bound by it, another only adds.
-  fitting = [one for one in found if one.fits]
+  # All meshes compute the same: if the best one is bound by compute, no other mesh is faster.
+  fitting = [trial for trial in tried if trial.fits]
   best = min(fitting, key=_seconds, default=None)
   if best is None or best.plan is None or best.plan.roofline.bound != "compute":
     return False
   return _COMPUTED[layout.remat] >= _COMPUTED[best.layout.remat]
 
 
-def _too_large(layout: Layout, refused: Tried) -> bool:
-  """Tells whether more parts than a refused layout's are still too few, by its activations."""
+def _is_large(layout: Layout, refused: Tried) -> bool:
+  """Returns whether a layout is too large too, by a refused one's activations a part."""
   plan = refused.plan
   if plan is None or plan.overflow is None or layout.remat != refused.layout.remat:
     return False
@@ -180,42 +185,42 @@ def _too_large(layout: Layout, refused: Tried) -> bool:
   return state + activations > _NEAR * plan.overflow.available
 
 
-def _seconds(one: Tried) -> tuple[float, float]:
-  assert one.plan
-  return (one.plan.roofline.fastest, one.plan.roofline.slowest)
+def _seconds(trial: Tried) -> tuple[float, float]:
+  """Returns seconds a step with full overlap, and with none."""
+  assert trial.plan
+  return (trial.plan.roofline.fastest, trial.plan.roofline.slowest)
 
 
-def _told(one: Tried) -> str:
-  if one.plan is None:
-    return one.reason
-  seconds, slowest = _seconds(one)
-  held = f"{'fits' if one.fits else 'does not fit'}, {result.gib(one.plan.memory.peak)}"
-  return f"{held}, {seconds * 1e3:,.1f} to {slowest * 1e3:,.1f} ms, {one.plan.roofline.bound}"
+def _line(trial: Tried) -> str:
+  if trial.plan is None:
+    return trial.reason
+  seconds, slowest = _seconds(trial)
+  size = f"{'fits' if trial.fits else 'does not fit'}, {result.gib(trial.plan.memory.peak)}"
+  return f"{size}, {seconds * 1e3:,.1f} to {slowest * 1e3:,.1f} ms, {trial.plan.roofline.bound}"
 
 
-def table(found: Sequence[Tried]) -> str:
-  """Returns what was tried, the fastest that fits first, and what to take."""
-  rows: list[tuple[str, ...]] = [
-    ("data", "fsdp", "sequence", "tensor", "parts", "remat", "fits", "peak", "ms", "serial ms",
-     "bound by"),
-  ]  # fmt: skip
-  order = sorted(found, key=lambda one: (not one.fits, _seconds(one) if one.plan else ()))
-  for one in order:
-    mesh = map(str, dataclasses.astuple(one.layout.mesh))
-    lead = (*mesh, str(one.layout.accumulation), one.layout.remat)
-    if one.plan is None:
-      rows.append((*lead, "no", one.reason[:60], "", "", ""))
+def table(tried: Sequence[Tried]) -> str:
+  """Returns a row a layout, the fastest that fits first, and that one's flags."""
+  mesh_axes = ("data", "fsdp", "sequence", "tensor")
+  figures = ("fits", "peak", "ms", "serial ms", "bound by")
+  rows: list[tuple[str, ...]] = [(*mesh_axes, "parts", "remat", *figures)]
+  order = sorted(tried, key=lambda trial: (not trial.fits, _seconds(trial) if trial.plan else ()))
+  for trial in order:
+    mesh = map(str, dataclasses.astuple(trial.layout.mesh))
+    lead = (*mesh, str(trial.layout.accumulation), trial.layout.remat)
+    if trial.plan is None:
+      rows.append((*lead, "no", trial.reason[:60], "", "", ""))
       continue
-    fastest, slowest = (f"{seconds * 1e3:,.1f}" for seconds in _seconds(one))
-    peak, fits = result.gib(one.plan.memory.peak), "yes" if one.fits else "no"
-    rows.append((*lead, fits, peak, fastest, slowest, one.plan.roofline.bound))
+    fastest, slowest = (f"{seconds * 1e3:,.1f}" for seconds in _seconds(trial))
+    peak, fits = result.gib(trial.plan.memory.peak), "yes" if trial.fits else "no"
+    rows.append((*lead, fits, peak, fastest, slowest, trial.plan.roofline.bound))
   text = tables.aligned(rows)
   return f"{text}\n\nFastest that fits:\n  {order[0].layout.flags}" if order[0].fits else text
 
 
-def nearest(found: Sequence[Tried]) -> str:
-  """Returns by how much the leanest layout does not fit."""
-  refused = [one.plan for one in found if one.plan and one.plan.overflow]
+def nearest(tried: Sequence[Tried]) -> str:
+  """Returns the refusal of the layout that needs least memory."""
+  refused = [trial.plan for trial in tried if trial.plan and trial.plan.overflow]
   if not refused:
-    return found[-1].reason
+    return tried[-1].reason
   return min(refused, key=lambda plan: plan.memory.peak).refusal()

@@ -1,12 +1,13 @@
-"""A plan -> the tables that people read."""
+"""Plans -> tables for people."""
 
 from collections.abc import Sequence
 
-from calm_jax.planning import collectives, result, roofline
+from calm_jax.planning import result
+from calm_jax.planning.compiled import collectives, roofline
 
 
 def table(plan: result.Plan) -> str:
-  """Returns all of it for people."""
+  """Returns a plan's sections, notes and refusal."""
   sections = [
     (f"{plan.facts.name} on {_where(plan)}", [*_rows_of_layout(plan), *_rows_of_memory(plan)]),
     ("Largest buffers, by what they hold in turn", _rows_of_buffers(plan)),
@@ -20,14 +21,13 @@ def table(plan: result.Plan) -> str:
 
 
 def lines(plans: Sequence[result.Plan]) -> str:
-  """Returns a line a plan of what else was compiled."""
+  """Returns a line for each of the plans that were compiled in addition."""
   rows: list[tuple[str, ...]] = [("also", "peak", "of", "ms", "bound by", "tokens at once")]
   for plan in plans:
     available = plan.overflow.available if plan.overflow else plan.topology.chip.usable
-    rows.append((
-      plan.facts.name, result.gib(plan.memory.peak), result.gib(available),
-      f"{plan.roofline.fastest * 1e3:,.3f}", plan.roofline.bound, f"{plan.facts.tokens:,}",
-    ))  # fmt: skip
+    sizes = result.gib(plan.memory.peak), result.gib(available)
+    times = f"{plan.roofline.fastest * 1e3:,.3f}", plan.roofline.bound
+    rows.append((plan.facts.name, *sizes, *times, f"{plan.facts.tokens:,}"))
   return "\n".join([aligned(rows), *(note for plan in plans for note in _doubts(plan))])
 
 
@@ -45,25 +45,25 @@ def _rows_of_layout(plan: result.Plan) -> list[tuple[str, ...]]:
 
 
 def _rows_of_memory(plan: result.Plan) -> list[tuple[str, ...]]:
-  holds, available = plan.memory, plan.topology.chip.usable
+  memory, available = plan.memory, plan.topology.chip.usable
   if plan.overflow:
     available = plan.overflow.available
   return [
     ("parameters", f"{plan.facts.parameters:,}", "trained, on all chips"),
-    ("state", result.gib(plan.facts.state_bytes), f"a {plan.holder}"),
-    ("donated", "yes" if plan.donated else "NO", f"{result.gib(holds.aliased)} of the values"),
-    ("temporaries", result.gib(holds.temporaries), f"a {plan.holder}"),
+    ("state", result.gib(plan.facts.state_bytes), f"a {plan.device}"),
+    ("donated", "yes" if plan.donated else "NO", f"{result.gib(memory.aliased)} of the values"),
+    ("temporaries", result.gib(memory.temporaries), f"a {plan.device}"),
     (
       "peak",
-      result.gib(holds.peak),
-      f"of {result.gib(available)} that a program gets: {holds.peak / available:.0%}",
+      result.gib(memory.peak),
+      f"of {result.gib(available)} that a program may use: {memory.peak / available:.0%}",
     ),
   ]
 
 
 def _rows_of_buffers(plan: result.Plan) -> list[tuple[str, ...]]:
   rows = [(result.gib(buffer.bytes), _cut(buffer.shapes)) for buffer in plan.largest[:5]]
-  return rows or [("not told",)]
+  return rows or [("not reported",)]
 
 
 def _rows_of_collectives(plan: result.Plan) -> list[tuple[str, ...]]:
@@ -81,20 +81,24 @@ def _rows_of_step(plan: result.Plan) -> list[tuple[str, ...]]:
   share, padded_share = (
     flops / plan.model_flops if plan.model_flops else 0.0 for flops in (plan.program_flops, padded)
   )
-  busy = {
+  peaks = {
     "compute": f"{chip.peak / 1e12:,.0f} TFLOP/s",
     "memory": f"{chip.bandwidth / 1e9:,.0f} GB/s",
     "interconnect": f"{chip.link / 1e9:,.0f} GB/s a link and direction, {2 * chip.axes} links",
     "network": f"{chip.dcn / 1e9:,.2f} GB/s",
   }
   return [
-    ("FLOPs of the model", f"{plan.model_flops:.4g}", f"a {plan.holder}, analytic"),
+    ("FLOPs of the model", f"{plan.model_flops:.4g}", f"a {plan.device}, analytic"),
     ("FLOPs of the program", f"{plan.program_flops:.4g}", f"{share:.2f} of the model's"),
-    ("with padding", f"{padded:.4g}", f"{padded_share:.2f}, attention's blocks and lanes filled"),
-    ("bytes of HBM", f"{plan.hbm_bytes:.4g}", f"a {plan.holder}"),
+    (
+      "with padding",
+      f"{padded:.4g}",
+      f"{padded_share:.2f}, including padded blocks and lanes of attention",
+    ),
+    ("bytes of HBM", f"{plan.hbm_bytes:.4g}", f"a {plan.device}"),
     *(
       (name, f"{getattr(times, name) * 1e3:,.3f} ms", f"a chip has {figure}")
-      for name, figure in busy.items()
+      for name, figure in peaks.items()
       if name != "network" or plan.topology.slices > 1
     ),
     ("bound by", times.bound, roofline.RESOURCES[times.bound]),
@@ -118,24 +122,22 @@ def _notes(plan: result.Plan) -> list[str]:
   notes = [f"Compiled in {plan.compile_seconds:.0f} s by {versions}."]
   if plan.program_flops < plan.model_flops:
     notes.append(
-      "The program computes less than the model's published count, which MFU goes by: an MFU "
+      "The program computes less than the model's published count, which MFU is based on: an MFU "
       "above what compute allows, even above 100 %, is no mistake."
     )
   if plan.rematerialized:
-    notes.append(
-      f"Memory is short: XLA computes {plan.rematerialized:,} values a second time, unasked."
-    )
+    notes.append(f"Memory is short: XLA itself recomputes {plan.rematerialized:,} values.")
   if plan.kernels:
     kernels = ", ".join(f"{name} {count:,} times" for name, count in plan.kernels.items())
-    told = "as they were given" if plan.facts.kernel_flops else "not at all"
-    notes.append(f"FLOPs of these kernels are counted {told}: {kernels}.")
+    source = "counted analytically" if plan.facts.kernel_flops else "not counted"
+    notes.append(f"FLOPs of these kernels are {source}: {kernels}.")
   return notes + _doubts(plan)
 
 
 def _doubts(plan: result.Plan) -> list[str]:
   if not plan.unknown_loops:
     return []
-  return [f"Loops of unknown length, counted once: {', '.join(plan.unknown_loops)}."]
+  return [f"Loops of unknown trip count, counted once: {', '.join(plan.unknown_loops)}."]
 
 
 def _cut(text: str, width: int = 80) -> str:
@@ -143,7 +145,7 @@ def _cut(text: str, width: int = 80) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-  """Returns rows as lines, columns under each other."""
+  """Returns rows as lines with aligned columns."""
   widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
   lines = (
     "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

@@ -3,7 +3,6 @@
 import numpy as np
 from matplotlib.figure import Figure
 
-from calm_jax import config
 from calm_jax.reporting import drawing, records
 
 _TRAIN = "training, tokens and latents dropped"
@@ -47,7 +46,6 @@ def _cross_entropy(figure: Figure, account: records.Account) -> None:
 
 
 def _posterior(figure: Figure, account: records.Account) -> None:
-  assert isinstance(account.run, config.AutoencoderRun)
   figures = account.best_evaluation or {}
   kl = np.asarray(figures["kl_by_dimension"], np.float64)
   std = np.asarray(figures["posterior_std_by_dimension"], np.float64)

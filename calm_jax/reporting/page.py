@@ -2,41 +2,16 @@
 
 import base64
 import html
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from etils import epath
 
 from calm_jax import config, errors, files
 from calm_jax.generation import text
-from calm_jax.reporting import (
-  autoencoder_pictures,
-  brier_pictures,
-  calm_pictures,
-  drawing,
-  provenance,
-  records,
-  tables,
-  temperature_pictures,
-  training_pictures,
-)
+from calm_jax.reporting import drawing, provenance, records, tables
 from calm_jax.training import ledger
 
 FILE = "report.html"
-
-PICTURES: Mapping[str, Sequence[drawing.Picture]] = {
-  "autoencoder": (*autoencoder_pictures.PICTURES, *training_pictures.PICTURES),
-  "calm": (*calm_pictures.PICTURES, *temperature_pictures.PICTURES, *training_pictures.PICTURES),
-  "transformer": (
-    *brier_pictures.PICTURES,
-    *temperature_pictures.PICTURES,
-    *training_pictures.PICTURES,
-  ),
-}
-HEADINGS = {
-  "autoencoder": "Stage 1: autoencoder",
-  "calm": "Stage 2: language model",
-  "transformer": "Baseline: Transformer",
-}
 
 _STYLE = """
 :root { color-scheme: light; --ink: #222; --soft: #666; --line: #e2e2e2; --tint: #f7f8fa; }
@@ -128,23 +103,23 @@ def _escape(value: object) -> str:
 
 
 def _heading(account: records.Account) -> str:
-  return f"{HEADINGS[account.run.stage]} ({_escape(epath.Path(account.directory).name)})"
+  return f"{account.shown_as.heading} ({_escape(epath.Path(account.directory).name)})"
 
 
 def _section(number: int, account: records.Account) -> str:
   notes = "".join(f"<p>{_escape(note)}</p>" for note in account.notes)
-  pictures = "".join(_picture(picture, account) for picture in PICTURES[account.run.stage])
+  pictures = "".join(_picture(picture, account) for picture in account.shown_as.pictures())
   return f"""<section id="run{number}"><h2>{_heading(account)}</h2>
 <p class="soft"><code>{_escape(account.directory)}</code></p>
 {_pairs(tables.totals(account), "totals")}
 {f'<div class="notes">{notes}</div>' if notes else ""}
 <h3>Settings</h3>
-{_pairs(tables.settings(account.run), "settings")}
+{_pairs(tables.settings(account.run, account.shown_as.settings), "settings")}
 {_goodput(account)}
 <h3>Evaluation on held-out text</h3>
 {_evaluation(account)}
 <div class="pictures">{pictures}</div>
-{"" if isinstance(account.run, config.AutoencoderRun) else _texts(account)}
+{_texts(account) if account.shown_as.writes else ""}
 </section>
 """
 
@@ -168,7 +143,7 @@ def _evaluation(account: records.Account) -> str:
   rows = "".join(
     f'<tr><td>{_escape(label)}</td><td class="number">{_escape(value)}</td>'
     f'<td>{_escape(unit)}</td><td class="soft">{_escape(direction)}</td></tr>'
-    for label, value, unit, direction in tables.evaluation(account.run.stage, figures)
+    for label, value, unit, direction in tables.evaluation(account.shown_as.figures, figures)
   )
   source = "evaluation.json" if figures is account.evaluation else "the training loop"
   rest = (f"{name} {value}" for name, value in tables.conditions(figures))

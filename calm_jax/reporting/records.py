@@ -8,6 +8,7 @@ import numpy as np
 from etils import epath
 
 from calm_jax import config, errors, files, workdir
+from calm_jax.reporting import presentation
 from calm_jax.training import ledger
 
 Record = Mapping[str, Any]
@@ -18,9 +19,8 @@ class Account:
   """What a workdir tells of its run.
 
   Attributes:
-    directory: as the person named it. run: its settings.
-    patch_size: K; None if the frozen autoencoder of stage two is not there, and for the
-      baseline.
+    directory: as the person named it. run: its settings. shown_as: how its stage is shown.
+    patch_size: K; None for a stage without patches.
     train, evaluations: reports of the loop, in order of steps.
     evaluation: evaluation.json, or None. tradeoff: temperature.json, or None.
     samples: written texts.
@@ -28,7 +28,8 @@ class Account:
   """
 
   directory: str
-  run: config.Run
+  run: Any
+  shown_as: presentation.Presentation
   patch_size: int | None
   train: Sequence[Record]
   evaluations: Sequence[Record]
@@ -66,13 +67,15 @@ def tokens_per_second(account: Account) -> float:
   return float(np.median(values)) if len(values) else float("nan")
 
 
-def read(directory: str) -> Account:
+def read(directory: str, run: Any, shown_as: presentation.Presentation) -> Account:
   """Returns the account of a workdir.
+
+  Args:
+    run: its settings. shown_as: how its stage is shown.
 
   Raises:
     CalmError: if it is none, has no training report yet or can't be read.
   """
-  run = workdir.read_run(directory)
   path = epath.Path(directory)
   metrics, broken = _read_lines(path / workdir.METRICS, _is_report)
   samples, broken_samples = _read_lines(path / workdir.SAMPLES, _is_sample)
@@ -90,7 +93,8 @@ def read(directory: str) -> Account:
   account = Account(
     directory=directory,
     run=run,
-    patch_size=_patch_size(run),
+    shown_as=shown_as,
+    patch_size=getattr(getattr(run, "model", None), "patch_size", None),
     train=train,
     evaluations=[record for record in metrics if record["kind"] == "evaluation"],
     evaluation=evaluation,
@@ -216,10 +220,6 @@ def _wrong_tradeoff(record: Record) -> str:
   return ""
 
 
-def _patch_size(run: config.Run) -> int | None:
-  return None if isinstance(run, config.TransformerRun) else run.model.patch_size
-
-
 def _state(account: Account) -> list[str]:
   """Returns sentences on how far the run is."""
   notes, steps = [], account.run.training.steps
@@ -244,7 +244,7 @@ def _state(account: Account) -> list[str]:
       f"The evaluation is of step {evaluation.get('step', 'unknown')}, "
       f"the last report of step {account.step}."
     )
-  if not isinstance(account.run, config.AutoencoderRun) and not account.samples:
+  if account.shown_as.writes and not account.samples:
     notes.append(
       "There is no text yet; this writes one: python -m calm_jax.generate "
       f"--workdir={account.directory}"

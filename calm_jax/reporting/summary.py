@@ -7,27 +7,19 @@ from typing import Any
 from etils import epath
 
 from calm_jax import config, errors, files, workdir
-from calm_jax.objectives import brier
 from calm_jax.reporting import provenance, records
 
 FILE = "summary.json"
-STAGES = ("autoencoder", "calm")
-
-_AUTOENCODER_FIGURES = ("token_accuracy", "patch_accuracy")
-_CALM_FIGURES = (
-  *(f"brier_{n}" for n in range(1, brier.ORDERS + 1)),
-  "brier_lm", "brier_lm_stderr", "brier_lm_marginal", "conditioning_gap",
-  "conditioning_gap_stderr", "context_tokens",
-)  # fmt: skip
 _SHOWN_LETTERS = 80
 
 
-def summarize(
-  accounts: Mapping[str, records.Account], seconds_total: float | None
-) -> dict[str, Any]:
-  """Returns the final figures of one account a stage, None where a figure does not exist.
+def summarize(accounts: Sequence[records.Account], seconds_total: float | None) -> dict[str, Any]:
+  """Returns the final figures of a model and of its parents, None where one does not exist.
 
-  Scores of stage two are in percent, the accuracies of the autoencoder are shares.
+  Scores of language models are in percent, the accuracies of an autoencoder are shares.
+
+  Args:
+    accounts: of the parents, then of the model itself, whose texts are taken.
 
   Raises:
     CalmError: if one was not evaluated, or `seconds_total` is not finite.
@@ -36,21 +28,21 @@ def summarize(
     seconds_total is None or math.isfinite(seconds_total),
     f"--seconds_total must be finite, got {seconds_total}",
   )
-  for account in accounts.values():
+  scores = {}
+  for account in accounts:
     if account.evaluation is None:
       raise errors.CalmError(
         f"{account.directory} has no {workdir.EVALUATION}, which the summary needs: run "
         f"{account.evaluate_command}"
       )
-  autoencoder, calm = (accounts[stage].evaluation or {} for stage in STAGES)
-  speeds = {stage: records.tokens_per_second(accounts[stage]) for stage in STAGES}
-  scores = {f"ae_{name}": autoencoder.get(name) for name in _AUTOENCODER_FIGURES}
-  scores |= {name: calm.get(name) for name in _CALM_FIGURES}
+    shown = account.shown_as.summary
+    scores |= {name: account.evaluation.get(figure) for name, figure in shown.items()}
+  speeds = {account.run.stage: records.tokens_per_second(account) for account in accounts}
   return {
     **files.finite(scores),
     "train_tokens_per_second": files.finite(speeds),
     "seconds_total": seconds_total,
-    "text_samples": [sample["prompt"] + sample["text"] for sample in accounts["calm"].samples],
+    "text_samples": [sample["prompt"] + sample["text"] for sample in accounts[-1].samples],
     "versions": provenance.versions(),
     "commit": provenance.commit(),
   }

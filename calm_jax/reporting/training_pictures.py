@@ -2,28 +2,14 @@
 
 from matplotlib.figure import Figure
 
-from calm_jax import config
 from calm_jax.reporting import drawing, records
-
-LOSS_UNITS = {"autoencoder": "nats a patch", "transformer": "nats a token"}
-HEAD_LOSS_UNITS = {
-  "energy": "latent unit^alpha",
-  "flow": "latent unit²",
-  "diffusion": "noise MSE + bits a dimension",
-}
-
-
-def _loss_unit(run: config.Run) -> str:
-  return (
-    HEAD_LOSS_UNITS[run.head.kind] if isinstance(run, config.CalmRun) else LOSS_UNITS[run.stage]
-  )
 
 
 def _loss(figure: Figure, account: records.Account) -> None:
   axes = figure.subplots()
   drawing.trace(axes, account, "loss", "training loss", drawing.BLUE)
   drawing.log_y(axes, only_if_wide=True)
-  axes.set_ylabel(f"loss ({_loss_unit(account.run)})")
+  axes.set_ylabel(f"loss ({account.shown_as.loss_unit(account.run)})")
   axes.legend()
   drawing.step_axis(axes)
 

@@ -1,6 +1,5 @@
 """Scores of a model on held-out blocks, for the loop and for the command alike."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -8,47 +7,13 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from calm_jax import config, workdir
+from calm_jax import config
 from calm_jax.data import pipeline
 from calm_jax.data import store as store_lib
 from calm_jax.objectives import brier
 from calm_jax.parallel import mesh as mesh_lib
-from calm_jax.training import autoencoder_stage, calm_stage, stages, transformer_stage
-
-Staged = tuple[stages.Stage, int, dict[str, Any]]
-
-
-def _autoencoder(trained: workdir.TrainedAutoencoder, samples: int) -> Staged:
-  stage = autoencoder_stage.build(trained.run, trained.origin.vocab_size)
-  return stage, trained.run.model.patch_size, {}
-
-
-def _calm(trained: workdir.TrainedCalm, samples: int) -> Staged:
-  loss = trained.run.loss
-  loss = dataclasses.replace(loss, samples=samples or loss.samples)
-  run, codec = dataclasses.replace(trained.run, loss=loss), trained.model.autoencoder
-  stage = calm_stage.build(run, codec, trained.autoencoder.params, trained.origin.vocab_size)
-  return stage, codec.sizes.patch_size, {"samples": loss.samples}
-
-
-def _transformer(trained: workdir.TrainedTransformer, samples: int) -> Staged:
-  return transformer_stage.build(trained.run, trained.origin.vocab_size), 1, {}
-
-
-_STAGES: dict[str, Callable[..., Staged]] = {
-  "autoencoder": _autoencoder,
-  "calm": _calm,
-  "transformer": _transformer,
-}
-
-
-def stage_of(trained: workdir.Trained, samples: int = 0) -> Staged:
-  """Returns the stage of trained weights, its K, and what its figures depend on.
-
-  Args:
-    samples: N, samples a patch of stage two; 0 for as many as in training.
-  """
-  return _STAGES[trained.run.stage](trained, samples)
+from calm_jax.training import feed
+from calm_jax.training import stage as stage_lib
 
 
 def require_context(context: int, patch_size: int, name: str) -> None:
@@ -65,7 +30,7 @@ class Evaluator:
 
   def __init__(
     self,
-    stage: stages.Stage,
+    stage: stage_lib.Stage,
     store: store_lib.TokenStore | None,
     context: int,
     batch: int,
@@ -94,12 +59,7 @@ class Evaluator:
 
   def lowered(self, params: Any, frozen: Any) -> jax.stages.Lowered:
     """Returns the program that scores a batch, before it is compiled, for abstract trees."""
-    context, rows = self._heldout[1], self.rows
-    place = NamedSharding(self._mesh, mesh_lib.spec("batch"))
-    batch = {
-      "tokens": jax.ShapeDtypeStruct((rows, context), np.int32, sharding=place),
-      "index": jax.ShapeDtypeStruct((rows,), np.int32, sharding=place),
-    }
+    batch = feed.abstract_batch(pipeline.fields(self._heldout[1]), self._mesh, self.rows)
     devices = mesh_lib.on_each(self._mesh)
     stop = jax.ShapeDtypeStruct((self._mesh.size,), np.int32, sharding=devices)
 

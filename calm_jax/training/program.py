@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -11,9 +11,11 @@ from jax import numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from calm_jax import config
+from calm_jax.data import pipeline
 from calm_jax.parallel import mesh as mesh_lib
 from calm_jax.parallel import rules
-from calm_jax.training import stages, step
+from calm_jax.training import feed, step
+from calm_jax.training import stage as stage_lib
 
 Tree = Any
 
@@ -31,11 +33,17 @@ def memory_line(compiled: jax.stages.Compiled) -> str:
   return "memory a device: " + ", ".join(f"{name} {x / 2**30:.3f} GiB" for name, x in giga.items())
 
 
-def require_divisible(run: config.Run, positions: int, mesh: jax.sharding.Mesh) -> None:
+def require_divisible(
+  run: config.Run,
+  positions: int,
+  transformer: config.Transformer | None,
+  mesh: jax.sharding.Mesh,
+) -> None:
   """Raises CalmError unless the mesh divides a run's batch, positions and heads evenly.
 
   Args:
-    positions: of an example, P.
+    positions: P, of an example.
+    transformer: sizes of the stage's Transformer, if it has one.
   """
   rows, parts = run.training.batch, run.training.accumulation * mesh_lib.row_parts(mesh)
   config.require(
@@ -48,7 +56,7 @@ def require_divisible(run: config.Run, positions: int, mesh: jax.sharding.Mesh) 
     positions % sequence == 0,
     f"config.mesh.sequence must divide the {positions} positions of an example, got {sequence}",
   )
-  heads = getattr(run.model, "kv_heads", tensor)
+  heads = transformer.kv_heads if transformer else tensor
   config.require(
     heads % tensor == 0,
     f"config.mesh.tensor must divide model.kv_heads = {heads}, got {tensor}",
@@ -56,16 +64,20 @@ def require_divisible(run: config.Run, positions: int, mesh: jax.sharding.Mesh) 
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
-  """The functions of a run's stage on a mesh.
+class TrainProgram:
+  """A stage's functions on a mesh, compiled once.
 
-  `state` and `batch` are abstract, with the place of every array. The step donates
-  its state.
+  `state` and `batch` are abstract, with the sharding of every array. The step donates its
+  state.
+
+  Attributes:
+    fields: of an example of a training batch; None for those of `pipeline.fields`.
   """
 
   run: config.Run
-  stage: stages.Stage
+  stage: stage_lib.Stage
   mesh: jax.sharding.Mesh
+  fields: Mapping[str, pipeline.Field] | None = None
 
   @property
   def _everywhere(self) -> NamedSharding:
@@ -85,13 +97,12 @@ class Program:
     return rules.abstract(self.stage.frozen, self.mesh)
 
   @property
+  def _fields(self) -> Mapping[str, pipeline.Field]:
+    return self.fields or pipeline.fields(self.run.data.context)
+
+  @property
   def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-    rows, context = self.run.training.batch, self.run.data.context
-    place = NamedSharding(self.mesh, mesh_lib.spec("batch"))
-    return {
-      "tokens": jax.ShapeDtypeStruct((rows, context), jnp.int32, sharding=place),
-      "index": jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=place),
-    }
+    return feed.abstract_batch(self._fields, self.mesh, self.run.training.batch)
 
   @property
   def signals(self) -> jax.ShapeDtypeStruct:
@@ -106,9 +117,7 @@ class Program:
 
   def blank_batch(self) -> dict[str, jax.Array]:
     """Returns a batch of zeros, for void steps."""
-    rows, batch = mesh_lib.own_rows(self.mesh, self.run.training.batch), self.batch
-    zeros = {name: np.zeros((len(rows), *x.shape[1:]), x.dtype) for name, x in batch.items()}
-    return mesh_lib.place_rows(self.mesh, zeros, rows, self.run.training.batch)
+    return feed.blank_batch(self._fields, self.mesh, self.run.training.batch)
 
   def initial(self, params: Tree = None) -> step.TrainState:
     """Returns the state before the first step, from `params` or the stage's initial values."""

@@ -1,18 +1,13 @@
 """Figures of finished steps: read one step late, checked, written now and then."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
 
 from calm_jax import config
 from calm_jax.training import metrics, resuming, step
-
-# What a person sees of a training report, in this order where it is there.
-SHOWN = (
-  "loss", "token_accuracy", "kl", "attraction", "repulsion", "gradient_norm", "tokens_per_second",
-)  # fmt: skip
 
 
 class Reporter:
@@ -27,8 +22,15 @@ class Reporter:
   """
 
   def __init__(
-    self, run: config.Run, writer: metrics.Writer, flops_per_token: float, first_step: int
+    self,
+    run: config.Run,
+    writer: metrics.Writer,
+    flops_per_token: float,
+    first_step: int,
+    shown: Sequence[str],
   ):
+    """Takes the run; `shown` names the stage's own figures on the line of a report."""
+    self._shown = ("loss", *shown, "gradient_norm", "tokens_per_second")
     self._run, self._writer = run, writer
     self._tokens_per_step = run.data.context * run.training.batch
     self._flops_per_step = flops_per_token * self._tokens_per_step
@@ -104,7 +106,7 @@ class Reporter:
     }
     self._lap_start, self._lap_step = now, done
     self._waited_for_data = self._paused = 0.0
-    self._writer.write("train", done, values, SHOWN)
+    self._writer.write("train", done, values, self._shown)
 
   def _skipped(self, done: int, values: Mapping[str, float], indices: np.ndarray) -> None:
     in_a_row = self.skipped_in_a_row

@@ -18,7 +18,9 @@ from calm_jax import workdir
 from calm_jax.data import store as store_lib
 from calm_jax.interchange import tensors
 from calm_jax.reporting import records
+from calm_jax.running import loading
 from calm_jax.training import reporter
+from calm_jax.training import trained as trained_lib
 from harm import forked
 
 STAGES = ("autoencoder", "calm", "transformer")
@@ -174,8 +176,8 @@ def trained(directory: pathlib.Path, step: int = STEPS) -> dict[str, Any]:
 
 def imported(directory: pathlib.Path) -> dict[str, Any]:
   """All that a workdir's reader can see of its model."""
-  found = workdir.load(str(directory))
-  models = [found, *([found.autoencoder] if isinstance(found, workdir.TrainedCalm) else [])]
+  found = loading.load(str(directory))
+  models = [found, *([found.autoencoder] if isinstance(found, trained_lib.Trained) else [])]
   return {
     "runs": [dataclasses.asdict(model.run) for model in models],
     "origins": [dataclasses.asdict(model.origin) for model in models],

@@ -1,0 +1,1 @@
+"""What `python -m calm_jax.benchmark` runs, and its measured figures."""

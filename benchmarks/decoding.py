@@ -1,0 +1,227 @@
+"""Speed of writing with a trained model: draws as published, and ours."""
+
+import dataclasses
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+
+from benchmarks import known_law, timing
+from calm_jax import errors, workdir
+from calm_jax.data import store as store_lib
+from calm_jax.data import synthetic
+from calm_jax.generation import cost, decode, laws, precision, requests, tradeoff
+from calm_jax.models import calm, memory
+from calm_jax.planning import writing
+from calm_jax.running import loading
+from calm_jax.running import texts as texts_lib
+from calm_jax.training import trained as trained_lib
+
+REPETITIONS = 9
+PROMPT_PATCHES, NEW_PATCHES = 16, 16
+BATCHES = (1, 4, 32)
+PUBLISHED = requests.Sampler("none", "batch")
+# (name, sampler, T, N).
+WAYS: tuple[tuple[str, requests.Sampler, float, int], ...] = (
+  ("one draw", PUBLISHED, 1.0, 1),
+  ("published", PUBLISHED, 1 / 2, 200),
+  ("ours", requests.Sampler(), 1 / 2, 24),
+  ("published", PUBLISHED, 1 / 3, 200),
+  ("ours", requests.Sampler(), 1 / 3, 24),
+)
+QUALITY_PATCHES = 1024
+
+Section = tuple[list[str], Any]  # Lines to print, and the figures.
+
+
+def _bare(trained: trained_lib.Trained, token_BPK: np.ndarray) -> float:
+  """Returns seconds of writing NEW_PATCHES in the shortest loop: one draw a patch at T = 1."""
+  model, params = trained.model, (trained.params, trained.parents["autoencoder"].params)
+  law, autoencoder = laws.CalmLaw(trained, requests.Sampler()), trained.parents["autoencoder"].model
+
+  @jax.jit
+  def prefill(params, token_BPK):
+    return law.advance(params, token_BPK, None, memory.Cache.empty(64))
+
+  @jax.jit
+  def steps(params, state, key):
+    def step(state, key):
+      hidden_BD, cache = state
+      latent_BZ = model.sample(params[0], hidden_BD, key, 1)[0]
+      token_BK = calm.decode_tokens(autoencoder, params[1], latent_BZ)
+      return law.advance(params, token_BK[:, None], None, cache), token_BK
+
+    return jax.lax.scan(step, state, jax.random.split(key, NEW_PATCHES))[1]
+
+  state = prefill(params, token_BPK)
+  return timing.median_seconds(lambda: steps(params, state, jax.random.key(0)), REPETITIONS)
+
+
+def _write(decoder: decode.Decoder, texts: list[requests.Request]) -> tuple[float, float, float]:
+  """Returns seconds of writing NEW_PATCHES without the prompt, and draws a patch, made and seen."""
+  seconds, drawn, seen = [], [], []
+  for _ in range(REPETITIONS + 1):
+    session = decoder.start(texts)
+    jax.block_until_ready(session.state)
+    start = time.perf_counter()
+    written = session.advance(NEW_PATCHES)
+    seconds.append(time.perf_counter() - start)
+    drawn += [x for text in written for x in text.drawn]
+    seen += [x for text in written for x in text.seen]
+  return float(np.median(seconds[1:])), float(np.mean(drawn)), float(np.mean(seen))
+
+
+def _differing_draws(trained: trained_lib.Trained, token_BPK: np.ndarray) -> Section:
+  """Measures, per kind of smaller weights, the share of draws that differ with the same noise.
+
+  The share bounds the total variation between the laws. A kind whose library is not installed
+  is left out.
+  """
+
+  def drawn(kept: trained_lib.Trained) -> np.ndarray:
+    model, autoencoder = kept.model, kept.parents["autoencoder"]
+
+    @jax.jit
+    def tokens(params, frozen):
+      hidden_BPD, _ = model.hidden(params, jnp.array(token_BPK))
+      latent_NBPZ = model.sample(params, hidden_BPD, jax.random.key(0), 20)
+      return calm.decode_tokens(autoencoder.model, frozen, latent_NBPZ)
+
+    return np.asarray(tokens(kept.params, autoencoder.params))
+
+  figures, expected = {}, drawn(trained)
+  for kind, smaller in precision.WEIGHTS.items():
+    try:
+      small = drawn(smaller(trained))
+    except errors.CalmError:
+      continue
+    figures[kind] = float(np.any(expected != small, axis=-1).mean())
+  shares = (f"{100 * share:.2f} % with {kind}" for kind, share in figures.items() if share)
+  return [f"draws that differ with the same noise: {', '.join(shares)}"], figures
+
+
+def _prompts(store: store_lib.TokenStore, batch: int, patch_size: int) -> np.ndarray:
+  """Returns prompts at even distances in the held-out tokens, [B, PROMPT_PATCHES, K]."""
+  length = PROMPT_PATCHES * patch_size
+  places = np.linspace(0, store.num_tokens("heldout") - length, batch).astype(int)
+  token_BS = np.stack([store.read("heldout", i, i + length) for i in places]).astype(np.int32)
+  return token_BS.reshape(batch, PROMPT_PATCHES, patch_size)
+
+
+def _speed(
+  trained: trained_lib.Trained, token_BPK: np.ndarray, way: tuple[str, requests.Sampler, float, int]
+) -> dict[str, Any]:
+  """Returns the speed and the cost of writing after each prompt in one of WAYS."""
+  name, sampler, value, n = way
+  batch, _, patch_size = token_BPK.shape
+  texts = [
+    requests.Request(tuple(row.tolist()), value, n, 4 * NEW_PATCHES * patch_size, number=i)
+    for i, row in enumerate(token_BPK.reshape(batch, -1))
+  ]
+  seconds, drawn, seen = _write(texts_lib.decoder(trained, sampler, lambda line: None), texts)
+  job = cost.WritingJob(
+    trained.run,
+    {"autoencoder": trained.parents["autoencoder"].run},
+    trained.origin.vocab_size,
+    2 * (PROMPT_PATCHES + NEW_PATCHES // 2),
+    draws=drawn,
+    batch=batch,
+  )
+  return {
+    "batch": batch,
+    "way": name,
+    "temperature": value,
+    "num_candidates": n,
+    "sampler": f"{sampler.rule}:{sampler.at_limit}",
+    "tokens_per_second": batch * NEW_PATCHES * patch_size / seconds,
+    "draws": drawn,
+    "seen": seen,
+    "mflop": sum(part.flops for part in writing.parts(job)) / 1e6,
+  }
+
+
+def _speeds(trained: trained_lib.Trained, token_BPK: np.ndarray) -> Section:
+  """Measures the bare loop and all WAYS at one batch size; each of ours follows its rival."""
+  batch, _, patch_size = token_BPK.shape
+  bare = batch * NEW_PATCHES * patch_size / _bare(trained, token_BPK)
+  lines = [f"batch {batch:2}  bare loop, T = 1, one draw: {bare:9,.1f} tokens/s"]
+  figures: list[dict[str, Any]] = [
+    {"batch": batch, "way": "bare loop", "temperature": 1.0, "tokens_per_second": bare}
+  ]
+  for way in WAYS:
+    row, before = _speed(trained, token_BPK, way), figures[-1]["tokens_per_second"]
+    line = (
+      f"batch {batch:2}  {row['way']:10} T = {row['temperature']:.3f}, N = "
+      f"{row['num_candidates']:3}: {row['tokens_per_second']:9,.1f} tokens/s, "
+      f"{row['draws']:6.1f} draws a patch, {row['mflop']:8.1f} MFLOP a token"
+    )
+    if row["way"] == "ours":
+      line += f", {row['tokens_per_second'] / before:.1f} times the published way"
+    lines.append(line)
+    figures.append(row)
+  return lines, figures
+
+
+def _quality(trained: trained_lib.Trained, store: store_lib.TokenStore) -> Section:
+  """Measures accuracy and collision of what both ways write, in percent."""
+  lines, figures = [], []
+  for sampler, n in ((PUBLISHED, 200), (requests.Sampler(), 24)):
+    figures += tradeoff.of_calm(
+      trained, store, (1 / 2, 1 / 3), (n,), (sampler,), QUALITY_PATCHES, seed=0
+    )
+  for row in figures:
+    scores = [
+      f"{name} " + " ".join(f"{x:.1f}" for x in row[name]) + f" (± {row[name + '_error'][0]:.1f})"
+      for name in ("accuracy", "collision")
+    ]
+    lines.append(
+      f"{row['rule']}:{row['at_limit']} T = {row['temperature']:.3f}, N = {row['num_candidates']}: "
+      f"{', '.join(scores)}, {row['draws']:.1f} draws"
+    )
+  return lines, figures
+
+
+def _trained(directory: str) -> trained_lib.Trained:
+  """Returns the model of --workdir.
+
+  Raises:
+    CalmError: if there is none.
+  """
+  if not directory:
+    raise errors.CalmError(
+      "--suite=decode writes with a trained model: give --workdir=DIR of a CALM language model, "
+      "such as launch/quickstart.sh trains"
+    )
+  return loading.load(directory, "calm")
+
+
+def measure(directory: str) -> tuple[list[str], dict[str, Any]]:
+  """Returns lines to print, and the figures: tokens/s, higher is better.
+
+  Args:
+    directory: workdir of a CALM language model, whose token store must still be there.
+
+  Raises:
+    CalmError: for any other folder.
+  """
+  trained = _trained(directory)
+  store = synthetic.open_store(trained.run.data.path)
+  workdir.require_same_tokenizer(trained.origin, store, directory)
+  endless = dataclasses.replace(  # No text ends early.
+    trained, origin=dataclasses.replace(trained.origin, appends_eos=False, start_patch=())
+  )
+  patch_size = trained.model.sizes.patch_size
+  prompts = [_prompts(store, batch, patch_size) for batch in BATCHES]
+  speeds = [_speeds(endless, token_BPK) for token_BPK in prompts]
+  sections: dict[str, Section] = {
+    "speeds": ([x for lines, _ in speeds for x in lines], [x for _, rows in speeds for x in rows]),
+    "quality": _quality(trained, store),
+    "differing_draws": _differing_draws(endless, prompts[-1]),
+    "batch_bias": known_law.batch_bias(),
+    "first_bias": known_law.first_bias(),
+    "exact_law_p": known_law.exact_law(),
+  }
+  lines = [line for own, _ in sections.values() for line in own]
+  return lines, {name: figures for name, (_, figures) in sections.items()}

@@ -1,1 +1,0 @@
-"""Speeds, measured: each suite compares ways to the same figures within one run."""

@@ -1,0 +1,1 @@
+"""Hidden -> samples: one file per generative head, which holds all that is its own."""

@@ -1,0 +1,1 @@
+"""What acts do with any stage: load it, train it, evaluate it, export it."""

@@ -1,0 +1,33 @@
+"""Settings of any stage -> FLOPs of training, a token."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from calm_jax.stages import table
+
+
+def train_parts(run: Any, parents: Mapping[str, Any], vocab_size: int) -> dict[str, float]:
+  """Returns training FLOPs a token of each part, as the paper counts them.
+
+  Args:
+    parents: settings of the run that each parent comes from, by the parent's name.
+  """
+  spec = table.of(run)
+  parts = spec.flops(run, parents, vocab_size)
+  return {name: value / spec.patch_size(run) for name, value in parts.items()}
+
+
+def train_per_token(run: Any, parents: Mapping[str, Any], vocab_size: int) -> float:
+  """Returns training FLOPs a token; see `train_parts`."""
+  return sum(train_parts(run, parents, vocab_size).values())
+
+
+def program_per_token(run: Any, parents: Mapping[str, Any], vocab_size: int) -> float:
+  """Returns FLOPs a token that our program computes where only the kernel recomputes.
+
+  It differs from `train_per_token`, the published count, where the reference computes more
+  (the hidden state's part of the head, once a sample) and where the kernel of attention does
+  (its backward pass has five products and not four).
+  """
+  spec = table.of(run)
+  return spec.program_flops(run, parents, vocab_size) / spec.patch_size(run)

@@ -1,0 +1,246 @@
+"""Settings and a workdir -> a run that may begin there or resume: everything checked and built."""
+
+import dataclasses
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from calm_jax import config, distributed, errors, files, resolve, workdir
+from calm_jax.data import pipeline, synthetic
+from calm_jax.data import store as store_lib
+from calm_jax.parallel import mesh as mesh_lib
+from calm_jax.running import loading
+from calm_jax.stages import table
+from calm_jax.training import checkpoint, evaluation, optimizer, program, resuming, stage
+from calm_jax.training import trained as trained_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+  """A run made ready over its data, nothing written yet.
+
+  Attributes:
+    functions: its stage's. positions: P, of an example.
+    parents: loaded. parent_sources: the folders that they were loaded from.
+    initial: parameters that replace the stage's own initial values; None for those.
+    has_begun: whether the workdir has been started before.
+  """
+
+  run: Any
+  store: store_lib.TokenStore
+  origin: workdir.Origin
+  functions: stage.Stage
+  positions: int
+  parents: Mapping[str, trained_lib.Trained]
+  parent_sources: Mapping[str, str]
+  initial: Any
+  has_begun: bool
+
+  @property
+  def tokenizer(self) -> epath.Path:
+    return epath.Path(self.store.path) / self.store.manifest.tokenizer.file
+
+  @property
+  def parent_runs(self) -> dict[str, Any]:
+    return {name: parent.run for name, parent in self.parents.items()}
+
+  def copy_parents(self, directory: str) -> None:
+    """Writes the parents into a new workdir.
+
+    Raises:
+      CalmError: if they can't be written.
+    """
+    for name, parent in self.parents.items():
+      target = str(epath.Path(directory) / name)
+      trained_lib.copy_parent(parent, name, self.parent_sources[name], target)
+
+
+def prepare(run: Any, directory: str, allow_config_change: bool) -> Start:
+  """Returns a run and its data, found to fit each other on all processes.
+
+  Raises:
+    CalmError: for settings, data, parents or a workdir that don't fit each other.
+  """
+  store = distributed.together("input", lambda: _store(run, directory, allow_config_change))
+  distributed.require_same("config", resolve.digest(run))
+  distributed.require_same("data", store.hash)
+  has_begun = workdir.exists(directory)
+  state = "begun" if has_begun else "new"
+  distributed.require_same("--workdir", f"{directory} ({state})")
+  start = _built(run, store, directory, has_begun)
+  _require_fitting(start)
+  if has_begun:
+    workdir.require_same_data(directory, start.origin)
+  return start
+
+
+def _store(run: Any, directory: str, allow_config_change: bool) -> store_lib.TokenStore:
+  """Returns the data of a run that may begin, or resume, in a workdir."""
+  files.require_reachable(directory)
+  checkpoint.require_writable_name(directory)
+  if workdir.exists(directory):
+    workdir.require_whole(directory)
+    workdir.require_trainable(directory)
+    resuming.require_checkpoints(directory)
+    _require_same_config(run, directory, allow_config_change)
+  elif checkpoint.steps_in(directory):
+    raise errors.CalmError(
+      f"{directory} holds checkpoints, but no config.json: put it back, or give a new --workdir"
+    )
+  config.require(
+    bool(run.data.path),
+    "config.data.path is empty: give --config.data.path=DIR, written by calm_jax.prepare",
+  )
+  store = synthetic.open_store(run.data.path)
+  store.require_tokenizer()  # It is copied, and texts are written with it from then on.
+  return store
+
+
+def _require_same_config(run: Any, directory: str, allow_change: bool) -> None:
+  """Raises CalmError where `run` may not resume in a workdir."""
+  differing = {
+    name: values
+    for name, values in resolve.differences(loading.read_run(directory), run).items()
+    if name.partition(".")[0] not in resolve.FREE
+  }
+  fixed = any(map(resolve.is_fixed, differing))
+  if not differing or (allow_change and not fixed):
+    return
+  changes = "; ".join(f"{name}: {before!r}, {now!r}" for name, (before, now) in differing.items())
+  ways = "a new --workdir or the stored settings"
+  raise errors.CalmError(
+    f"{directory} was started with another config (stored, given): {changes}. Give {ways}"
+    + ("" if fixed else ", or --allow_config_change")
+  )
+
+
+def _built(run: Any, store: store_lib.TokenStore, directory: str, has_begun: bool) -> Start:
+  """Returns a run over its data, its parents and the weights that it starts from."""
+  spec, begun = table.of(run), workdir.read_origin(directory) if has_begun else None
+  source = None
+  if run.start_from and not (has_begun and trained_lib.has_checkpoint(directory)):
+    source = _weights_to_start_from(run, store)
+  places = {name: _parent_source(run, name, directory, has_begun, source) for name in spec.parents}
+  parents = {}
+  for name, place in places.items():
+    parents[name] = loading.load(place, spec.parents[name], run.training.compute_dtype)
+    workdir.require_same_tokenizer(parents[name].origin, store, place)
+  # Of the model: that of the weights it starts from, which may have been padded.
+  before = begun or (source.origin if source else None)
+  origins = [before, *(parent.origin for parent in parents.values())]
+  sizes = [origin.vocab_size for origin in origins if origin]
+  vocab_size = sizes[0] if sizes else store.manifest.tokenizer.vocab_size
+  named = {name: (f"the {name} in {place}", f"--config.{name}") for name, place in places.items()}
+  spec.check(run, {name: parent.run for name, parent in parents.items()}, vocab_size, named)
+  patch_size = spec.patch_size(run)
+  fingerprints = {name: parent.fingerprint for name, parent in parents.items()}
+  model = spec.model(run, parents, vocab_size, run.training.compute_dtype)
+  return Start(
+    run=run,
+    store=store,
+    origin=workdir.Origin.of(store, patch_size, vocab_size, fingerprints),
+    functions=spec.stage(run, model, parents),
+    positions=run.data.context // patch_size,
+    parents=parents,
+    parent_sources=places,
+    initial=source.params if source else None,
+    has_begun=has_begun,
+  )
+
+
+def _weights_to_start_from(run: Any, store: store_lib.TokenStore) -> trained_lib.Trained:
+  """Returns what `start_from` holds; CalmError where `run` can't start from it."""
+  source = loading.load(run.start_from, run.stage)
+  workdir.require_same_tokenizer(source.origin, store, run.start_from)
+  unshaped, wrong = table.of(run).unshaped(run), {}
+  for name, (stored, _) in resolve.differences(source.run, run).items():
+    if name.partition(".")[0] in ("model", "head") and name not in unshaped:
+      wrong[name] = stored
+  config.require(
+    not wrong,
+    f"the weights in {run.start_from} are of another size: give "
+    + " ".join(f"--config.{name}={stored}" for name, stored in wrong.items()),
+  )
+  return source
+
+
+def _parent_source(
+  run: Any, name: str, directory: str, has_begun: bool, source: trained_lib.Trained | None
+) -> str:
+  """Returns the folder that a parent is loaded from."""
+  setting = getattr(run, name)
+  config.require(
+    not (run.start_from and setting),
+    f"config.{name} is {setting!r} beside config.start_from, whose own {name} is used: leave it "
+    "out",
+  )
+  if has_begun:
+    return str(epath.Path(directory) / name)
+  if source:
+    return str(epath.Path(run.start_from) / name)
+  stage_name = table.of(run).parents[name]
+  config.require(
+    bool(setting),
+    f"config.{name} is empty: give --config.{name}=W, the workdir of "
+    f"{table.STAGES[stage_name].title}",
+  )
+  return setting
+
+
+def _require_fitting(start: Start) -> None:
+  run, spec = start.run, table.of(start.run)
+  evaluation.require_context(run.data.context, spec.patch_size(run), "config.data.context")
+  optimizer.schedule(run.optimizer, run.training.steps)
+  program.require_divisible(run, start.positions, spec.transformer(run), mesh_lib.current())
+  if run.training.eval_every:
+    advice = ", or train with --config.training.eval_every=0"
+    pipeline.require_heldout(start.store, advice)
+
+
+def remarks(run: Any, store: store_lib.TokenStore) -> list[str]:
+  """Returns lines on what the owner of a run may not have meant about its length and data."""
+  settings, warmup = run.training, run.optimizer.warmup_steps
+  lines, blocks = [], store.num_tokens("train") // run.data.context
+  if settings.steps < warmup:
+    lines.append(
+      f"training.steps = {settings.steps:,} ends inside the warmup, optimizer.warmup_steps = "
+      f"{warmup:,}: the learning rate reaches {settings.steps / warmup:.1%} of its peak"
+    )
+  epochs = settings.steps * settings.batch / max(1, blocks)
+  if epochs > 1 and not run.data.reuse_batch:
+    lines.append(
+      f"{settings.steps:,} steps of {settings.batch:,} examples are {epochs:.2f} epochs: the data "
+      f"hold {blocks:,} examples of {run.data.context:,} tokens"
+    )
+  return lines + list(pipeline.of_few_blocks(store, run.data.context, bool(settings.eval_every)))
+
+
+def next_command(run: Any, directory: str, size: str) -> str:
+  """Returns the command that a finished run is used with, for people.
+
+  Args:
+    size: of the config file of the stage that is trained on this one.
+  """
+  place = shlex.quote(directory)
+  if table.of(run).writing:
+    return (
+      f"next: python -m calm_jax.evaluate --workdir={place}\n"
+      f"      python -m calm_jax.generate --workdir={place} --prompt=TEXT"
+    )
+  for stage_name, spec in table.STAGES.items():
+    for name, parent_stage in spec.parents.items():
+      if parent_stage == run.stage:
+        return (
+          f"next: python -m calm_jax.main --config=configs/{stage_name}.py:{size} "
+          f"--config.data.path={shlex.quote(run.data.path)} --config.{name}={place}"
+          f"{_other_patches(run, spec)} --workdir=DIR"
+        )
+  return f"next: python -m calm_jax.evaluate --workdir={place}"
+
+
+def _other_patches(run: Any, child: Any) -> str:
+  """Returns the flag for a child of the same K as its parent, where that is not the default."""
+  k = table.of(run).patch_size(run)
+  return "" if k == child.patch_size(child.run()) else f" --config.model.patch_size={k}"

@@ -1,0 +1,35 @@
+"""A trained stage -> what writes text with it."""
+
+from collections.abc import Callable
+
+from calm_jax import errors
+from calm_jax.generation import decode, requests, writing
+from calm_jax.stages import table
+from calm_jax.training import trained as trained_lib
+
+
+def require_writing(run, name: str, advice: str = "") -> writing.Writing:
+  """Returns how a run's stage writes text.
+
+  Args:
+    name: of what is asked, for the message. advice: its end.
+
+  Raises:
+    CalmError: for a stage that writes none.
+  """
+  spec = table.of(run)
+  if spec.writing is None:
+    raise errors.CalmError(f"{name} {spec.title}, which writes no text by itself{advice}")
+  return spec.writing
+
+
+def decoder(
+  trained: trained_lib.Trained, sampler: requests.Sampler, report: Callable[[str], None]
+) -> decode.Decoder:
+  """Returns what writes texts with a trained stage.
+
+  Raises:
+    CalmError: for a stage that writes none.
+  """
+  law = require_writing(trained.run, "this is").law(trained, sampler)
+  return decode.Decoder(trained, law, sampler, report)

@@ -1,0 +1,52 @@
+"""Settings -> a stage that has no workdir yet: to plan and to measure."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from calm_jax import workdir
+from calm_jax.stages import table
+from calm_jax.training import stage as stage_lib
+from calm_jax.training import trained as trained_lib
+
+Params = Any
+# Makes parameters with the function of a key that gives initial ones.
+Make = Callable[[Callable[[jax.Array], Params]], Params]
+
+
+def parent_runs(run: Any, known: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the settings of a run's parents: those that are known, else their stage's default."""
+  parents = table.of(run).parents
+  return {name: known.get(name) or table.STAGES[stage].run() for name, stage in parents.items()}
+
+
+def abstract(initial: Callable[[jax.Array], Params]) -> Params:
+  """Returns the shapes of initial parameters; no array is made."""
+  return jax.eval_shape(lambda: initial(jax.random.key(0)))
+
+
+def trained(
+  run: Any, parent_runs: Mapping[str, Any], vocab_size: int, make: Make, dtype: str = ""
+) -> trained_lib.Trained:
+  """Returns a stage as if it were trained, with parameters from `make`.
+
+  Args:
+    parent_runs: settings of its parents, by their names.
+    dtype: that the model computes in; by default that of training.
+  """
+  dtype = dtype or run.training.compute_dtype
+  spec = table.of(run)
+  parents = {name: trained(parent_runs[name], {}, vocab_size, make, dtype) for name in spec.parents}
+  model = spec.model(run, parents, vocab_size, dtype)
+  origin = workdir.Origin("", "", "", vocab_size, eos_id=0, appends_eos=True, start_patch=())
+  return trained_lib.Trained(run, origin, make(model.initial), 0, model, "", parents)
+
+
+def functions(
+  run: Any, parent_runs: Mapping[str, Any], vocab_size: int, make: Make
+) -> stage_lib.Stage:
+  """Returns a stage's functions for the loop, over parents with parameters from `make`."""
+  spec, dtype = table.of(run), run.training.compute_dtype
+  parents = {name: trained(parent_runs[name], {}, vocab_size, make, dtype) for name in spec.parents}
+  return spec.stage(run, spec.model(run, parents, vocab_size, dtype), parents)

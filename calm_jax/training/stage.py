@@ -1,0 +1,86 @@
+"""What the loop needs to know about a stage, as pure functions of arrays."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+
+from calm_jax.objectives import brier
+from calm_jax.parallel import mesh
+from calm_jax.training import step
+
+Params = Any
+Batch = Mapping[str, jax.Array]
+# One array a score, one row an example: [B, ...].
+Scores = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """A stage of training.
+
+  A batch has the fields of its source, by default those of `data.pipeline.fields`. All noise of
+  an example is keyed by its `index` in the global stream, so that neither accumulation nor the
+  number of hosts changes it.
+
+  Attributes:
+    init: key -> trained parameters.
+    loss: (params, frozen, batch, key) -> (mean loss, metrics); see `step.Loss`.
+    evaluate: (params, frozen, batch, key) -> scores of each example.
+    summarize: scores of all examples -> the figures that are reported.
+    frozen: parameters that the stage reads and never trains.
+  """
+
+  init: Callable[[jax.Array], Params]
+  loss: step.Loss
+  evaluate: Callable[[Params, Params, Batch, jax.Array], Scores]
+  summarize: Callable[[Mapping[str, np.ndarray]], dict[str, Any]]
+  frozen: Params = dataclasses.field(default_factory=dict)
+
+
+def example_keys(key: jax.Array, index_B: jax.Array) -> jax.Array:
+  """Returns one key an example, from its index in the global stream: [B]."""
+  return jax.vmap(lambda index: jax.random.fold_in(key, index))(index_B)
+
+
+def purpose_keys(key_B: jax.Array, purpose: int) -> jax.Array:
+  """Returns each example's key for one of its kinds of noise, by the number of the kind: [B]."""
+  return jax.vmap(jax.random.fold_in, in_axes=(0, None))(key_B, purpose)
+
+
+def patches(token_BS: jax.Array, patch_size: int) -> jax.Array:
+  """Returns tokens as patches, [B, S] -> [B, P, K]."""
+  token_BPK = token_BS.reshape(token_BS.shape[0], -1, patch_size)
+  return mesh.constrain(token_BPK, "batch", "position", None)
+
+
+def next_position(x_BP: jax.Array) -> jax.Array:
+  """Shifts [B, P, ...] left by one position, wrapping; mask the last position by `has_next`.
+
+  All P positions stay, so that a mesh divides them evenly.
+  """
+  return jnp.roll(x_BP, -1, axis=1)
+
+
+def has_next(x_BP: jax.Array) -> jax.Array:
+  """Returns the float32 mask [B, P] of positions that have a next one: 0 at the last, else 1."""
+  mask_P = jnp.arange(x_BP.shape[1]) < x_BP.shape[1] - 1
+  return jnp.broadcast_to(mask_P[None], x_BP.shape).astype(jnp.float32)
+
+
+def mean_with_next(x_BP: jax.Array) -> jax.Array:
+  """Returns the mean of [B, P] over the positions of `has_next`."""
+  mask_BP = has_next(x_BP)
+  return jnp.sum(jnp.where(mask_BP > 0, x_BP, 0)) / mask_BP.sum()
+
+
+def with_stderr(scores: Mapping[str, np.ndarray], *names: str) -> dict[str, float]:
+  """Returns the mean of each named score over all examples, and its standard error."""
+  result = {}
+  for name in names:
+    result[name] = float(scores[name].mean())
+    result[f"{name}_stderr"] = brier.jackknife(scores[name], lambda mean: mean)
+  return result

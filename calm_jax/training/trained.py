@@ -1,0 +1,119 @@
+"""Checkpoints of a workdir -> trained weights, and weights -> a workdir."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import jax
+from etils import epath
+
+from calm_jax import config, distributed, errors, seal, workdir
+from calm_jax.parallel import mesh, rules
+from calm_jax.training import checkpoint
+
+Params = Any
+
+
+class Model(Protocol):
+  """What every stage's model can do; the rest is between a stage and its own functions."""
+
+  def initial(self, key: jax.Array) -> Params:
+    """Returns initial parameters, float32."""
+    ...
+
+  def mapped(self, function: Callable[[Any], Any]) -> Any:
+    """Returns the model with `function` applied to each of its linen modules."""
+    ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+  """A trained stage, ready to use.
+
+  Attributes:
+    run: its settings. model: a `Model`; its functions take `params`.
+    step: the optimizer step that the weights are of.
+    fingerprint: of the parameters.
+    parents: what it was trained on, by the names of the stage's description: stage two has
+      its frozen `autoencoder`.
+  """
+
+  run: Any
+  origin: workdir.Origin
+  params: Params
+  step: int
+  model: Any
+  fingerprint: str = ""
+  parents: Mapping[str, "Trained"] = dataclasses.field(default_factory=dict)
+
+
+def restore(directory: str, model: Model) -> checkpoint.Restored:
+  """Returns the newest readable parameters of a workdir, on the mesh that is set.
+
+  Raises:
+    CalmError: if there are none.
+  """
+  params = jax.eval_shape(model.initial, jax.random.key(0))
+  checkpoints = checkpoint.Checkpoints(directory, concurrent_gb=checkpoint.few_gb(params))
+  bound = seal.read(directory).bound
+  restored = checkpoints.restore(rules.abstract(params, mesh.current()), bound=bound)
+  checkpoints.close()
+  if restored is None:
+    raise errors.CalmError(f"{directory} has no checkpoint yet: train it first")
+  return restored
+
+
+def has_checkpoint(directory: str) -> bool:
+  """Says whether a run has saved anything yet."""
+  checkpoints = checkpoint.Checkpoints(directory)
+  steps = checkpoints.steps()
+  checkpoints.close()
+  return bool(steps)
+
+
+def write(
+  target: str, run: config.Run, origin: workdir.Origin, params: Params, step: int, tokenizer: Any
+) -> None:
+  """Writes weights that are not trained on there as a workdir.
+
+  Args:
+    tokenizer: path of the tokenizer's file, which is copied.
+
+  Raises:
+    CalmError: if the workdir can't be written.
+  """
+  checkpoint.require_writable_name(target)
+  few, path = checkpoint.few_gb(params), epath.Path(tokenizer)
+  made = workdir.sealed(target, run, origin, path)
+  checkpoints = checkpoint.Checkpoints(target, keep_latest=1, concurrent_gb=few)
+  saved = checkpoints.save(step, params, None, {"seal": made.bound})
+  if not distributed.everywhere("weights saved", checkpoints.wait() and saved):
+    checkpoints.close()
+    raise errors.CalmError(f"can't write the weights to {target}")
+  checkpoints.prove()
+  checkpoints.close()
+  distributed.on_first("weights", lambda: workdir.create(target, run, origin, path, made))
+
+
+def copy_parent(trained: Trained, name: str, source: str, target: str) -> None:
+  """Writes a frozen parent as a workdir of its own, replacing what a cut start left there.
+
+  Raises:
+    CalmError: if the copy can't be written, or `target` is a workdir of its own.
+  """
+
+  def clear() -> None:
+    path = epath.Path(target)
+    trained_there = any((path / entry).exists() for entry in (workdir.METRICS, "ledger"))
+    if trained_there or os.path.realpath(source) == os.path.realpath(target):
+      raise errors.CalmError(
+        f"{target}, where a copy of the {name} would lie, is a workdir of its own: give another "
+        "--workdir"
+      )
+    if path.exists():
+      path.rmtree()
+
+  distributed.on_first("clear", clear)
+  tokenizer = epath.Path(source) / trained.origin.tokenizer_file
+  write(target, trained.run, trained.origin, trained.params, trained.step, tokenizer)
