@@ -1,7 +1,7 @@
 """Times a suite of benchmarks: `python -m calm_jax.benchmark --suite=SUITE [--output=FILE]`.
 
-Each suite compares ways to the same result in one run, after compiling. Do not compare
-speeds of different runs or machines. The suites are not part of the wheel: they are in
+Each suite compares implementations of the same result in one run, after compiling. Do not
+compare speeds of different runs or machines. The suites are not part of the wheel: they are in
 `benchmarks/` of a checkout, which an editable install finds.
 """
 
@@ -26,22 +26,22 @@ FOLDER = pathlib.Path(__file__).parent.parent / "benchmarks"
 def _module(name: str) -> Any:
   """Returns a module of benchmarks/.
 
-  Imported at its use: PyTorch's process imports this file too, and must not import JAX.
+  It is imported when used: PyTorch's process imports this file too, and must not import JAX.
 
   Raises:
-    CalmError: where the package was installed without the folder.
+    CalmError: if the package was installed without the folder.
   """
   if not (FOLDER / f"{name}.py").is_file():
     raise errors.CalmError(
-      f"the wheel has no benchmarks, and {FOLDER} is not there: clone the repository and install "
-      "it with pip install -e ."
+      f"the wheel has no benchmarks, and {FOLDER} does not exist: clone the repository and "
+      "install it with pip install -e ."
     )
   if sys.path[0] != str(FOLDER.parent):
-    sys.path.insert(0, str(FOLDER.parent))  # Processes that are spawned take it over.
+    sys.path.insert(0, str(FOLDER.parent))  # Spawned processes inherit it.
   return importlib.import_module(f"benchmarks.{name}")
 
 
-# One suite a row: it returns lines to be read, and its figures.
+# One suite a row: it returns the lines to print, and its figures for JSON.
 SUITES: dict[str, Callable[[], tuple[list[str], Any]]] = {
   "train": lambda: _module("training").measure(_job(), _CONTENDERS.value),
   "loss": lambda: _module("losses").measure(),
@@ -71,12 +71,12 @@ _WORKDIR = flags.DEFINE_string(
 )
 _OUTPUT = flags.DEFINE_string("output", "", "JSON file for the figures; by default none.")
 _DOCUMENT = flags.DEFINE_string(
-  "document", "", "Instead write the lines of the JSON files that this Markdown file names into it."
+  "document", "", "Instead update this Markdown file with the lines of the JSON files it names."
 )
 
 
 def _job() -> Any:
-  """Returns the job of --config, None without one."""
+  """Returns the job of --config, or None without it."""
   from calm_jax import run_flags
 
   run = run_flags.run()
@@ -95,7 +95,7 @@ def main() -> None:
   suite = _SUITE.value
   if suite not in SUITES:
     raise errors.CalmError(f"--suite is {suite!r}: {config.nearest(str(suite), SUITES)}")
-  if _OUTPUT.value:  # Before anything is measured.
+  if _OUTPUT.value:  # Fails before anything is measured.
     files.require_reachable(_OUTPUT.value)
     folder = epath.Path(_OUTPUT.value).parent
     config.require(folder.is_dir(), f"--output={_OUTPUT.value}: there is no folder {folder}")

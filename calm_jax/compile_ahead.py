@@ -1,8 +1,8 @@
-"""The act of compiling ahead: `python -m calm_jax.compile_ahead --config=C --topology=T`.
+"""Compiles for TPUs that are not attached: `python -m calm_jax.compile_ahead --config=C ...`.
 
-Compiles the real train step for TPUs that are not there and tells what it takes: memory,
-FLOPs, what is sent, and the time at published peaks. Nothing is trained or written.
-The exit code is 0 where the step fits, 2 where it does not, and for bad input.
+With `--topology=T`, it compiles the real train step for those chips and reports its memory,
+FLOPs, communication and time at published peaks. Nothing is trained. The exit code is 0 if the
+step fits the chips, and 2 if it does not fit or the input is bad.
 """
 
 import dataclasses
@@ -18,28 +18,32 @@ from calm_jax.planning import comparison, search, steps, tables
 from calm_jax.planning.compiled import topologies
 
 run_flags.define()
-_TOPOLOGY = flags.DEFINE_string(
-  "topology", "", f"Chips and the shape of a slice: {topologies.known()}."
-)
-_SLICES = flags.DEFINE_integer("slices", 1, "Slices of that shape.", 1, 2**12)
+_TOPOLOGY = flags.DEFINE_string("topology", "", f"Chip and shape of a slice: {topologies.known()}.")
+_SLICES = flags.DEFINE_integer("slices", 1, "Number of slices of that shape.", 1, 2**12)
 run_flags.define_sizes()
-_EVALUATION = flags.DEFINE_bool("evaluation", False, "Also the scoring of held-out text.")
-_DECODE = flags.DEFINE_bool("decode", False, "Also the writing of text, on one device.")
-_TEXTS = flags.DEFINE_integer("texts", 1, "Texts written at once, with --decode.", 1, 2**16)
+_EVALUATION = flags.DEFINE_bool("evaluation", False, "Also compile the scoring of held-out text.")
+_DECODE = flags.DEFINE_bool("decode", False, "Also compile generation, on one device.")
+_TEXTS = flags.DEFINE_integer("texts", 1, "Texts generated at once, with --decode.", 1, 2**16)
 _NUM_CANDIDATES = flags.DEFINE_integer(
-  "num_candidates", 1, "Draws a patch, with --decode; above 1 as below temperature 1.",
-  1, config.MOST_DRAWS,
-)  # fmt: skip
-_CHECK_FLOPS = flags.DEFINE_bool(
-  "check_flops", False,
-  "Instead compare the program's FLOPs, layers unrolled and looped over, with the analytic count.",
-)  # fmt: skip
-_SEARCH = flags.DEFINE_bool(
-  "search", False, "Instead try layouts, and tell which fits and is fastest."
+  "num_candidates",
+  1,
+  "Most draws a patch, with --decode; above 1 stands for a temperature below 1.",
+  1,
+  config.MOST_DRAWS,
 )
-_TRIES = flags.DEFINE_integer("tries", 12, "Layouts that --search compiles at most.", 1)
+_CHECK_FLOPS = flags.DEFINE_bool(
+  "check_flops",
+  False,
+  "Instead compare the program's FLOPs, with layers unrolled and scanned, to the analytic count.",
+)
+_SEARCH = flags.DEFINE_bool(
+  "search", False, "Instead compile several layouts and report the fastest that fits."
+)
+_TRIES = flags.DEFINE_integer("tries", 12, "Most layouts that --search compiles.", 1)
 _TABLE = flags.DEFINE_string(
-  "table", "", "Instead print a Markdown table of plans: JSON files of --output, with commas."
+  "table",
+  "",
+  "Instead print a Markdown table of plans: JSON files of --output, separated by commas.",
 )
 _OUTPUT = flags.DEFINE_string("output", "", "JSON file for the figures; by default none.")
 
@@ -48,10 +52,10 @@ def _job() -> steps.PlanJob:
   run = run_flags.run()
   if run is None or not _TOPOLOGY.value:
     raise errors.CalmError("give --config=configs/STAGE.py[:SIZE] and --topology=CHIP:SHAPE")
-  found = run_flags.companions()
-  print(run_flags.counted_with(run, found), file=sys.stderr)
+  companions = run_flags.companions()
+  print(run_flags.counted_with(run, companions), file=sys.stderr)
   topology = topologies.parse(_TOPOLOGY.value, _SLICES.value)
-  return steps.PlanJob(run_flags.title(), run, topology, found.vocab_size, found.parents)
+  return steps.PlanJob(run_flags.title(), run, topology, companions.vocab_size, companions.parents)
 
 
 def _write(figures: Mapping[str, Any]) -> None:
@@ -68,11 +72,11 @@ def _check(job: steps.PlanJob) -> None:
 
 
 def _search(job: steps.PlanJob) -> None:
-  found = search.search(job, _TRIES.value, lambda line: print(line, file=sys.stderr, flush=True))
-  print(search.table(found))
-  _write({"tried": [one.figures() for one in found]})
-  if not any(one.fits for one in found):
-    raise errors.CalmError(f"none of {len(found)} layouts fits: {search.nearest(found)}")
+  layouts = search.search(job, _TRIES.value, lambda line: print(line, file=sys.stderr, flush=True))
+  print(search.table(layouts))
+  _write({"tried": [layout.figures() for layout in layouts]})
+  if not any(layout.fits for layout in layouts):
+    raise errors.CalmError(f"none of {len(layouts)} layouts fits: {search.nearest(layouts)}")
 
 
 def _plan(job: steps.PlanJob) -> None:
@@ -82,9 +86,9 @@ def _plan(job: steps.PlanJob) -> None:
     plans["evaluation"] = steps.evaluation_plan(job)
   if _DECODE.value:
     plans |= steps.decode_plans(job, _TEXTS.value, _NUM_CANDIDATES.value)
-  others = [plan for name, plan in plans.items() if name != "train"]
-  if others:
-    print(f"\n{tables.lines(others)}")
+  forward_plans = [plan for name, plan in plans.items() if name != "train"]
+  if forward_plans:
+    print(f"\n{tables.lines(forward_plans)}")
   figures = {name: json.loads(plan.to_json()) for name, plan in plans.items()}
   _write(figures.pop("train") | figures)
   for plan in plans.values():

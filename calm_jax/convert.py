@@ -1,9 +1,9 @@
-"""The act of moving: `python -m calm_jax.convert --source=DIR --output=DIR --format=FORMAT`.
+"""Converts models: `python -m calm_jax.convert --source=DIR --output=DIR --format=FORMAT`.
 
-Into a workdir (`--format=workdir`) from a folder of the reference, of Hugging Face's
-Llama or of ours for PyTorch; out of a workdir with any other format. The output is
-there whole at the end or not at all. Folders that come out carry SHA256SUMS, as
-sha256sum(1) writes and checks it; one that goes in is held against it.
+`--format=workdir` imports a folder of the reference, of Hugging Face's Llama or of our own
+format for PyTorch; any other format exports a workdir. The output is complete or does not
+exist. Exported folders carry SHA256SUMS in the format of sha256sum(1); an imported folder that
+has this file is checked against it.
 """
 
 from calm_jax import interrupts
@@ -17,18 +17,20 @@ from calm_jax import cli, errors
 from calm_jax.running import conversion
 
 _SOURCE = flags.DEFINE_string(
-  "source", None, "Folder to convert: another framework's for --format=workdir, else a workdir."
+  "source",
+  None,
+  "Folder to convert: another framework's for --format=workdir, otherwise a workdir.",
 )
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to write; must not exist yet.")
 _FORMAT = flags.DEFINE_string("format", None, f"What to write: {', '.join(conversion.formats())}.")
 _AUTOENCODER = flags.DEFINE_string(
-  "autoencoder", "", "Folder of the autoencoder, where an imported language model has none inside."
+  "autoencoder", "", "Folder of the autoencoder, if an imported language model does not contain it."
 )
 _TOKENIZER = flags.DEFINE_string(
-  "tokenizer", "", "tokenizer.json or .model file, where an imported folder has none."
+  "tokenizer", "", "tokenizer.json or .model file, if an imported folder has none."
 )
 _NONFINITE = flags.DEFINE_bool(
-  "allow_nonfinite", False, "Import NaN and infinite weights, which are refused otherwise."
+  "allow_nonfinite", False, "Import NaN and infinite weights, which are otherwise refused."
 )
 
 

@@ -1,8 +1,8 @@
-"""The act of counting: `python -m calm_jax.cost --config=configs/calm.py:m [--temperature=0.5]`.
+"""Counts costs a token: `python -m calm_jax.cost --config=configs/calm.py:m [--temperature=0.5]`.
 
-Prints what training and writing a token cost, part by part, beside the Transformer of
-about equal quality, and the time that writing takes on a chip at its published peaks.
-Counted from the sizes alone: nothing is run.
+Prints the cost of training and of generating a token, part by part, next to a Transformer of
+about equal quality, and the time of generating a token on a chip at its published peaks.
+Everything is counted from the sizes; nothing is run.
 """
 
 import sys
@@ -30,13 +30,15 @@ _NUM_CANDIDATES = flags.DEFINE_integer(
 _DRAWS = flags.DEFINE_float(
   "draws",
   0.0,
-  "Draws that a patch takes on average below temperature 1, where a rule settles it before N: "
-  "evaluate --temperatures measures it; by default all N.",
+  "Average draws a patch below temperature 1, if a rule settles a patch before N; evaluate "
+  "--temperatures measures it; by default all N.",
 )
-_BATCH = flags.DEFINE_integer("batch", 1, "Texts written at once.", 1)
-_CHIP = flags.DEFINE_enum("chip", "v5e", list(topologies.CHIPS), "Where it is written.")
+_BATCH = flags.DEFINE_integer("batch", 1, "Texts generated at once.", 1)
+_CHIP = flags.DEFINE_enum("chip", "v5e", list(topologies.CHIPS), "Chip that generates.")
 _PUBLISHED = flags.DEFINE_bool(
-  "published", False, "Instead print the published table beside the paper's count and the true one."
+  "published",
+  False,
+  "Instead print the published costs, our count of them by the paper's rules, and the true costs.",
 )
 _OUTPUT = flags.DEFINE_string("output", "", "JSON file for the figures; by default none.")
 
@@ -44,11 +46,11 @@ _OUTPUT = flags.DEFINE_string("output", "", "JSON file for the figures; by defau
 def _require_writing(run: Any, name: str) -> None:
   spec = table.of(run)
   if spec.writing is None:
-    raise errors.CalmError(f"--{name} is of {spec.title}, which writes no text by itself")
+    raise errors.CalmError(f"--{name} is of {spec.title}, which writes no text")
 
 
 def _job(run: Any, companions: config.Companions) -> cost.WritingJob:
-  """Returns what is written; an exact law takes one draw at any temperature."""
+  """Returns what is generated; a stage that samples exactly takes one draw at any temperature."""
   spec, draws, rounds = table.of(run), 1.0, 1
   if spec.writing and spec.writing.takes_candidates:
     request = requests.Request((), _TEMPERATURE.value, _NUM_CANDIDATES.value)
@@ -71,35 +73,36 @@ def _job(run: Any, companions: config.Companions) -> cost.WritingJob:
 
 
 def _equal(run: Any) -> Any | None:
-  """Returns the published Transformer of about the quality of a published CALM."""
+  """Returns the published Transformer of about a published CALM's quality; None for other runs."""
   rows = [row for row in published.ROWS if row.name in published.EQUALS]
   equals = [published.EQUALS[row.name].run for row in rows if row.run.model == run.model]
   return equals[0] if equals else None
 
 
 def _table(title: str, unit: str, columns: dict[str, dict[str, float]]) -> list[str]:
-  """Returns lines of a table: parts down, models across, then the sums."""
+  """Returns lines of a table: a row a part and their total, a column a model."""
   names = list(dict.fromkeys(part for parts in columns.values() for part in parts))
   lines = [f"{title:26}" + "".join(f"{name:>22}" for name in columns)]
-  for name in [*names, "in all"]:
+  for name in [*names, "total"]:
     cells = []
     for parts in columns.values():
       total = sum(parts.values())
-      value = total if name == "in all" else parts.get(name)
+      value = total if name == "total" else parts.get(name)
       cells.append("" if value is None else f"{value / 1e6:,.2f} {unit} {value / total:5.0%}")
     lines.append(f"  {name:24}" + "".join(f"{cell:>22}" for cell in cells))
   return lines
 
 
 def _figures(name: str, run, companions: config.Companions) -> dict[str, Any]:
+  """Returns the costs of a model a token: training FLOPs, and FLOPs, bytes and time to generate."""
   job, chip = _job(run, companions), topologies.CHIPS[_CHIP.value]
-  found = writing.parts(job)
-  seconds, bound = writing.seconds(found, chip)
+  parts = writing.parts(job)
+  seconds, bound = writing.seconds(parts, chip)
   return {
     "name": name,
     "training_flops": counting.train_parts(run, job.parents, job.vocab_size),
-    "writing_flops": {part.name: part.flops for part in found},
-    "writing_bytes": {part.name: part.bytes for part in found},
+    "writing_flops": {part.name: part.flops for part in parts},
+    "writing_bytes": {part.name: part.bytes for part in parts},
     "draws": job.draws,
     "seconds": seconds,
     "bound": bound,
@@ -107,6 +110,7 @@ def _figures(name: str, run, companions: config.Companions) -> dict[str, Any]:
 
 
 def _published() -> tuple[list[str], Any]:
+  """Returns the lines and figures of --published."""
   lines = [
     f"{'':14}{'training, 1e20 FLOPs':>34}{'writing a token, 1e8 FLOPs':>34}"
     f"{'true: T = 1':>14}{'200 draws':>12}",
@@ -121,45 +125,49 @@ def _published() -> tuple[list[str], Any]:
       f"{counted[0] / row.training - 1:+9.1%}{row.writing / 1e8:12.1f}{counted[1] / 1e8:13.2f}"
       f"{counted[1] / row.writing - 1:+9.1%}{true[0] / 1e8:14.2f}{true[1] / 1e8:12.1f}"
     )
-    figures.append({
-      "name": row.name, "training": row.training, "writing": row.writing,
-      "counted_training": counted[0], "counted_writing": counted[1],
-      "true_writing": true[0], "true_writing_200_draws": true[1],
-    })  # fmt: skip
+    figures.append(
+      {
+        "name": row.name,
+        "training": row.training,
+        "writing": row.writing,
+        "counted_training": counted[0],
+        "counted_writing": counted[1],
+        "true_writing": true[0],
+        "true_writing_200_draws": true[1],
+      }
+    )
   return lines, figures
 
 
 def _cost() -> tuple[list[str], Any]:
+  """Returns the lines and figures of --config and the model that it is compared with."""
   run = run_flags.run()
   if run is None:
     raise errors.CalmError("give --config=configs/STAGE.py[:SIZE]")
   _require_writing(run, "config")
   companions = run_flags.companions()
   print(run_flags.counted_with(run, companions), file=sys.stderr)
-  given = run_flags.run("baseline")
-  if given is not None:
-    _require_writing(given, "baseline")
-  other = _equal(run) if given is None else given
+  baseline = run_flags.run("baseline")
+  if baseline is not None:
+    _require_writing(baseline, "baseline")
+  equal = _equal(run) if baseline is None else None
   name = config_flags.get_config_filename(flags.FLAGS["config"])
   models = [_figures(name, run, companions)]
-  if other:
-    told = "its equal" if given is None else "baseline"
-    models.append(_figures(told, other, companions))
+  for label, compared in (("baseline", baseline), ("equal quality", equal)):
+    if compared is not None:
+      models.append(_figures(label, compared, companions))
   draws = f"{models[0]['draws']:g} draw{'s' * (models[0]['draws'] != 1)} a patch"
-  lines = _table(
-    "training, a token", "MFLOP", {one["name"]: one["training_flops"] for one in models}
-  )
-  lines += ["", *_table(
-    f"writing, {draws}", "MFLOP", {one["name"]: one["writing_flops"] for one in models}
-  )]  # fmt: skip
-  lines += ["", *_table(
-    f"writing, batch {_BATCH.value}", "MB", {one["name"]: one["writing_bytes"] for one in models}
-  )]  # fmt: skip
-  lines.append("")
-  for one in models:
+  lines = []
+  for title, unit, figure in (
+    ("training, a token", "MFLOP", "training_flops"),
+    (f"writing, {draws}", "MFLOP", "writing_flops"),
+    (f"writing, batch {_BATCH.value}", "MB", "writing_bytes"),
+  ):
+    lines += [*_table(title, unit, {model["name"]: model[figure] for model in models}), ""]
+  for model in models:
     lines.append(
-      f"{one['name']}: {1e6 * one['seconds']:,.1f} us a token of one text on a {_CHIP.value} at "
-      f"its peaks, bound by {one['bound']}"
+      f"{model['name']}: {1e6 * model['seconds']:,.1f} us a token of one text on a {_CHIP.value} "
+      f"at its peaks, bound by {model['bound']}"
     )
   return lines, models
 

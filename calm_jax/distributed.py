@@ -148,17 +148,7 @@ def initialize(processes: Processes) -> None:
       raise errors.CalmError(
         f"can't join the job: {error} Give --coordinator_address, --num_processes and --process_id"
       ) from error
-    with socket.socket() as probe:
-      probe.bind(("127.0.0.1", 0))
-      address = f"127.0.0.1:{probe.getsockname()[1]}"
-    jax.distributed.initialize(
-      coordinator_address=address,
-      coordinator_bind_address=address,
-      num_processes=1,
-      process_id=0,
-      cluster_detection_method="deactivate",
-      **limits,
-    )
+    _start_alone(limits)
   finally:
     waiting.cancel()
   if count() == 1:  # Gloo prints to standard output; only CPUs of several processes need it.
@@ -169,6 +159,21 @@ def initialize(processes: Processes) -> None:
     )
   if count() > 1:
     _watch_peers()
+
+
+def _start_alone(limits: dict[str, Any]) -> None:
+  """Starts a job of one process."""
+  with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{probe.getsockname()[1]}"
+  jax.distributed.initialize(
+    coordinator_address=address,
+    coordinator_bind_address=address,
+    num_processes=1,
+    process_id=0,
+    cluster_detection_method="deactivate",
+    **limits,
+  )
 
 
 def _give_up(processes: Processes) -> NoReturn:

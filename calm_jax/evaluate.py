@@ -1,8 +1,8 @@
-"""The act of measuring: `python -m calm_jax.evaluate --workdir=W`.
+"""Evaluates a trained stage on held-out text: `python -m calm_jax.evaluate --workdir=W`.
 
-Prints the figures of held-out text as JSON and writes them into the workdir's
-evaluation.json. They depend on the context length and on N: both are in it. With
-`--temperatures` it scores what is written at them, into temperature.json.
+Prints the figures as JSON and writes them to the workdir's evaluation.json. They depend on
+the context length and on N, which are recorded with them. `--temperatures` scores generated
+continuations instead and writes temperature.json.
 """
 
 from typing import Any
@@ -29,32 +29,35 @@ _BLOCKS = flags.DEFINE_integer("blocks", 0, "Held-out blocks to use; 0 for all."
 _SAMPLES = flags.DEFINE_integer(
   "samples", 0, "N, samples a patch of CALM; by default as in training.", 0
 )
-_BATCH = flags.DEFINE_integer("batch", 16, "Blocks worked on at once.", 1)
-_SEED = flags.DEFINE_integer("seed", 0, "Of all noise.", 0, 2**32 - 1)
+_BATCH = flags.DEFINE_integer("batch", 16, "Blocks scored at once.", 1)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of all noise.", 0, 2**32 - 1)
 
 _TEMPERATURES = flags.DEFINE_list(
   "temperatures",
   [],
-  "Score in place of the model its continuations at these temperatures, by --samplers and "
-  "--num_candidates: accuracy, collision and draws.",
+  "Score generated continuations at these temperatures, for each of --samplers and "
+  "--num_candidates, instead of the model: accuracy, collision and draws.",
 )
-_NUM_CANDIDATES = flags.DEFINE_list("num_candidates", ["32"], "N, each with --temperatures.")
+_NUM_CANDIDATES = flags.DEFINE_list(
+  "num_candidates", ["32"], "Values of N to combine with --temperatures."
+)
 _SAMPLERS = flags.DEFINE_list(
   "samplers",
   ["first:prefix"],
-  "RULE:AT_LIMIT as for generate, each with --temperatures; none:batch is the published one.",
+  "RULE:AT_LIMIT as in generate, to combine with --temperatures; none:batch is the published "
+  "sampler.",
 )
 _PATCHES = flags.DEFINE_integer("patches", 512, "Patches to score, with --temperatures.", 1)
 _BASELINE = flags.DEFINE_string(
-  "baseline", "", "Workdir of a Transformer whose figures stand beside them, with --temperatures."
+  "baseline", "", "Workdir of a Transformer to compare with, with --temperatures."
 )
 
-# The unconditional law is read off at most this many training tokens.
+# The unconditional distribution is estimated from at most this many training tokens.
 MARGINAL_TOKENS = 50_000_000
 
 
 def _marginal(store: store_lib.TokenStore, figures: dict[str, Any], size: int) -> dict[str, float]:
-  """BrierLM of the law that ignores the context, on the patches that were scored."""
+  """Returns BrierLM of a model that ignores the context, on the patches that were scored."""
   train = store.read("train", 0, min(store.num_tokens("train"), MARGINAL_TOKENS))
   blocks = pipeline.heldout_tokens(store, figures["context_tokens"], figures["blocks"])
   heldout = brier.grams(blocks, size)[:, 1:]
@@ -65,7 +68,7 @@ def _store(directory: str) -> store_lib.TokenStore:
   run, origin = loading.read_run(directory), workdir.read_origin(directory)
   config.require(
     bool(_DATA.value or run.data.path),
-    f"{directory} was trained on no token store of ours: give --data=DIR, written by "
+    f"{directory} does not name the token store it was trained on: give --data=DIR, written by "
     "calm_jax.prepare",
   )
   store = synthetic.open_store(_DATA.value or run.data.path)
@@ -92,7 +95,7 @@ def evaluate(directory: str) -> dict[str, Any]:
 
 
 def _figures(directory: str, store: store_lib.TokenStore, context: int) -> dict[str, Any]:
-  # A context that is longer than the text is told before a program is built for it.
+  # Fails on a context longer than the text, before a program is built for it.
   batch = min(_BATCH.value, len(pipeline.Blocks(store, "heldout", context)))
   trained = loading.load(directory)
   stage, conditions = evaluating.functions(trained, _SAMPLES.value)
@@ -108,42 +111,47 @@ def _figures(directory: str, store: store_lib.TokenStore, context: int) -> dict[
 
 
 def _numbers(flag: flags.FlagHolder, kind: type) -> list[Any]:
+  """Returns the values of a list flag as numbers; CalmError if one is not a number."""
   try:
     return [kind(value) for value in flag.value]
   except ValueError as error:
-    raise errors.CalmError(f"--{flag.name} is no list of numbers: {error}") from error
+    raise errors.CalmError(f"--{flag.name} is not a list of numbers: {error}") from error
 
 
 def _tradeoff(directory: str) -> dict[str, Any]:
-  """Returns what continuations score at each temperature."""
+  """Returns the scores of generated continuations at each temperature."""
   for pair in _SAMPLERS.value:
     config.require(
       pair.count(":") == 1 and not pair.endswith(f":{requests.ERROR}"),
-      f"--samplers has {pair!r}: give RULE:AT_LIMIT, as first:prefix",
+      f"--samplers has {pair!r}: give RULE:AT_LIMIT, such as first:prefix",
     )
   samplers = [requests.Sampler(*pair.split(":")) for pair in _SAMPLERS.value]
   store = _store(directory)
-  temperatures, numbers = _numbers(_TEMPERATURES, float), _numbers(_NUM_CANDIDATES, int)
+  temperatures, candidates = _numbers(_TEMPERATURES, float), _numbers(_NUM_CANDIDATES, int)
   trained = loading.load(directory)
   spec = table.of(trained.run)
   if spec.writing is None:
     raise errors.CalmError(f"{spec.title} writes no text: temperatures are for language models")
-  settings = (temperatures, numbers, samplers, _PATCHES.value, _SEED.value)
+  settings = (temperatures, candidates, samplers, _PATCHES.value, _SEED.value)
   rows = spec.writing.tradeoff(trained, store, *settings)
   figures = {
-    "stage": trained.run.stage, "step": trained.step, "context_tokens": trained.run.data.context,
-    "seed": _SEED.value, "store_hash": store.hash, "rows": rows,
-  }  # fmt: skip
+    "stage": trained.run.stage,
+    "step": trained.step,
+    "context_tokens": trained.run.data.context,
+    "seed": _SEED.value,
+    "store_hash": store.hash,
+    "rows": rows,
+  }
   if _BASELINE.value:
     workdir.require_same_tokenizer(workdir.read_origin(_BASELINE.value), store, _BASELINE.value)
     baseline = loading.load(_BASELINE.value)
-    law = table.of(baseline.run).writing
-    if law is None or law.takes_candidates:
+    writing = table.of(baseline.run).writing
+    if writing is None or writing.takes_candidates:
       raise errors.CalmError(
-        f"--baseline={_BASELINE.value} holds {table.of(baseline.run).title}: give a workdir whose "
-        "laws are exact, as the Transformer's"
+        f"--baseline={_BASELINE.value} holds {table.of(baseline.run).title}: give the workdir of a "
+        "stage that samples exactly at any temperature, such as a Transformer"
       )
-    figures["baseline"] = law.tradeoff(baseline, store, *settings)
+    figures["baseline"] = writing.tradeoff(baseline, store, *settings)
   return figures
 
 

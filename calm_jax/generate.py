@@ -1,10 +1,10 @@
-"""The act of writing: `python -m calm_jax.generate --workdir=W --prompt=TEXT`.
+"""Generates text: `python -m calm_jax.generate --workdir=W --prompt=TEXT`.
 
-The prompt and its continuation go to standard output as they come, everything
-else to standard error. Texts are also kept in the workdir's samples.jsonl. With
-`--prompts=FILE` every line of a JSONL file is a prompt, and `--output` takes a line a
-text; with `--interactive` every line that is typed is one. A terminal is shown control
-characters of a text as \\x1b and the like; files, pipes and `--raw` have them as they are.
+Streams the prompt and its continuation to standard output; all else goes to standard error.
+Texts are also appended to the workdir's samples.jsonl. `--prompts=FILE` reads one prompt a line
+from a JSONL file and writes one line a text to `--output`; `--interactive` continues each line
+that is typed. A terminal shows control characters of a text as \\x1b and the like; files, pipes
+and `--raw` receive them unchanged.
 """
 
 import contextlib
@@ -32,59 +32,66 @@ from calm_jax.running import loading, texts
 
 _WORKDIR = flags.DEFINE_string("workdir", "", "Folder of a language model's training run.")
 _PROMPT = flags.DEFINE_string(
-  "prompt", "", "Text to go on from; - reads it from standard input; empty begins a document."
+  "prompt", "", "Text to continue; - reads it from standard input; empty starts a document."
 )
 _PROMPTS = flags.DEFINE_string(
   "prompts",
   "",
-  'JSONL file, a line a text: {"prompt": ...}, and of its own '
+  'JSONL file, one line a text: {"prompt": ...}, with optional values of its own for '
   + ", ".join(prompts.OWN)
   + ". Needs --output.",
 )
 _OUTPUT = flags.DEFINE_string(
-  "output", "", "JSONL file for the texts of --prompts; the same command goes on with it."
+  "output", "", "JSONL file for the texts of --prompts; the same command resumes it."
 )
 _INTERACTIVE = flags.DEFINE_bool(
-  "interactive", False, "Go on from each line of standard input; \\ at its end joins the next."
+  "interactive", False, "Continue each line of standard input; a final \\ joins the next line."
 )
-_TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "CALM: in (0, 1]; the baseline: any.")
+_TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "In (0, 1] for CALM, any for the baseline.")
 _NUM_CANDIDATES = flags.DEFINE_integer(
   "num_candidates",
   requests.Request.num_candidates,
-  "Draws a patch below temperature 1, at most; more is nearer to the law and less diverse.",
+  "Most draws a patch below temperature 1; more are closer to the tempered law and less diverse.",
 )
 _RULE = flags.DEFINE_enum(
   "rule",
   requests.Sampler.rule,
   list(rules.RULES),
-  "What settles a patch below temperature 1 before its draws end: first: the patch that is first "
-  "drawn 1/T times; exact: P^(1/T), by the paper's first algorithm; none: nothing.",
+  "What settles a patch below temperature 1 before its draws run out: first: the patch that is "
+  "first drawn 1/T times; exact: P^(1/T), by the paper's first algorithm; none: nothing.",
 )
 _AT_LIMIT = flags.DEFINE_enum(
   "at_limit",
   requests.Sampler.at_limit,
   [*choosers.CHOOSERS, requests.ERROR],
-  "What chooses where the draws end: prefix: token by token, by how many draws go on with it; "
-  "batch: whole patches by their number, the paper's second algorithm; error: the run ends.",
+  "How a patch is chosen once the draws run out: prefix: token by token, by the number of draws "
+  "with that prefix; batch: a complete patch by its count, the paper's second algorithm; error: "
+  "not at all, the command fails.",
 )
 _WEIGHTS = flags.DEFINE_enum(
-  "weights", "float32", list(precision.WEIGHTS), "What weights are kept as while writing."
+  "weights", "float32", list(precision.WEIGHTS), "Number format of the weights in memory."
 )
 _MESH = flags.DEFINE_string(
   "mesh", "fsdp=1", "Devices that share the model and the texts, as in training: data=2,fsdp=4."
 )
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 256, "New tokens after which a text ends.")
-_STOP = flags.DEFINE_multi_string("stop", [], "A text ends before this; may be given repeatedly.")
+_STOP = flags.DEFINE_multi_string(
+  "stop", [], "A text ends before this string; may be given repeatedly."
+)
 _SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same text.", 0, 2**32 - 1)
 _NUM_TEXTS = flags.DEFINE_integer(
-  "num_texts", 1, "Texts to write of --prompt.", 1, requests.MOST["number"]
+  "num_texts", 1, "Texts to generate from --prompt.", 1, requests.MOST["number"]
 )
-_BATCH = flags.DEFINE_integer("batch", 16, "Texts written at once.", 1, 2**16)
+_BATCH = flags.DEFINE_integer("batch", 16, "Texts generated at once.", 1, 2**16)
 _EVERY = flags.DEFINE_integer(
-  "every", 0, "Patches between two looks at a text; by default 1 for one text, else 16.", 0, 2**16
+  "every",
+  0,
+  "Patches generated before a text is read out again; by default 1 for one text, otherwise 16.",
+  0,
+  2**16,
 )
 _RAW = flags.DEFINE_bool(
-  "raw", False, "Show a terminal control characters of a text as they are: they act on it."
+  "raw", False, "Print control characters of a text unchanged to a terminal, which acts on them."
 )
 
 
@@ -93,12 +100,12 @@ def _note(line: str) -> None:
 
 
 def _show(written: str, end: str = "\n") -> None:
-  """Prints what was written."""
-  print(text.told_to(sys.stdout, written, _RAW.value), end=end, flush=True)
+  """Prints generated text."""
+  print(text.for_stream(sys.stdout, written, _RAW.value), end=end, flush=True)
 
 
 def _read_prompt() -> str:
-  """Returns the prompt; CalmError if it is no UTF-8."""
+  """Returns the prompt; CalmError if it is not UTF-8."""
   try:
     if _PROMPT.value == "-":
       return sys.stdin.buffer.read().decode()
@@ -108,24 +115,28 @@ def _read_prompt() -> str:
 
 
 def _mesh() -> config.Mesh:
-  """Returns what --mesh says."""
-  given = {}
+  """Returns the mesh that --mesh describes."""
+  sizes = {}
   for part in _MESH.value.split(","):
     name, _, size = part.partition("=")
-    number = size.removeprefix("-")
-    known = name in ("data", "fsdp", "sequence", "tensor") and name not in given
+    digits = size.removeprefix("-")
+    is_new_axis = name in ("data", "fsdp", "sequence", "tensor") and name not in sizes
     config.require(
-      known and number.isdecimal() and len(number) < 10,
-      f"--mesh has {part!r}: give sizes of data, fsdp, sequence, tensor, as data=2,fsdp=4",
+      is_new_axis and digits.isdecimal() and len(digits) < 10,
+      f"--mesh has {part!r}: give sizes of data, fsdp, sequence, tensor, such as data=2,fsdp=4",
     )
-    given[name] = int(size)
-  return config.Mesh(**{"fsdp": 1, **given})
+    sizes[name] = int(size)
+  return config.Mesh(**{"fsdp": 1, **sizes})
 
 
-class _Act:
-  """One run of the command."""
+class _Generator:
+  """One invocation of the command: a loaded model and the requests that it serves.
+
+  A request is a mapping of the fields of `requests.Request`, with its prompt as text.
+  """
 
   def __init__(self, common: dict[str, Any]):
+    """Loads the model; `common` holds the fields that all requests share."""
     trained = loading.load(_WORKDIR.value)
     texts.require_writing(trained.run, f"{_WORKDIR.value} holds")
     self._trained, self._common = precision.WEIGHTS[_WEIGHTS.value](trained), common
@@ -133,100 +144,102 @@ class _Act:
     sampler = requests.Sampler(_RULE.value, _AT_LIMIT.value)
     self._decoder = texts.decoder(self._trained, sampler, _note)
     self.session = session.Session(self._decoder, self._tokenizer)
-    # What all texts of a run share, and what one that goes on must share with it.
-    self._told = {
-      "rule": _RULE.value, "at_limit": _AT_LIMIT.value, "weights": _WEIGHTS.value,
+    # Recorded with every text; an output can be resumed only with the same values.
+    self._conditions = {
+      "rule": _RULE.value,
+      "at_limit": _AT_LIMIT.value,
+      "weights": _WEIGHTS.value,
       "step": trained.step,
-    }  # fmt: skip
+    }
 
-  def _request(self, wish: Mapping[str, Any]) -> requests.Request:
-    tokens = tuple(self._tokenizer.encode(wish["prompt"]))
-    return requests.Request(**{**wish, "prompt": tokens, "stop": tuple(wish["stop"])})
+  def _encoded(self, request: Mapping[str, Any]) -> requests.Request:
+    tokens = tuple(self._tokenizer.encode(request["prompt"]))
+    return requests.Request(**{**request, "prompt": tokens, "stop": tuple(request["stop"])})
 
-  def _write(self, wishes: list[dict[str, Any]], show=lambda row, piece: None) -> list[str]:
-    """Writes a batch; returns a line of JSON for each text."""
-    every = _EVERY.value or (1 if len(wishes) == 1 else 16)
-    written = self.session.write([self._request(wish) for wish in wishes], every, show)
+  def _write(self, batch: list[dict[str, Any]], show=lambda row, piece: None) -> list[str]:
+    """Generates a batch of texts and returns a line of JSON for each."""
+    every = _EVERY.value or (1 if len(batch) == 1 else 16)
+    written = self.session.write([self._encoded(request) for request in batch], every, show)
     return [
-      prompts.line({**wish, **self._told}, found.record())
-      for wish, found in zip(wishes, written, strict=True)
+      prompts.line({**request, **self._conditions}, result.record())
+      for request, result in zip(batch, written, strict=True)
     ]
 
   def one_prompt(self, prompt: str) -> None:
-    """Writes texts of one prompt to standard output: one as it comes, several when whole."""
+    """Prints texts of one prompt: a single text as it is generated, several once complete."""
     for begin in range(0, _NUM_TEXTS.value, _BATCH.value):
       numbers = range(begin, min(begin + _BATCH.value, _NUM_TEXTS.value))
-      wishes = [{**self._common, "prompt": prompt, "number": number} for number in numbers]
-      if len(wishes) == 1:
-        self._stream(wishes[0])
+      batch = [{**self._common, "prompt": prompt, "number": number} for number in numbers]
+      if len(batch) == 1:
+        self._stream(batch[0])
         continue
-      lines = self._write(wishes)
-      self._keep(lines)
-      for wish, line in zip(wishes, lines, strict=True):
-        _note(f"--- text {wish['number'] + 1} of {_NUM_TEXTS.value}")
+      lines = self._write(batch)
+      self._append_samples(lines)
+      for request, line in zip(batch, lines, strict=True):
+        _note(f"--- text {request['number'] + 1} of {_NUM_TEXTS.value}")
         _show(prompt + json.loads(line)["text"])
 
-  def _stream(self, wish: dict[str, Any]) -> None:
-    begun = False
+  def _stream(self, request: dict[str, Any]) -> None:
+    has_shown = False
 
     def show(row: int, piece: str) -> None:
-      nonlocal begun
-      # The prompt waits for the first piece, so that a note on it comes before both.
-      _show(piece if begun else wish["prompt"] + piece, end="")
-      begun = True
+      nonlocal has_shown
+      # The prompt is printed with the first piece, after any note about it.
+      _show(piece if has_shown else request["prompt"] + piece, end="")
+      has_shown = True
 
     try:
-      self._keep(self._write([wish], show))
+      self._append_samples(self._write([request], show))
     finally:
-      if begun:
+      if has_shown:
         print(flush=True)
 
-  def _keep(self, lines: list[str]) -> None:
-    workdir.keep_samples(_WORKDIR.value, lines)
+  def _append_samples(self, lines: list[str]) -> None:
+    workdir.append_samples(_WORKDIR.value, lines)
 
-  def file(self, held: lease.Lease) -> None:
+  def file(self, output_lease: lease.Lease) -> None:
     """Writes the texts of a file of prompts, from where an earlier run stopped.
 
     Args:
-      held: the output's, so that no other process writes to it.
+      output_lease: keeps other processes from writing to the output.
     """
-    wishes = prompts.read(_PROMPTS.value, self._common)
-    for wish in wishes:  # All of them before the first is written.
+    batch = prompts.read(_PROMPTS.value, self._common)
+    for request in batch:  # Checks all of them before the first text is generated.
       try:
-        self._decoder.law.power(self._request(wish))
+        self._decoder.law.power(self._encoded(request))
       except errors.CalmError as error:
-        where = f"{_PROMPTS.value}, line {wish['number'] + 1}"
+        where = f"{_PROMPTS.value}, line {request['number'] + 1}"
         raise errors.CalmError(f"{where}: {error}") from error
-    done = prompts.written(_OUTPUT.value, [{**wish, **self._told} for wish in wishes])
-    files.append(_OUTPUT.value, "")  # Tells now whether it can be written.
+    done = prompts.written(_OUTPUT.value, [{**request, **self._conditions} for request in batch])
+    files.append(_OUTPUT.value, "")  # Fails here if the file can't be written.
     if done:
-      _note(f"{_OUTPUT.value} holds {done} of {len(wishes)} texts: going on")
-    for begin in range(done, len(wishes), _BATCH.value):
-      batch = wishes[begin : begin + _BATCH.value]
-      lines = self._write(batch)
-      held.require_held()
+      _note(f"{_OUTPUT.value} holds {done} of {len(batch)} texts: resuming")
+    for begin in range(done, len(batch), _BATCH.value):
+      chunk = batch[begin : begin + _BATCH.value]
+      lines = self._write(chunk)
+      output_lease.require_held()
       files.append(_OUTPUT.value, "".join(lines))
-      _note(f"{begin + len(batch)} of {len(wishes)} texts")
+      _note(f"{begin + len(chunk)} of {len(batch)} texts")
 
   def interactive(self) -> None:
-    """Goes on from every line of standard input; Ctrl-C ends a text, the end of input all."""
-    number, waiting = 0, ""
+    """Continues every line of standard input; Ctrl-C ends a text, the end of input the session."""
+    number, earlier_lines = 0, ""
     while True:
       if sys.stdin.isatty():
-        print("... " if waiting else "> ", end="", file=sys.stderr, flush=True)
-      read = sys.stdin.buffer.readline()
-      if not read:
+        print("... " if earlier_lines else "> ", end="", file=sys.stderr, flush=True)
+      line_bytes = sys.stdin.buffer.readline()
+      if not line_bytes:
         return
       try:
-        line = waiting + read.decode().rstrip("\r\n")
+        prompt = earlier_lines + line_bytes.decode().rstrip("\r\n")
       except UnicodeError as error:
         _note(f"error: the prompt is not UTF-8: {error}")
         continue
-      waiting = line[:-1] + "\n" if line.endswith("\\") else ""
-      if waiting:
+      earlier_lines = prompt[:-1] + "\n" if prompt.endswith("\\") else ""
+      if earlier_lines:
         continue
       try:
-        self._stream({**self._common, "prompt": line, "number": number})
+        self._stream({**self._common, "prompt": prompt, "number": number})
       except KeyboardInterrupt:
         _note("stopped; Ctrl-D ends")
       except errors.CalmError as error:
@@ -235,32 +248,35 @@ class _Act:
 
 
 def main() -> None:
-  if isinstance(sys.stdout, io.TextIOWrapper):  # What its encoding lacks is written out.
-    sys.stdout.reconfigure(errors="backslashreplace")
+  if isinstance(sys.stdout, io.TextIOWrapper):
+    sys.stdout.reconfigure(errors="backslashreplace")  # For characters that its encoding lacks.
   if not _WORKDIR.value:
     raise errors.CalmError("give --workdir=DIR, the folder of a language model's training run")
   config.require(
     bool(_PROMPTS.value) == bool(_OUTPUT.value), "--prompts=FILE and --output=FILE go together"
   )
-  several = [name for name in ("prompt", "prompts", "interactive") if flags.FLAGS[name].value]
-  config.require(len(several) < 2, f"--{' and --'.join(several)} can't be given together")
+  sources = [name for name in ("prompt", "prompts", "interactive") if flags.FLAGS[name].value]
+  config.require(len(sources) < 2, f"--{' and --'.join(sources)} can't be given together")
   common = {
-    "temperature": _TEMPERATURE.value, "num_candidates": _NUM_CANDIDATES.value,
-    "max_tokens": _MAX_TOKENS.value, "seed": _SEED.value, "stop": _STOP.value,
-  }  # fmt: skip
+    "temperature": _TEMPERATURE.value,
+    "num_candidates": _NUM_CANDIDATES.value,
+    "max_tokens": _MAX_TOKENS.value,
+    "seed": _SEED.value,
+    "stop": _STOP.value,
+  }
   requests.Request(**{**common, "stop": tuple(_STOP.value)})
   output = _OUTPUT.value
-  taken = lease.Lease(lease.of_file(output), f"--output={output}") if output else None
-  with taken or contextlib.nullcontext() as held, jax.set_mesh(mesh_lib.build(_mesh())):
-    act = _Act(common)
-    if held:
-      act.file(held)
+  lock = lease.Lease(lease.of_file(output), f"--output={output}") if output else None
+  with lock or contextlib.nullcontext() as output_lease, jax.set_mesh(mesh_lib.build(_mesh())):
+    generator = _Generator(common)
+    if output_lease:
+      generator.file(output_lease)
     elif _INTERACTIVE.value:
-      act.interactive()
+      generator.interactive()
     else:
-      act.one_prompt(_read_prompt())
-  if act.session.speed.patches:
-    _note(act.session.speed.line())
+      generator.one_prompt(_read_prompt())
+  if generator.session.speed.patches:
+    _note(generator.session.speed.line())
 
 
 if __name__ == "__main__":

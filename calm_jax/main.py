@@ -8,7 +8,7 @@ import os
 import signal
 import traceback
 
-# Until the guard stands: a machine may be taken away while JAX is imported, too.
+# A machine may be preempted while JAX is imported, before the guard handles signals.
 if __name__ == "__main__":
   signal.signal(signal.SIGTERM, lambda *_: os._exit(75))  # errors.EXIT_RESTART
 
@@ -29,13 +29,13 @@ _ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
   "allow_config_change", False, "Resume in a workdir whose stored config differs."
 )
 _DRY_RUN = flags.DEFINE_bool(
-  "dry_run", False, "Check everything and compile the step, then end: nothing is written."
+  "dry_run", False, "Check everything, compile the step and exit; nothing is written."
 )
 _PRINT_SHARDINGS = flags.DEFINE_bool(
   "print_shardings", False, "Print how every parameter is laid out on the devices."
 )
 
-# Folder of a workdir for compiled programs, where JAX is not given another one.
+# Subfolder of the workdir for JAX's compilation cache, unless JAX is configured with another one.
 COMPILED = "compiled"
 
 
@@ -64,8 +64,8 @@ def main() -> None:
       if distributed.count() == 1:
         raise
       traceback.print_exc()
-      distributed.await_verdict()  # Another process's end shows here as any error of a collective.
-      distributed.exit_now(1)  # Without the others, who would wait for this one.
+      distributed.await_verdict()  # Another process's exit may show as any error here.
+      distributed.exit_now(1)  # A normal exit would wait for the other processes.
 
 
 if __name__ == "__main__":

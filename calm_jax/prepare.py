@@ -18,7 +18,7 @@ from etils import epath
 
 from calm_jax import cli, errors, files, lease
 from calm_jax.data import corpus as corpus_lib
-from calm_jax.data import holdout, manifest, progress, readers, sources, store
+from calm_jax.data import holdout, manifest, progress, readers, sources, store, store_writer
 from calm_jax.data import parts as parts_lib
 from calm_jax.data import plan as plan_lib
 from calm_jax.data import tokenizer as tokenizer_lib
@@ -248,11 +248,11 @@ def _write(
   held: lease.Lease,
 ) -> store.TokenStore:
   """Writes the store from its parts and returns it."""
-  dtype = store.token_dtype(tokenizer.vocab_size)
+  dtype = store_writer.token_dtype(tokenizer.vocab_size)
   total = functools.reduce(lambda a, b: a + b, (part.counts for part in made))
   if not total["train.tokens"]:
     raise errors.CalmError(f"{tokenizer.path} makes no token of the training text")
-  provenance = store.Provenance(
+  provenance = store_writer.Provenance(
     sources=[
       manifest.Source(name, total[f"{i}.bytes"], total[f"{i}.documents"])
       for i, name in enumerate(names)
@@ -264,7 +264,7 @@ def _write(
     plan=plan,
   )
   contents = {split: parts_lib.read_split(job, made, split, dtype) for split in manifest.SPLITS}
-  return store.write(settings.output, tokenizer, contents, provenance, held.require_held)
+  return store_writer.write(settings.output, tokenizer, contents, provenance, held.require_held)
 
 
 def _summarize(written: store.TokenStore, seconds: float) -> None:

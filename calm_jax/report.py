@@ -1,8 +1,7 @@
-"""The act of telling: `python -m calm_jax.report --workdir=W1,W2 [--output=DIR]`.
+"""Reports on training runs: `python -m calm_jax.report --workdir=W1,W2 [--output=DIR]`.
 
-Writes report.html, one page on all workdirs that needs nothing beside itself,
-and, given both stages, their final figures as summary.json and as a table on
-standard output.
+Writes report.html, one self-contained page on all workdirs. Given both stages, it also writes
+their final figures to summary.json and prints them as a table.
 """
 
 import sys
@@ -15,12 +14,12 @@ from calm_jax.reporting import page, records, summary
 from calm_jax.running import loading
 from calm_jax.stages import table
 
-_WORKDIR = flags.DEFINE_list("workdir", None, "Folders of training runs, with commas between.")
+_WORKDIR = flags.DEFINE_list("workdir", None, "Folders of training runs, separated by commas.")
 _OUTPUT = flags.DEFINE_string(
   "output", "", "Folder of report.html and summary.json; by default the first workdir."
 )
 _SECONDS_TOTAL = flags.DEFINE_float(
-  "seconds_total", None, "What everything took; goes into the summary.", 0.0
+  "seconds_total", None, "Seconds of the complete pipeline, for the summary.", 0.0
 )
 
 
@@ -37,11 +36,11 @@ def _summarize(accounts: Sequence[records.Account], output: str) -> None:
   by_stage: dict[str, records.Account] = {}
   for account in accounts:
     if by_stage.setdefault(account.run.stage, account) is not account:
-      _note(f"{account.directory} is not in the summary, which takes the first of each stage")
+      _note(f"{account.directory} is not in the summary: it holds the first workdir of each stage")
   family = _family(by_stage)
   missing = [stage for stage in family if stage not in by_stage]
   if missing:
-    _note(f"no {summary.FILE}: it needs both stages, there is no workdir of stage {missing[0]!r}")
+    _note(f"no {summary.FILE}: it needs both stages, but no workdir is of stage {missing[0]!r}")
     return
   figures = summary.summarize([by_stage[stage] for stage in family], _SECONDS_TOTAL.value)
   summary.write(figures, output)
@@ -49,7 +48,7 @@ def _summarize(accounts: Sequence[records.Account], output: str) -> None:
 
 
 def _family(stages: Container[str]) -> list[str]:
-  """Returns the first stage that is trained on others, those before it; one that is there first."""
+  """Returns a stage that has parents, preceded by them; one in `stages` if possible."""
   children = [name for name, spec in table.STAGES.items() if spec.parents]
   child = next((name for name in children if name in stages), children[0])
   return [*table.STAGES[child].parents.values(), child]

@@ -1,4 +1,4 @@
-"""Mappings -> frozen settings, and how two runs' settings differ."""
+"""Mappings -> frozen settings, and the differences between two runs' settings."""
 
 import dataclasses
 import hashlib
@@ -13,7 +13,7 @@ from calm_jax import config, errors, files
 
 
 def _nearest_to(value: Any, names: Iterable[str]) -> str:
-  """Returns `config.nearest` for a value of any type."""
+  """Returns `config.nearest`, for a value of any type."""
   return config.nearest(value if isinstance(value, str) else "", names)
 
 
@@ -32,11 +32,11 @@ def run_from(values: Mapping[str, Any], kinds: Mapping[str, type[config.Run]]) -
   """Returns the frozen run that a config file or a stored config.json describes.
 
   Args:
-    kinds: the class of settings of each stage.
+    kinds: stage -> class of its settings.
 
   Raises:
-    CalmError: for an unknown name (the nearest known name is given), a value of the wrong type
-      or a value out of range.
+    CalmError: for an unknown name (the message suggests the nearest known one), a value of the
+      wrong type or a value out of range.
   """
   stage = values.get("stage", "")
   if not isinstance(stage, str) or stage not in kinds:
@@ -52,6 +52,7 @@ def run_from(values: Mapping[str, Any], kinds: Mapping[str, type[config.Run]]) -
 
 
 def _build(cls: type, values: Mapping[str, Any], where: str) -> Any:
+  """Returns an instance of a settings class; `where` is its dotted name in errors."""
   fields = {field.name: field for field in dataclasses.fields(cls)}
   hints = typing.get_type_hints(cls)
   arguments = {}
@@ -72,7 +73,7 @@ def _build(cls: type, values: Mapping[str, Any], where: str) -> Any:
 
 
 def _checked(hint: Any, value: Any, where: str) -> Any:
-  """Returns a setting's value in its type; CalmError where it can't have that type."""
+  """Returns a setting's value, converted to its type; CalmError if it can't be."""
   require, shown = config.require, config.shown(value)
   if typing.get_origin(hint) is Literal:
     choices = typing.get_args(hint)
@@ -87,7 +88,7 @@ def _checked(hint: Any, value: Any, where: str) -> Any:
   require(not (hint is float and not math.isfinite(value)), f"{where} must be finite, got {value}")
   require(
     not isinstance(value, str) or (config.is_text(value) and "\0" not in value),
-    f"{where} holds characters that no file's name has, got {value!a}",
+    f"{where} holds characters that no file name can have, got {value!a}",
   )
   return value
 
@@ -107,14 +108,14 @@ def digest(run: config.Run) -> str:
   return hashlib.sha256(to_json(run).encode()).hexdigest()[:8]
 
 
-# Settings that a started run may change freely, as its numbers stay the same; and those that it
-# may change with --allow_config_change. All others shape its parameters and stay.
+# Settings that a started run may change freely, since they don't change its numbers; and those
+# that it may change with --allow_config_change. All others shape its parameters and are fixed.
 FREE = ("mesh", "execution", "limits", "profile")
 CHANGEABLE = ("data", "loss", "optimizer", "training")
 
 
 def is_fixed(name: str) -> bool:
-  """Says whether a started run can't change a setting."""
+  """Returns whether a started run can't change a setting."""
   return name.partition(".")[0] not in (*FREE, *CHANGEABLE)
 
 
@@ -130,7 +131,7 @@ def differences(a: config.Run, b: config.Run) -> dict[str, tuple[Any, Any]]:
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-  """Returns nested settings by their dotted names, such as training.steps."""
+  """Returns nested settings as one dictionary with dotted names, such as training.steps."""
   result = {}
   for name, value in tree.items():
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Flags -> settings: --config, and for acts without a workdir what else a model's sizes take."""
+"""Flags -> settings: --config, and for acts without a workdir its parents and vocabulary."""
 
 import dataclasses
 import runpy
@@ -12,28 +12,28 @@ from calm_jax import cli, config, distributed, errors, files, settings
 from calm_jax.running import untrained
 from calm_jax.stages import table
 
-# Flags defined here are those of the act that calls: its --help is to show them.
+# Attributes the flags defined here to the act that calls, so that its --help shows them.
 flags.disclaim_key_flags()
 
 
 class _ConfigFile(flags.ArgumentParser):
-  """A config file's parser that opens no pipe and no device, whose end might never come."""
+  """Parser of a config file that refuses pipes and devices, which it could wait for endlessly."""
 
   def __init__(self, loader: flags.ArgumentParser):
     self._loader = loader
 
   def parse(self, argument: str) -> Any:
-    place = settings.located(argument)
-    files.require_regular(place.partition(":")[0])
-    return self._loader.parse(place)
+    path = settings.located(argument)
+    files.require_regular(path.partition(":")[0])
+    return self._loader.parse(path)
 
 
 def define(
   name: str = "config",
-  meaning: str = "Settings: configs/STAGE.py, with :SIZE where the file has sizes; what is shipped "
-  "is found by its name too: STAGE.py.",
+  meaning: str = "Settings: configs/STAGE.py, with :SIZE if the file has sizes; STAGE.py alone "
+  "names a file that is shipped with the package.",
 ) -> None:
-  """Defines a flag that takes a config file, and its settings as --NAME.setting=value."""
+  """Defines a flag for a config file, and flags --NAME.setting=value for its settings."""
   cli.require_flag_files()
   config_flags.DEFINE_config_file(name, None, meaning, lock_config=True)
   flag = flags.FLAGS[name]
@@ -41,66 +41,66 @@ def define(
 
 
 def _parents() -> dict[str, str]:
-  """Returns the names of all stages' parents, and the stage of each."""
+  """Returns the parents of all stages: name -> stage."""
   return {name: stage for spec in table.STAGES.values() for name, stage in spec.parents.items()}
 
 
 def define_sizes() -> None:
-  """Defines --autoencoder_config, one for each kind of parent, and --vocab_size.
+  """Defines --NAME_config for each kind of parent, such as the autoencoder, and --vocab_size.
 
-  For acts without a workdir, which would hold them.
+  For acts without a workdir, which would hold these sizes.
   """
   for name in _parents():
     define(
       f"{name}_config",
-      f"Sizes of the {name}, for a stage that reads one; by default of that which goes with "
+      f"Sizes of the {name}, for a stage that is trained on one; by default those that go with "
       "--config's size.",
     )
   flags.DEFINE_integer(
     "vocab_size",
     None,
-    "Tokens of the vocabulary; by default that which goes with --config's size: Llama 3's 128,256 "
-    "for the published ones, 1,024 for the quickstart's.",
+    "Tokens of the vocabulary; by default those that go with --config's size: Llama 3's 128,256 "
+    "for the published sizes, 1,024 for the quickstart.",
     2,
     2**31 - 1,
   )
 
 
 def run(name: str = "config") -> config.Run | None:
-  """Returns the settings of a flag, None where it is not given.
+  """Returns the settings of a flag, or None if it is not given.
 
   Raises:
-    CalmError: where the file can't be loaded, or holds no settings of a stage.
+    CalmError: if the file can't be loaded, or holds no settings of a stage.
   """
   value: Any = flags.FLAGS[name].value
   if value is None:
     return None
   try:
     values: Mapping[str, Any] = value.to_dict()
-  except OSError as error:  # What went wrong when the flag was parsed shows here.
+  except OSError as error:  # Errors of parsing the flag surface here.
     file = config_flags.get_config_filename(flags.FLAGS[name])
     raise errors.CalmError(settings.unloadable(name, file, error)) from error
   return table.run_from(values)
 
 
 def title() -> str:
-  """Returns how --config was given, changes included."""
+  """Returns --config as given on the command line, with the overridden settings."""
   flag = flags.FLAGS["config"]
-  changes = config_flags.get_override_values(flag)
-  told = [f"{name}={value}" for name, value in changes.items()]
-  return " ".join([config_flags.get_config_filename(flag), *told])
+  overrides = config_flags.get_override_values(flag)
+  changes = [f"{name}={value}" for name, value in overrides.items()]
+  return " ".join([config_flags.get_config_filename(flag), *changes])
 
 
 def companions() -> config.Companions:
-  """Returns the vocabulary and the parents of --config: those given, else its size's own.
+  """Returns the vocabulary and parents of --config: those given, otherwise those of its size.
 
   Raises:
-    CalmError: where a parent's config is of another stage, or does not fit the run.
+    CalmError: if a parent's config is of another stage, or does not fit the run.
   """
   file = settings.located(config_flags.get_config_filename(flags.FLAGS["config"]))
   path, *size = file.split(":", 1)
-  own = runpy.run_path(path).get("get_companions", lambda *size: config.Companions())(*size)
-  overrides, places, ours = dict(own.parents), {}, run()
+  defaults = runpy.run_path(path).get("get_companions", lambda *size: config.Companions())(*size)
+  chosen, labels, child = dict(defaults.parents), {}, run()
   for name, stage in _parents().items():
     flag, override = f"--{name}_config", run(f"{name}_config")
     if override is not None:
@@ -108,23 +108,23 @@ def companions() -> config.Companions:
         raise errors.CalmError(
           f"{flag} is of stage {override.stage!r}: give {table.STAGES[stage].title}'s"
         )
-      overrides[name] = override
-    places[name] = (f"the {name} of {flag if override is not None else 'this size'}", flag)
-  result = config.Companions(flags.FLAGS.vocab_size or own.vocab_size, overrides)
-  if ours is not None:
-    table.of(ours).check(ours, parents(ours, result), result.vocab_size, places)
+      chosen[name] = override
+    labels[name] = (f"the {name} of {flag if override is not None else 'this size'}", flag)
+  result = config.Companions(flags.FLAGS.vocab_size or defaults.vocab_size, chosen)
+  if child is not None:
+    table.of(child).check(child, parents(child, result), result.vocab_size, labels)
   return result
 
 
-def parents(ours: Any, used: config.Companions) -> dict[str, Any]:
+def parents(child: Any, used: config.Companions) -> dict[str, Any]:
   """Returns the settings of all parents of a run."""
-  return untrained.parent_runs(ours, used.parents)
+  return untrained.parent_runs(child, used.parents)
 
 
-def counted_with(ours: config.Run, used: config.Companions) -> str:
-  """Returns which of `companions` count for these settings, for people."""
+def counted_with(child: config.Run, used: config.Companions) -> str:
+  """Returns a line for people: the vocabulary and the parents that a run is counted with."""
   line = f"vocabulary {used.vocab_size:,} (--vocab_size)"
-  for name, parent in parents(ours, used).items():
+  for name, parent in parents(child, used).items():
     line += f"; {name} of {table.of(parent).presentation.brief(parent)} (--{name}_config)"
   return line
 

@@ -1,12 +1,11 @@
-"""What a workdir holds, and how its small files are read and written; for weights see
-`training.trained`.
+"""Settings and origin of a run <-> the small files of its workdir; weights: `training.trained`.
 
-seal.json         hashes that bind what follows, see `calm_jax.seal`
+seal.json         hashes that bind the files below, see `calm_jax.seal`
 config.json       the resolved settings
-origin.json       what they were trained on: hashes, vocabulary, first patch
-tokenizer.*       a copy, so that the workdir needs no token store to write text
+origin.json       what the run was trained on: hashes, vocabulary, first patch
+tokenizer.*       a copy, so that the workdir generates text without a token store
 checkpoints/      see training.checkpoint
-NAME/             of each parent (the frozen autoencoder of stage two): the same five
+NAME/             the same five entries of each parent, such as stage two's frozen autoencoder
 metrics.jsonl evaluation.json temperature.json samples.jsonl   figures and texts
 """
 
@@ -32,16 +31,18 @@ class Origin:
   """What a run was trained on.
 
   Attributes:
-    tokenizer_file: name of the copy in the workdir. tokenizer_hash, store_hash:
-      identify tokenizer and token store. Imported weights have no store: it is empty.
-    vocab_size: of the model; above the tokenizer's where imported tables are padded.
-    eos_id: of the tokenizer. appends_eos: whether documents end with EOS.
-    start_patch: the K tokens up to the end of the first training document that has
-      so many before its end. Generation puts them in front, so that a prompt stands
-      at the start of a document and even the first patch has one before it. Imported
-      weights have none: a prompt must then hold the first patch itself.
+    tokenizer_file: name of the tokenizer's copy in the workdir.
+    tokenizer_hash: identifies the tokenizer.
+    store_hash: identifies the token store; empty for imported weights, which have none.
+    vocab_size: vocabulary of the model; larger than the tokenizer's if imported tables are padded.
+    eos_id: EOS token of the tokenizer.
+    appends_eos: whether documents end with EOS.
+    start_patch: the K training tokens before the first end of a document that has K tokens
+      before it. Generation puts them before a prompt, so that the prompt starts a document and its
+      first patch has a predecessor. Empty for imported weights: their prompts must hold the
+      first patch themselves.
     parents: fingerprint of each parent's parameters, by the parent's name.
-    format_version: of the workdir.
+    format_version: format of the workdir.
   """
 
   tokenizer_file: str
@@ -69,7 +70,7 @@ class Origin:
     """
     ends = [int(end) for end in store.offsets("train")[1:] if end >= patch_size]
     if not ends:
-      raise errors.CalmError(f"{store.path} holds less than a patch of {patch_size} tokens")
+      raise errors.CalmError(f"{store.path} holds less than one patch of {patch_size} tokens")
     end = ends[0]
     tokenizer = store.manifest.tokenizer
     return cls(
@@ -85,17 +86,17 @@ class Origin:
 
   @classmethod
   def of_json(cls, values: Mapping[str, Any], where: str) -> "Origin":
-    """Returns the origin that origin.json holds; `where` names it in errors.
+    """Returns the origin stored in origin.json; `where` names the file in errors.
 
     Raises:
       CalmError: if a value is missing, of a wrong type or outside the vocabulary.
     """
-    own = {name: x for name, x in values.items() if not name.endswith(_FINGERPRINT)}
+    fields = {name: x for name, x in values.items() if not name.endswith(_FINGERPRINT)}
     parents = {
-      name.removesuffix(_FINGERPRINT): x for name, x in values.items() if name not in own and x
+      name.removesuffix(_FINGERPRINT): x for name, x in values.items() if name not in fields and x
     }
     try:
-      origin = cls(**{**own, "start_patch": tuple(own["start_patch"])}, parents=parents)
+      origin = cls(**{**fields, "start_patch": tuple(fields["start_patch"])}, parents=parents)
     except (KeyError, TypeError) as error:
       raise errors.CalmError(f"{where} is not of this version: {error}") from error
     for name, value in origin.values().items():
@@ -117,26 +118,26 @@ class Origin:
     return origin
 
   def hashes(self) -> dict[str, str]:
-    """Returns what a resumed run must share, by name."""
-    shared = {name: x for name, x in self.values().items() if name.endswith(_FINGERPRINT)}
-    return {"tokenizer_hash": self.tokenizer_hash, "store_hash": self.store_hash, **shared}
+    """Returns the hashes that a resumed run must share, by name."""
+    parents = {name: x for name, x in self.values().items() if name.endswith(_FINGERPRINT)}
+    return {"tokenizer_hash": self.tokenizer_hash, "store_hash": self.store_hash, **parents}
 
   def values(self) -> dict[str, Any]:
-    """Returns what origin.json holds: a parent's fingerprint has a name of its own."""
+    """Returns the contents of origin.json, with one entry for each parent's fingerprint."""
     values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
     parents = values.pop("parents")
     return values | {f"{name}{_FINGERPRINT}": x for name, x in parents.items()}
 
 
-# How origin.json names a parent's fingerprint, after the parent's name.
+# Suffix to a parent's name, under which origin.json stores its fingerprint.
 _FINGERPRINT = "_fingerprint"
-# Types of the values that are not text.
+# Types of the values that are not strings.
 _NUMBERS = dict.fromkeys(("vocab_size", "eos_id", "format_version"), int)
 _KINDS: dict[str, type] = {**_NUMBERS, "appends_eos": bool, "start_patch": tuple}
 
 
 def sealed(workdir: str, run: config.Run, origin: Origin, tokenizer: epath.Path) -> seal.Seal:
-  """Returns the seal of a new workdir, in which the copies of its parents are already.
+  """Returns the seal of a new workdir, which must already hold the copies of its parents.
 
   Raises:
     CalmError: if a file can't be read.
@@ -146,7 +147,7 @@ def sealed(workdir: str, run: config.Run, origin: Origin, tokenizer: epath.Path)
 
 
 def create(
-  workdir: str, run: config.Run, origin: Origin, tokenizer: epath.Path, made: seal.Seal
+  workdir: str, run: config.Run, origin: Origin, tokenizer: epath.Path, new_seal: seal.Seal
 ) -> None:
   """Writes config, origin, tokenizer and seal of a new workdir; config.json comes last.
 
@@ -161,12 +162,12 @@ def create(
   except OSError as error:
     raise errors.CalmError(f"can't write workdir {workdir}: {error}") from error
   files.write(path / "origin.json", files.to_json(origin.values()))
-  seal.write(workdir, made)
+  seal.write(workdir, new_seal)
   files.write(path / "config.json", resolve.to_json(run))
 
 
 def change_config(workdir: str, run: config.Run) -> None:
-  """Writes the settings of a workdir that has begun, where they are others than before.
+  """Writes changed settings of a run that was already started.
 
   Raises:
     CalmError: if they can't be written.
@@ -175,37 +176,37 @@ def change_config(workdir: str, run: config.Run) -> None:
   before, new = seal.read(workdir), seal.of_bytes(text.encode())
   if before.config == (new,):
     return
-  # Whenever this is cut short, the seal knows the config.json that is there.
+  # The seal accepts both versions in between, so that an interruption leaves a valid workdir.
   seal.write(workdir, dataclasses.replace(before, config=(*before.config, new)))
   files.write(epath.Path(workdir) / "config.json", text)
   seal.write(workdir, dataclasses.replace(before, config=(new,)))
 
 
-def keep_samples(workdir: str, lines: list[str]) -> None:
-  """Appends written texts to the workdir's own, on lines of their own.
+def append_samples(workdir: str, lines: list[str]) -> None:
+  """Appends generated texts to the workdir's samples.jsonl.
 
-  What a kill cut the last line to stays there, and ends first.
+  A last line that a kill cut short is terminated first.
 
   Raises:
     CalmError: if they can't be written.
   """
-  path, torn = epath.Path(workdir) / SAMPLES, False
+  path, is_cut = epath.Path(workdir) / SAMPLES, False
   if path.exists():
     files.require_regular(path)
     with path.open("rb") as file:
       if file.seek(0, os.SEEK_END):
         file.seek(-1, os.SEEK_END)
-        torn = file.read(1) != b"\n"
-  files.append(path, "\n" * torn + "".join(lines))
+        is_cut = file.read(1) != b"\n"
+  files.append(path, "\n" * is_cut + "".join(lines))
 
 
 def exists(workdir: str) -> bool:
-  """Tells whether a run was started in this folder."""
+  """Returns whether a run was started in this folder."""
   return (epath.Path(workdir) / "config.json").exists()
 
 
 def read_config(workdir: str) -> dict[str, Any]:
-  """Returns what config.json of a workdir holds, as the run wrote it.
+  """Returns the contents of a workdir's config.json, as the run wrote it.
 
   Raises:
     CalmError: if there is none, or it can't be read.
@@ -214,7 +215,7 @@ def read_config(workdir: str) -> dict[str, Any]:
 
 
 def read_origin(workdir: str) -> Origin:
-  """Returns what the workdir's run was trained on.
+  """Returns the origin of a workdir's run.
 
   Raises:
     CalmError: if there is none, or it can't be read.
@@ -232,8 +233,8 @@ def _read_json(workdir: str, name: str) -> dict[str, Any]:
   return files.parse_json(seal.read_part(workdir, name), str(path))
 
 
-def require_whole(workdir: str) -> None:
-  """Raises CalmError unless config, origin, tokenizer and parents are the run's own."""
+def require_intact(workdir: str) -> None:
+  """Raises CalmError unless config, origin, tokenizer and parents are those the run wrote."""
   read_config(workdir)
   seal.require_tokenizer(workdir, read_origin(workdir).tokenizer_file)
   seal.require_parents(workdir)
@@ -245,7 +246,7 @@ def require_parent_weights(workdir: str, origin: Origin, name: str, fingerprint:
   if fingerprint != expected:
     raise errors.CalmError(
       f"{epath.Path(workdir) / name} holds weights of fingerprint {fingerprint}, but {workdir} "
-      f"was trained with those of {expected}: put back the {name} that was there"
+      f"was trained with those of {expected}: restore the original {name}"
     )
 
 
@@ -253,45 +254,45 @@ def tokenizer(workdir: str, origin: Origin) -> tokenizer_lib.Tokenizer:
   """Returns the workdir's own copy of its tokenizer.
 
   Raises:
-    CalmError: if it is missing or not the one trained with.
+    CalmError: if it is missing or not the one that the run was trained with.
   """
   path = epath.Path(workdir) / origin.tokenizer_file
   loaded = tokenizer_lib.load(str(path), eos=origin.eos_id)
   if loaded.hash != origin.tokenizer_hash:
     raise errors.CalmError(
-      f"{path} has hash {loaded.hash}, but the model was trained with {origin.tokenizer_hash}: put "
-      "back the one that was there"
+      f"{path} has hash {loaded.hash}, but the model was trained with {origin.tokenizer_hash}: "
+      "restore the original file"
     )
   return loaded
 
 
 def require_same_tokenizer(origin: Origin, store: store_lib.TokenStore, workdir: str) -> None:
   """Raises CalmError, naming both hashes, unless store and workdir share a tokenizer."""
-  found = store.manifest.tokenizer.hash
-  if found != origin.tokenizer_hash:
+  store_tokenizer = store.manifest.tokenizer.hash
+  if store_tokenizer != origin.tokenizer_hash:
     raise errors.CalmError(
-      f"the token store {store.path} was written with tokenizer {found}, but {workdir} was "
-      f"trained with tokenizer {origin.tokenizer_hash}: prepare the text with --tokenizer="
+      f"the token store {store.path} was written with tokenizer {store_tokenizer}, but {workdir} "
+      f"was trained with tokenizer {origin.tokenizer_hash}: prepare the text with --tokenizer="
       f"{epath.Path(workdir) / origin.tokenizer_file}"
     )
 
 
 def require_trainable(workdir: str) -> None:
-  """Raises CalmError where a workdir holds weights only, as those that convert writes do."""
+  """Raises CalmError if a workdir holds weights only, as one written by convert does."""
   if not read_origin(workdir).store_hash:
     raise errors.CalmError(
-      f"{workdir} holds imported weights, and nothing to go on training from: train on from them "
-      f"in a new --workdir with --config.start_from={workdir}"
+      f"{workdir} holds imported weights, but no training run to resume: start one from them in a "
+      f"new --workdir with --config.start_from={workdir}"
     )
 
 
 def require_same_data(workdir: str, origin: Origin) -> None:
-  """Raises CalmError, naming the hashes, unless the workdir's run began on the same data."""
+  """Raises CalmError, naming the hashes, unless the workdir's run was started on the same data."""
   stored, current = read_origin(workdir).hashes(), origin.hashes()
   for name, before in stored.items():
     now = current.get(name, "")
     if before != now:
       raise errors.CalmError(
-        f"{workdir} was trained with {name} {before}, now it is {now}: give the same data or a "
-        "new --workdir"
+        f"{workdir} was trained with {name} {before}, but it is now {now}: give the same data or "
+        "a new --workdir"
       )

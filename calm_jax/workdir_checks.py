@@ -73,9 +73,9 @@ def _parent(directory: str, name: str) -> str:
   steps = checkpoint.steps_in(inner)
   if not steps:
     raise errors.CalmError(f"{inner} has no checkpoint: put back the {name} that was there")
-  found = _verified(inner, steps[-1], seal.read(inner).bound)["params_fingerprint"]
-  workdir.require_parent_weights(directory, workdir.read_origin(directory), name, found)
-  return f"the run's own, weights {found}"
+  weights = _verified(inner, steps[-1], seal.read(inner).bound)["params_fingerprint"]
+  workdir.require_parent_weights(directory, workdir.read_origin(directory), name, weights)
+  return f"the run's own, weights {weights}"
 
 
 def _verified(workdir: str, step: int, bound: str) -> Mapping[str, Any]:
@@ -91,28 +91,28 @@ def _verified(workdir: str, step: int, bound: str) -> Mapping[str, Any]:
   """
   place = epath.Path(files.absolute(workdir)) / checkpoint.DIRECTORY / str(step)
   try:
-    found = ocp.JsonCheckpointHandler().restore(place / "meta")
-    meta.require(found, place, bound)
+    metadata = ocp.JsonCheckpointHandler().restore(place / "meta")
+    meta.require(metadata, place, bound)
     for name in ("params", "rest"):
-      if f"{name}_fingerprint" in found:
-        meta.require_fingerprint(found, name, fingerprint.digest(reread.lines(place / name)))
+      if f"{name}_fingerprint" in metadata:
+        meta.require_fingerprint(metadata, name, fingerprint.digest(reread.lines(place / name)))
   except errors.CalmError:
     raise
   except Exception as error:  # Damage can raise any error of Orbax or TensorStore.
     raise errors.CalmError(f"{place} can't be read: {failures.first_line(error)}") from error
-  if "data" in found:
-    meta.Taken.of(found["data"], step)
-  return found
+  if "data" in metadata:
+    meta.Taken.of(metadata["data"], step)
+  return metadata
 
 
 def _checkpoint(directory: str, step: int) -> str:
   try:
-    found = _verified(directory, step, seal.read(directory).bound)
+    metadata = _verified(directory, step, seal.read(directory).bound)
   except errors.CalmError:
     if step in checkpoint.steps_in(directory):
       raise
     return "removed by the run in the meantime"
-  names = [name for name in ("params", "rest") if f"{name}_fingerprint" in found]
+  names = [name for name in ("params", "rest") if f"{name}_fingerprint" in metadata]
   return f"intact: {', '.join(names)}, meta"
 
 

@@ -1,7 +1,7 @@
-"""Runs acts as commands, each in a fork of one process that has imported what they share.
+"""Runs acts as commands, each in a fork of one process that has imported the shared modules.
 
-A process that imports JAX takes a second or more, a fork a hundredth of it. An act is run
-as `python -m` does, up to `cli.run`, and then once for each command line.
+A new process needs a second or more to import JAX, a fork a hundredth of that. An act runs like
+with `python -m` up to `cli.run`, and then once per command line.
 
   python tests/acts.py < {"ACT": [["--flag=value"], ...]} > {"ACT": [[code, out, err], ...]}
 """
@@ -17,31 +17,53 @@ import tempfile
 import traceback
 
 ACTS = (
-  "prepare", "main", "evaluate", "generate", "report", "convert", "benchmark", "cost",
+  "prepare",
+  "main",
+  "evaluate",
+  "generate",
+  "report",
+  "convert",
+  "benchmark",
+  "cost",
   "compile_ahead",
-)  # fmt: skip
+)
 
-# None of ours that defines flags.
+# Modules to import before the forks; none of ours that defines flags.
 SHARED = (
-  "calm_jax.settings", "flax.linen", "grain", "jax", "matplotlib.pyplot", "optax",
-  "orbax.checkpoint", "scipy.stats", "sentencepiece", "tensorstore", "tokenizers",
-)  # fmt: skip
+  "calm_jax.settings",
+  "flax.linen",
+  "grain",
+  "jax",
+  "matplotlib.pyplot",
+  "optax",
+  "orbax.checkpoint",
+  "scipy.stats",
+  "sentencepiece",
+  "tensorstore",
+  "tokenizers",
+)
 
-Ended = tuple[int, str, str]
+Ended = tuple[int, str, str]  # Exit code, standard output, standard error.
 
 
 def run(commands: dict[str, list[list[str]]], cwd: str) -> dict[str, list[Ended]]:
-  """The exit code and both outputs of each command line of each act."""
+  """Returns how each command line of each act ends."""
   done = subprocess.run(
-    [sys.executable, __file__], cwd=cwd, input=json.dumps(commands), capture_output=True, text=True,
-    env=os.environ | {"PYTHONPATH": cwd}, timeout=300, check=False,
-  )  # fmt: skip
+    [sys.executable, __file__],
+    cwd=cwd,
+    input=json.dumps(commands),
+    capture_output=True,
+    text=True,
+    env=os.environ | {"PYTHONPATH": cwd},
+    timeout=300,
+    check=False,
+  )
   assert done.returncode == 0, done.stderr
   return json.loads(done.stdout)
 
 
 def _forked(act, *files) -> int:
-  """The exit code of `act` in a process of its own that writes its outputs to two files."""
+  """Runs `act` in a fork that writes its outputs to two files; returns the exit code."""
   sys.stdout.flush()
   child = os.fork()
   if child:
@@ -63,7 +85,7 @@ def _forked(act, *files) -> int:
 
 
 def _ended(act, words: list[str]) -> Ended:
-  """How an act ends that is run with these words."""
+  """Returns how an act ends with these words."""
 
   def with_words() -> None:
     sys.argv[1:] = words
@@ -77,17 +99,17 @@ def _ended(act, words: list[str]) -> Ended:
 
 
 def _serve(name: str, commands: list[list[str]], answers: str) -> None:
-  """Runs an act with each of the command lines; writes how they end."""
+  """Runs an act with each of the command lines and writes how they end to a file."""
   from calm_jax import cli
 
   run_act = cli.run
 
-  def each(main) -> None:
+  def run_all(main) -> None:
     ended = [_ended(lambda: run_act(main), words) for words in commands]
     with open(answers, "w") as file:
       json.dump(ended, file)
 
-  cli.run = each
+  cli.run = run_all
   sys.argv = [name]
   runpy.run_module(f"calm_jax.{name}", run_name="__main__", alter_sys=True)
 
@@ -95,15 +117,15 @@ def _serve(name: str, commands: list[list[str]], answers: str) -> None:
 def _main() -> None:
   for name in SHARED:
     importlib.import_module(name)
-  commands, found = json.load(sys.stdin), {}
+  commands, results = json.load(sys.stdin), {}
   with tempfile.TemporaryDirectory() as folder:
     for name, lines in commands.items():
       answers = f"{folder}/{name}"
       code = _forked(functools.partial(_serve, name, lines, answers))
       assert code == 0, name
       with open(answers) as file:
-        found[name] = json.load(file)
-  json.dump(found, sys.stdout)
+        results[name] = json.load(file)
+  json.dump(results, sys.stdout)
 
 
 if __name__ == "__main__":

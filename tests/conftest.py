@@ -1,22 +1,22 @@
 """Eight CPU devices, no accelerator; a shape mismatch that broadcasting would hide is an error.
 
-The fixtures tell a whole story at toy size once a session: store, every stage trained.
-Tests that change a folder take a copy.
+The fixtures run the pipeline at toy size once per session: a store, and every stage trained on it.
+Tests that change a folder use a copy.
 """
 
 import os
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Tests compile much and compute little: the compiler is to hurry. XLA's newer emitters of fused
-# operations take it half as long again; what users run has them.
+# Tests compile much and compute little, so the compiler should be fast. XLA's newer emitters of
+# fused operations, which users have, make it half as slow again.
 os.environ["XLA_FLAGS"] = (
   "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
   " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
   " --xla_cpu_parallel_codegen_split_count=1"
 )
-os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # Tests run side by side.
-# Many tests compile the same steps: a cache for the session, commands that tests run included.
+os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # Tests run in parallel.
+# Many tests compile the same steps: they, and the commands that they run, share a cache.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="calm_jax_tests_")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
@@ -46,7 +46,7 @@ from calm_jax.training import trained as trained_lib
 
 atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Background jobs, cron and some CI start with SIGINT ignored: what tests start would inherit it.
+# Background jobs, cron and some CI systems ignore SIGINT; processes that tests start inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 OPTIMIZER = config.Optimizer(learning_rate=3e-3, warmup_steps=2, schedule="cosine")
@@ -64,7 +64,7 @@ TRAINING = config.Training(
 
 @pytest.fixture(scope="module", autouse=True)
 def no_programs_left() -> Iterator[None]:
-  """Frees the programs that a file's tests compiled: a worker that kept them all took over 5 GB."""
+  """Frees the compiled programs after each file; all of them together need more than 5 GB."""
   yield
   jax.clear_caches()
   gc.collect()
@@ -153,15 +153,15 @@ def trained_transformer(
 
 @pytest.fixture(scope="session")
 def words(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], str]:
-  """Writes a tokenizer.json of so many words, the second of which is EOS."""
+  """Returns a function that writes a tokenizer.json of `size` words; the second is EOS."""
 
   def write(size: int) -> str:
     vocab = {"<unk>": 0, "</s>": 1, **{f"w{i}": i for i in range(2, size)}}
-    made = tokenizers_lib.Tokenizer(tokenizers_lib.models.WordLevel(vocab, unk_token="<unk>"))
-    made.pre_tokenizer = tokenizers_lib.pre_tokenizers.Whitespace()
-    made.add_special_tokens(["</s>"])
+    model = tokenizers_lib.Tokenizer(tokenizers_lib.models.WordLevel(vocab, unk_token="<unk>"))
+    model.pre_tokenizer = tokenizers_lib.pre_tokenizers.Whitespace()
+    model.add_special_tokens(["</s>"])
     path = tmp_path_factory.mktemp("words") / "tokenizer.json"
-    made.save(str(path))
+    model.save(str(path))
     return str(path)
 
   return write
@@ -169,7 +169,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], str]:
 
 @pytest.fixture
 def latent_reader(trained_calm: pathlib.Path, tmp_path: pathlib.Path) -> Callable[[str], str]:
-  """Writes a workdir like `trained_calm` with another input, its weights untrained."""
+  """Returns a function that writes an untrained workdir like `trained_calm` with another input."""
 
   def write(kind: str) -> str:
     trained = loading.load(str(trained_calm))
@@ -191,7 +191,7 @@ def latent_reader(trained_calm: pathlib.Path, tmp_path: pathlib.Path) -> Callabl
 
 @pytest.fixture
 def folder(tmp_path: pathlib.Path, words) -> pathlib.Path:
-  """A copy of the k4 energy model's folder, to be changed, with a tokenizer in it."""
+  """A copy of the k4 energy model's folder with a tokenizer; tests may change it."""
   copy = tmp_path / "energy"
   shutil.copytree(folders.GOLDEN / "k4/energy", copy)
   shutil.copyfile(words(folders.VOCAB["k4"]), copy / "tokenizer.json")

@@ -1,19 +1,19 @@
-"""Fails the file system under acts, one call after another, and runs them again without faults.
+"""Makes file system calls of acts fail, one at a time, and runs the acts again without faults.
 
     python tests/faults.py [--acts=prepare,export,import,train,resume] [--every=1] [--output=FILE]
     python tests/faults.py --only=train/write/7
 
 For every n the n-th write, rename, fsync, read and mkdir of a toy act fails with ENOSPC, EIO or
-EACCES; see harm/injection.py for which calls those are. Then the same command runs again. An act
-may
+EACCES; see harm/injection.py for the calls. Then the same command runs again without a fault. A
+case ends in one of these ways:
 
-    told        end with 2 and one line, or go on and say so; the second run makes up for it
-    harmless    end with 0 and the result of an undisturbed run
-    silent      end with 0 and another result
-    spoilt      end well, but the second run does not end as an undisturbed one, bit for bit
-    left        leave temporary files behind that the second run did not clear away
-    traceback   end with a traceback, or an exit code that stands for nothing
-    hang        not end within --limit seconds
+    reported    with one line and exit code 2, or with a line about the fault; a second run recovers
+    harmless    with exit code 0 and the result of an undisturbed run
+    silent      with exit code 0 and another result
+    spoilt      as above, but the second run does not end like an undisturbed one, bit for bit
+    left        as above, but the second run leaves temporary files
+    traceback   with a traceback, or an exit code without a meaning
+    hang        not within --limit seconds
 
 Prints a table and the cases of the last five, and exits with 1 if there are any.
 """
@@ -30,45 +30,66 @@ from typing import Any
 
 from harm import forked, injection, specimens, workers
 
-# The specimen that an act finds; none for those that begin with nothing.
+# Act -> the specimen that it reads; None for acts that start from nothing.
 ACTS = {
-  "prepare": None, "export": "calm", "import": "reference_calm", "train": None,
+  "prepare": None,
+  "export": "calm",
+  "import": "reference_calm",
+  "train": None,
   "resume": "autoencoder",
-}  # fmt: skip
+}
 BAD = ("silent", "spoilt", "left", "traceback", "hang")
-CLASSES = ("told", "harmless", *BAD)
+CLASSES = ("reported", "harmless", *BAD)
 OPERATIONS = (*injection.ERRORS, injection.SIZE)
 OUTPUTS = ("result", "trace")
-# Exit codes that stand for something: done, bad input, start again.
+# Exit codes with a meaning: success, bad input, restart.
 CODES = (0, 2, 75)
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
+  """How a case ended.
+
+  Attributes:
+    name: ACT/OPERATION/NUMBER.
+    act: name of the act.
+    operation: the operation that failed.
+    path: path of the failed operation.
+    outcome: one of CLASSES.
+    stderr: the end of the act's standard error.
+  """
+
   name: str
   act: str
   operation: str
   path: str
   outcome: str
-  said: str
+  stderr: str
 
 
 @dataclasses.dataclass(frozen=True)
-class Whole:
-  """An undisturbed act: how it ended, its operations, the sizes it wrote, what looks left over."""
+class Undisturbed:
+  """An act without faults.
+
+  Attributes:
+    ending: how it ended.
+    trace: its operations and their paths.
+    sizes: sizes of the files that it wrote.
+    temporary: files that look temporary afterwards.
+  """
 
   ending: forked.Ending
   trace: Sequence[tuple[str, str]]
   sizes: Sequence[int]
-  usual: set[str]
+  temporary: set[str]
 
 
 class Bench:
-  """One place where acts are disturbed one after another."""
+  """Disturbs acts one after another in one folder."""
 
   def __init__(self, root: pathlib.Path, folder: pathlib.Path, limit: float):
     self._root, self._folder, self._limit = root, folder, limit
-    self._whole: dict[str, Whole] = {}
+    self._undisturbed: dict[str, Undisturbed] = {}
 
   def _lay(self, act: str) -> specimens.Place:
     place = specimens.Place(self._root, self._folder, ACTS[act] or "store")
@@ -81,88 +102,92 @@ class Bench:
     return place
 
   def _run(self, act: str, place: specimens.Place, operation="", number=0) -> forked.Ending:
-    """Runs an act with a fault, or none."""
+    """Runs an act with a fault, or without one."""
     command, result = _command(act, place), _result(act, place)
-    others = [self._folder / name for name in OUTPUTS]
-    skipped = [*others, self._root / "compiled", place.case / "tensorboard"]
+    outputs = [self._folder / name for name in OUTPUTS]
+    skipped = [*outputs, self._root / "compiled", place.case / "tensorboard"]
     faults = injection.Faults(self._root, skipped, self._folder / "trace", operation, number)
 
-    def undisturbed(printed: str) -> Any:
+    def result_without_faults(printed: str) -> Any:
       faults.disarm()
       return result(printed)
 
-    return forked.run(command, self._folder, undisturbed, faults.install, self._limit)
+    return forked.run(command, self._folder, result_without_faults, faults.install, self._limit)
 
   def _trace(self) -> list[tuple[str, str]]:
     return [tuple(json.loads(line)) for line in (self._folder / "trace").read_text().splitlines()]
 
   def _files(self) -> dict[pathlib.Path, tuple[int, int]]:
-    """The size and time of every file that is an act's."""
-    found = (path for path in self._folder.rglob("*") if path.is_file())
+    """Returns the size and time of every file of an act."""
+    paths = (path for path in self._folder.rglob("*") if path.is_file())
     return {
       path: (path.stat().st_size, path.stat().st_mtime_ns)
-      for path in found
+      for path in paths
       if path.name not in OUTPUTS
     }
 
   def _temporary(self) -> set[str]:
-    """What looks like a leftover."""
+    """Returns the paths that look temporary."""
     names = (str(path.relative_to(self._folder)) for path in self._folder.rglob("*"))
     return {
       name for name in names if "tmp" in name or name.startswith(".out") or "unfinished" in name
     }
 
-  def whole(self, act: str) -> Whole:
-    """How an act ends undisturbed."""
-    if act not in self._whole:
+  def undisturbed(self, act: str) -> Undisturbed:
+    """Returns how an act ends without faults."""
+    if act not in self._undisturbed:
       place = self._lay(act)
       before = self._files()
       ending = self._run(act, place)
-      assert ending.code == 0, ending.said
+      assert ending.code == 0, ending.stderr
       written = self._files().items() - before.items()
       sizes = sorted({size for _, (size, _) in written if size > 1})
-      self._whole[act] = Whole(ending, self._trace(), sizes, self._temporary())
-    return self._whole[act]
+      self._undisturbed[act] = Undisturbed(ending, self._trace(), sizes, self._temporary())
+    return self._undisturbed[act]
 
   def numbers(self, act: str, operation: str) -> list[int]:
-    """What may be given as the number of a fault."""
-    whole = self.whole(act)
+    """Returns the numbers that a fault of an operation may have."""
+    undisturbed = self.undisturbed(act)
     if operation == injection.SIZE:
-      return [size - 1 for size in whole.sizes]
-    return list(range(1, 1 + sum(name == operation for name, _ in whole.trace)))
+      return [size - 1 for size in undisturbed.sizes]
+    return list(range(1, 1 + sum(name == operation for name, _ in undisturbed.trace)))
 
   def disturb(self, act: str, operation: str, number: int) -> Outcome:
-    """Fails one operation of an act and runs the act again."""
-    undisturbed = self.whole(act)
-    whole, usual = undisturbed.ending, undisturbed.usual
+    """Makes one operation of an act fail and runs the act again."""
+    undisturbed = self.undisturbed(act)
+    expected = undisturbed.ending
     place = self._lay(act)
     ending = self._run(act, place, operation, number)
-    met = (
-      []
-      if operation == injection.SIZE
-      else [path for name, path in self._trace() if name == operation]
-    )
-    path = met[number - 1] if number <= len(met) else ""
-    found, said = _first(ending, whole), ending.said
-    if found in ("told", "harmless"):
+    paths = [path for name, path in self._trace() if name == operation]
+    has_path = operation != injection.SIZE and number <= len(paths)
+    path = paths[number - 1] if has_path else ""
+    outcome, stderr = _outcome(ending, expected), ending.stderr
+    if outcome in ("reported", "harmless"):
       again = self._run(act, place)
-      same = again.result == whole.result if again.code == 0 else False
-      if again.code == 2 and "exists already" in again.said:  # It was whole all the same.
-        same = _result(act, place)("") == whole.result if act == "export" else place.out.exists()
+      same = again.result == expected.result if again.code == 0 else False
+      if again.code == 2 and "exists already" in again.stderr:  # The first run was complete.
+        is_export = act == "export"
+        same = _result(act, place)("") == expected.result if is_export else place.out.exists()
       if not same:
-        found, said = "spoilt", f"{ending.said[-500:]}\n-- again: {again.code}\n{again.said}"
-      elif left := self._temporary() - usual:
-        found, said = "left", f"{ending.said[-500:]}\n-- left: {sorted(left)[:5]}"
-    name = f"{act}/{operation}/{number}"
-    return Outcome(name, act, operation, path.replace(str(self._folder), ""), found, said[-1500:])
+        outcome = "spoilt"
+        stderr = f"{ending.stderr[-500:]}\n-- again: {again.code}\n{again.stderr}"
+      elif left := self._temporary() - undisturbed.temporary:
+        outcome, stderr = "left", f"{ending.stderr[-500:]}\n-- left: {sorted(left)[:5]}"
+    return Outcome(
+      name=f"{act}/{operation}/{number}",
+      act=act,
+      operation=operation,
+      path=path.replace(str(self._folder), ""),
+      outcome=outcome,
+      stderr=stderr[-1500:],
+    )
 
 
 def _command(act: str, place: specimens.Place) -> forked.Command:
   if act == "train":
-    return specimens.train_command(
-      place.root, "autoencoder", place.case, place.root / "store",
-      training__steps=2, training__checkpoint_every=1,
-    )  # fmt: skip
+    changes = {"training__steps": 2, "training__checkpoint_every": 1}
+    store = place.root / "store"
+    return specimens.train_command(place.root, "autoencoder", place.case, store, **changes)
   return specimens.ACTS[act].command(place)
 
 
@@ -172,24 +197,24 @@ def _result(act: str, place: specimens.Place) -> Any:
   return lambda printed: specimens.ACTS[act].result(place, printed)
 
 
-def _first(ending: forked.Ending, whole: forked.Ending) -> str:
-  """The class of the disturbed run alone."""
+def _outcome(ending: forked.Ending, undisturbed: forked.Ending) -> str:
+  """Returns the class of the disturbed run, without the second run."""
   if ending.code is None:
     return "hang"
-  if "Traceback" in ending.said or ending.code not in CODES:
+  if "Traceback" in ending.stderr or ending.code not in CODES:
     return "traceback"
   if ending.code == 0:
-    if ending.result == whole.result:
+    if ending.result == undisturbed.result:
       return "harmless"
-    return "told" if forked.tells_more(ending, whole) else "silent"
-  lines = [line for line in ending.said.splitlines() if line.startswith("error: ")]
-  return "told" if len(lines) == 1 or ending.code == 75 else "traceback"
+    return "reported" if forked.reports_more(ending, undisturbed) else "silent"
+  lines = [line for line in ending.stderr.splitlines() if line.startswith("error: ")]
+  return "reported" if len(lines) == 1 or ending.code == 75 else "traceback"
 
 
 def run(
   root: pathlib.Path, acts: Sequence[str], every: int, only: Sequence[str], limit: float, jobs: int
 ) -> list[Outcome]:
-  """Disturbs acts at every n-th of their operations, or at those in `only`."""
+  """Disturbs acts at one of `every` operations, or runs only the cases in `only`."""
   root.mkdir(parents=True, exist_ok=True)
   specimens.Builder(root).build()
   first = root / "worker0"
@@ -204,48 +229,48 @@ def run(
   print(f"{len(cases)} cases", file=sys.stderr)
   benches: dict[pathlib.Path, Bench] = {}
 
-  def one(case: Sequence[Any], folder: pathlib.Path) -> list[dict]:
+  def run_case(case: Sequence[Any], folder: pathlib.Path) -> list[dict]:
     bench = benches.setdefault(folder, Bench(root, folder, limit))
-    found = bench.disturb(case[0], case[1], int(case[2]))
-    if found.outcome in BAD:
-      print(f"{found.outcome}: {found.name}", file=sys.stderr)
-    return [dataclasses.asdict(found)]
+    result = bench.disturb(case[0], case[1], int(case[2]))
+    if result.outcome in BAD:
+      print(f"{result.outcome}: {result.name}", file=sys.stderr)
+    return [dataclasses.asdict(result)]
 
-  return [Outcome(**each) for each in workers.spread(one, cases, root, jobs)]
+  return [Outcome(**values) for values in workers.spread(run_case, cases, root, jobs)]
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-  """The counts by act and operation."""
+  """Returns the counts by act and operation, as a table."""
   counts: dict[tuple[str, str], collections.Counter[str]] = {}
-  for each in outcomes:
-    for key in ((each.act, each.operation), ("all", "")):
-      counts.setdefault(key, collections.Counter())[each.outcome] += 1
+  for case in outcomes:
+    for key in ((case.act, case.operation), ("all", "")):
+      counts.setdefault(key, collections.Counter())[case.outcome] += 1
   return specimens.table(("act", "fails", "cases", *CLASSES), counts, CLASSES)
 
 
 def main() -> int:
-  # Not absl's flags: those of the acts have the same names.
-  parser = argparse.ArgumentParser(description="Faults of the file system, and what comes of them.")
-  parser.add_argument("--acts", default=",".join(ACTS), help="With commas between.")
-  parser.add_argument("--every", type=int, default=1, help="Every so many operations one fails.")
-  parser.add_argument("--only", default="", help="Cases as they are printed, in place of all.")
-  parser.add_argument("--limit", type=float, default=90, help="Seconds an act may take.")
-  parser.add_argument("--jobs", type=int, default=2, help="Cases at once.")
-  parser.add_argument("--cache", help="Folder of the toys, made if need be; else a temporary one.")
+  # Not absl's flags, because the acts define flags of the same names.
+  parser = argparse.ArgumentParser(description="Makes file system calls of acts fail.")
+  parser.add_argument("--acts", default=",".join(ACTS), help="Acts, with commas.")
+  parser.add_argument("--every", type=int, default=1, help="Make one of so many operations fail.")
+  parser.add_argument("--only", default="", help="Cases as they are printed; no others run.")
+  parser.add_argument("--limit", type=float, default=90, help="Time limit of an act in seconds.")
+  parser.add_argument("--jobs", type=int, default=2, help="Number of processes.")
+  parser.add_argument("--cache", help="Folder of the toys, kept; by default a temporary one.")
   parser.add_argument("--output", help="JSON file of all outcomes.")
-  given = parser.parse_args()
-  only = given.only.split(",") if given.only else []
+  flags = parser.parse_args()
+  only = flags.only.split(",") if flags.only else []
   with tempfile.TemporaryDirectory() as temporary:
-    root = pathlib.Path(given.cache or temporary).absolute()
-    outcomes = run(root, given.acts.split(","), given.every, only, given.limit, given.jobs)
-  if given.output:
-    values = [dataclasses.asdict(each) for each in outcomes]
-    pathlib.Path(given.output).write_text(json.dumps(values, indent=1))
+    root = pathlib.Path(flags.cache or temporary).absolute()
+    outcomes = run(root, flags.acts.split(","), flags.every, only, flags.limit, flags.jobs)
+  if flags.output:
+    values = [dataclasses.asdict(case) for case in outcomes]
+    pathlib.Path(flags.output).write_text(json.dumps(values, indent=1))
   bad = sorted((x for x in outcomes if x.outcome in BAD), key=lambda x: BAD.index(x.outcome))
   print(table(outcomes))
-  for each in bad:
-    last = (each.said.strip().splitlines() or [""])[-1][:200]
-    print(f"{each.outcome} --only={each.name}: {each.path}: {last}")
+  for case in bad:
+    last = (case.stderr.strip().splitlines() or [""])[-1][:200]
+    print(f"{case.outcome} --only={case.name}: {case.path}: {last}")
   return bool(bad)
 
 

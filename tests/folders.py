@@ -1,4 +1,4 @@
-"""What tests of conversions share: the golden folders, and how they are read, changed, compared."""
+"""Helpers of tests of conversions: read, change and compare the golden folders."""
 
 import json
 import pathlib
@@ -20,11 +20,11 @@ def weights(folder: pathlib.Path) -> Weights:
   return safetensors.load_file(folder / "model.safetensors")
 
 
-def with_table_twice(held: Weights) -> Weights:
-  """The weights as we write them: the autoencoder's table under its decoder's name, too."""
+def with_table_twice(loaded: Weights) -> Weights:
+  """Returns the weights as we export them: the autoencoder's table has its decoder's name too."""
   table = "encoder.embed_tokens.weight"
-  found = {name: x for name, x in held.items() if name in (table, f"ae_model.{table}")}
-  return held | {n.replace(table, "decoder.lm_head_weight"): x for n, x in found.items()}
+  tables = {name: x for name, x in loaded.items() if name in (table, f"ae_model.{table}")}
+  return loaded | {n.replace(table, "decoder.lm_head_weight"): x for n, x in tables.items()}
 
 
 def rewrite(folder: pathlib.Path, changed: Weights) -> None:
@@ -36,23 +36,24 @@ def set_config(folder: pathlib.Path, **values) -> None:
   path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def split(held: Weights) -> tuple[Weights, Weights]:
-  names = sorted(held)
-  return {n: held[n] for n in names[::2]}, {n: held[n] for n in names[1::2]}
+def split(loaded: Weights) -> tuple[Weights, Weights]:
+  names = sorted(loaded)
+  return {n: loaded[n] for n in names[::2]}, {n: loaded[n] for n in names[1::2]}
 
 
 def sharded(folder: pathlib.Path) -> None:
-  where = {}
+  """Replaces the weights of a folder by two shards and an index."""
+  file_of = {}
   for number, shard in enumerate(split(weights(folder))):
     file = f"model-{number}.safetensors"
     safetensors.save_file(shard, folder / file)
-    where |= dict.fromkeys(shard, file)
+    file_of |= dict.fromkeys(shard, file)
   (folder / "model.safetensors").unlink()
-  (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+  (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": file_of}))
 
 
 def converted(folder: pathlib.Path, **options) -> trained_lib.Trained:
-  """The workdir that a folder becomes."""
+  """Imports a folder and returns the model of the workdir."""
   output = folder.parent / f"{folder.name}_workdir"
   conversion.convert(str(folder), str(output), "workdir", **options)
   return loading.load(str(output))
@@ -66,8 +67,8 @@ def assert_same(a, b) -> None:
   jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def agree(found, expected, tolerance: float = 1e-5) -> None:
-  """Asserts a shape and a largest error, relative to the largest value expected."""
-  found, expected = np.asarray(found), np.asarray(expected)
-  assert found.shape == expected.shape
-  assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
+def agree(actual, expected, tolerance: float = 1e-5) -> None:
+  """Asserts equal shapes and a largest error relative to the largest expected value."""
+  actual, expected = np.asarray(actual), np.asarray(expected)
+  assert actual.shape == expected.shape
+  assert np.abs(actual - expected).max() <= tolerance * np.abs(expected).max()

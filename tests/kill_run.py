@@ -1,11 +1,10 @@
-"""Kills a short run again and again, by SIGKILL at random moments, and compares what comes of it.
+"""Kills a short run repeatedly, by SIGKILL at random moments, and checks its result.
 
     python tests/kill_run.py --kills=30
 
-Half of the kills wait for a save to be under way. The finished run must equal one that
-was left alone bit for bit: parameters, optimizer, and the figures of every step, each
-of them there once, so that no batch was lost or seen twice. Prints a report as JSON and
-exits with 1 unless all is equal.
+Half of the kills happen during a save. The finished run must equal an uninterrupted run bit for
+bit: its parameters, its optimizer state, and the figures of every step, each exactly once, so that
+no batch is lost or repeated. Prints a report as JSON and exits with 1 at any difference.
 """
 
 import collections
@@ -13,6 +12,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -21,45 +21,59 @@ import time
 
 from absl import app, flags
 
-_KILLS = flags.DEFINE_integer("kills", 30, "How often the run is killed.", 1)
-_SEED = flags.DEFINE_integer("seed", 0, "Of the moments.")
+_KILLS = flags.DEFINE_integer("kills", 30, "Number of kills.", lower_bound=1)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the moments.")
 
 ROOT = pathlib.Path(__file__).parent.parent
-CHECKPOINT_EVERY, STEPS_A_KILL = 20, 60
-# What of a report depends on the clock.
+CHECKPOINT_EVERY, STEPS_PER_KILL = 20, 60
+# Figures of a report that depend on the clock.
 TIMED = {"time", "seconds", "data_wait_share", "tokens_per_second", "patches_per_second"}
 
 
 def command(directory: pathlib.Path, steps: int) -> list[str]:
-  """A run of stage one, so small that a step takes milliseconds."""
+  """Returns the command of a run of stage one, so small that a step takes milliseconds."""
   settings = {
-    "data.path": "synthetic:300", "data.context": 32,
-    "model.width": 16, "model.ffn": 32, "model.latent": 8, "model.init": "fan_in",
-    "training.steps": steps, "training.batch": 4, "training.compute_dtype": "float32",
-    "training.log_every": 1, "training.eval_every": 3 * CHECKPOINT_EVERY,
-    "training.eval_blocks": 4, "training.checkpoint_every": CHECKPOINT_EVERY,
-    "mesh.fsdp": 1, "optimizer.warmup_steps": 2,
-  }  # fmt: skip
-  given = [f"--config.{name}={value}" for name, value in settings.items()]
+    "data.path": "synthetic:300",
+    "data.context": 32,
+    "model.width": 16,
+    "model.ffn": 32,
+    "model.latent": 8,
+    "model.init": "fan_in",
+    "training.steps": steps,
+    "training.batch": 4,
+    "training.compute_dtype": "float32",
+    "training.log_every": 1,
+    "training.eval_every": 3 * CHECKPOINT_EVERY,
+    "training.eval_blocks": 4,
+    "training.checkpoint_every": CHECKPOINT_EVERY,
+    "mesh.fsdp": 1,
+    "optimizer.warmup_steps": 2,
+  }
+  flags = [f"--config.{name}={value}" for name, value in settings.items()]
   act = [sys.executable, "-m", "calm_jax.main", "--config=configs/autoencoder.py"]
-  return [*act, f"--workdir={directory}", *given]
+  return [*act, f"--workdir={directory}", *flags]
 
 
 def start(directory: pathlib.Path, steps: int, cache: pathlib.Path) -> subprocess.Popen:
-  # Nothing is compiled twice, so that most of the time passes in steps and saves.
+  """Starts an attempt; a compilation cache makes it spend most of its time in steps and saves."""
   cached = {
     "JAX_COMPILATION_CACHE_DIR": str(cache),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
   }
   return subprocess.Popen(
-    command(directory, steps), cwd=ROOT, env=os.environ | cached, stderr=subprocess.PIPE,
-    stdout=subprocess.DEVNULL, text=True, start_new_session=True,
-  )  # fmt: skip
+    command(directory, steps),
+    cwd=ROOT,
+    env=os.environ | cached,
+    stderr=subprocess.PIPE,
+    stdout=subprocess.DEVNULL,
+    text=True,
+    start_new_session=True,
+  )
 
 
 def last_step(directory: pathlib.Path) -> int:
-  """The last step whose figures were written."""
+  """Returns the last step whose figures were written, 0 for none."""
   try:
     lines = (directory / "metrics.jsonl").read_text().splitlines()
     return json.loads(lines[-1])["step"] if lines else 0
@@ -68,23 +82,23 @@ def last_step(directory: pathlib.Path) -> int:
 
 
 def saving(directory: pathlib.Path) -> bool:
-  """Whether a checkpoint is half-written, by this attempt or one that was killed."""
+  """Returns whether there is a partial checkpoint, of this attempt or of a killed one."""
   return any("tmp" in path.name for path in (directory / "checkpoints").glob("*"))
 
 
 def kill_one(process: subprocess.Popen, directory: pathlib.Path, choice: random.Random) -> str:
-  """Kills an attempt; returns what it was in the middle of, "" if it ended before."""
+  """Kills an attempt and returns what it was doing; "" if it ended before."""
   in_save = choice.random() < 0.5
-  wanted = last_step(directory) + choice.randint(1, STEPS_A_KILL)
+  least_step = last_step(directory) + choice.randint(1, STEPS_PER_KILL)
   early = choice.random() < 0.2
-  until, begun = time.monotonic() + choice.uniform(0.2, 4), last_step(directory)
+  until, start_step = time.monotonic() + choice.uniform(0.2, 4), last_step(directory)
   while process.poll() is None:
     at = last_step(directory)
-    # Before the first step what is half-written is a leftover, which the start clears away.
-    moment = "startup" if at == begun else "save" if saving(directory) else "step"
+    # Before the first step a partial checkpoint is a leftover, which the start removes.
+    moment = "startup" if at == start_step else "save" if saving(directory) else "step"
     if early and time.monotonic() > until:
       break
-    if not early and at >= wanted and moment == ("save" if in_save else "step"):
+    if not early and at >= least_step and moment == ("save" if in_save else "step"):
       break
     time.sleep(0.001)
   else:
@@ -94,12 +108,13 @@ def kill_one(process: subprocess.Popen, directory: pathlib.Path, choice: random.
 
 
 def figures(directory: pathlib.Path) -> list[dict]:
+  """Returns the reports of a run without figures that depend on the clock."""
   records = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
   return [{name: x for name, x in record.items() if name not in TIMED} for record in records]
 
 
 def fingerprints(directory: pathlib.Path, step: int) -> dict:
-  """What the last checkpoint tells of its bits, and the position of its data."""
+  """Returns the fingerprints of a checkpoint and its data position."""
   folder = directory / "checkpoints" / str(step) / "meta"
   (file,) = [path for path in folder.iterdir() if path.name == "metadata"]
   meta = json.loads(file.read_text())
@@ -107,32 +122,32 @@ def fingerprints(directory: pathlib.Path, step: int) -> dict:
 
 
 def run(kills: int, seed: int, root: pathlib.Path) -> dict:
-  """Returns the report."""
-  steps, choice = kills * STEPS_A_KILL, random.Random(seed)
+  """Runs both runs and returns the report."""
+  steps, choice = kills * STEPS_PER_KILL, random.Random(seed)
   alone, killed, cache = root / "alone", root / "killed", root / "cache"
   process = start(alone, steps, cache)
-  said = process.communicate()[1]
-  assert process.returncode == 0, said
+  stderr = process.communicate()[1]
+  assert process.returncode == 0, stderr
   moments: collections.Counter[str] = collections.Counter()
   resumed_after, ended = [], False
   while not ended:
     process = start(killed, steps, cache)
     moment = kill_one(process, killed, choice) if sum(moments.values()) < kills else ""
-    said, ended = process.communicate()[1], not moment
-    assert not ended or process.returncode == 0, said
+    stderr, ended = process.communicate()[1], not moment
+    assert not ended or process.returncode == 0, stderr
     if moment:
       moments[moment] += 1
-    if "going on after step" in said:
-      resumed_after.append(int(said.partition("going on after step ")[2].split()[0]))
-  found, expected = figures(killed), figures(alone)
-  order = [(record["kind"], record["step"]) for record in found]
+    if resumed := re.search(r"resuming after step (\d+)", stderr):
+      resumed_after.append(int(resumed[1]))
+  actual, expected = figures(killed), figures(alone)
+  order = [(record["kind"], record["step"]) for record in actual]
   return {
     "steps": steps,
     "kills": sum(moments.values()),
     "moments": dict(moments),
     "resumed_after": resumed_after,
     "each_step_once": sorted(order) == sorted((r["kind"], r["step"]) for r in expected),
-    "figures_equal": sorted(map(json.dumps, found)) == sorted(map(json.dumps, expected)),
+    "figures_equal": sorted(map(json.dumps, actual)) == sorted(map(json.dumps, expected)),
     "state_equal": fingerprints(killed, steps) == fingerprints(alone, steps),
   }
 

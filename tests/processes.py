@@ -1,4 +1,4 @@
-"""Processes that tests of launchers start, and scripts for them to run."""
+"""Helpers of tests that start processes: start, wait for and check commands."""
 
 import os
 import pathlib
@@ -7,7 +7,7 @@ import time
 
 ROOT = pathlib.Path(__file__).parent.parent
 
-# Notes how often the signal NAME came in a file named for its process id; ends with 75 after one.
+# Counts the signals NAME in a file with the name of its process id; exits with 75 after the first.
 ON_SIGNAL = """
 import pathlib, signal, sys, time
 own = pathlib.Path(sys.argv[1]) / sys.argv[-1].split("=")[1]
@@ -25,26 +25,31 @@ sys.exit(75)
 def start(*words: object, **environment: str) -> subprocess.Popen:
   """Starts a command in the root of the checkout."""
   return subprocess.Popen(
-    [str(word) for word in words], cwd=ROOT, env=os.environ | environment,
-    stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-  )  # fmt: skip
+    [str(word) for word in words],
+    cwd=ROOT,
+    env=os.environ | environment,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str, str]:
-  """The exit code and what was written to standard output and standard error."""
+  """Waits for a process and returns its exit code, standard output and standard error."""
   output, errors = process.communicate(timeout=60)
   return process.returncode, output, errors
 
 
 def wait_for(path: pathlib.Path) -> None:
+  """Waits until a path exists, at most 30 seconds."""
   deadline = time.monotonic() + 30
   while not path.exists():
     assert time.monotonic() < deadline, path
     time.sleep(0.02)
 
 
-def refused(words: tuple[object, ...], told: str, **environment: str) -> None:
-  """Asserts that a command ends with 2 and one line that says `told`."""
+def refused(words: tuple[object, ...], reason: str, **environment: str) -> None:
+  """Asserts that a command exits with 2 and one line that holds `reason`."""
   code, output, errors = finish(start(*words, **environment))
   assert code == 2 and not output
-  assert errors.startswith("error: ") and errors.count("\n") == 1 and told in errors
+  assert errors.startswith("error: ") and errors.count("\n") == 1 and reason in errors

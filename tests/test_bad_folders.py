@@ -200,11 +200,11 @@ BAD: dict[str, tuple[Callable[[pathlib.Path], None], str]] = {
   "missing": (changed(lambda w: w.pop("embed_proj.0.bias")), "lacks tensors: embed_proj.0.bias"),
   "extra": (
     changed(lambda w: w.update({"more.weight": np.ones(3, np.float32)})),
-    "holds tensors that a model of its config.json has not: more.weight",
+    "holds tensors that a model of its config.json does not have: more.weight",
   ),
   "shape": (
     changed(lambda w: w.update({"embed_proj.0.bias": np.ones(3, np.float32)})),
-    r"embed_proj.0.bias has shape \[3\], a model of its config.json has \[64\]",
+    r"embed_proj.0.bias has shape \[3\], but a model of its config.json has \[64\]",
   ),
   "integers": (
     changed(lambda w: w.update({"embed_proj.0.bias": np.ones(64, np.int32)})),

@@ -1,4 +1,4 @@
-"""Claims about rounds of draws: the law is the rule's, however the draws are cut up."""
+"""Claims about rounds of draws: patches have the law of their rule, whatever the round sizes."""
 
 import functools
 import itertools
@@ -17,7 +17,7 @@ ROWS = 500
 
 
 def draw_from(law: np.ndarray, key_B: jax.Array):
-  """Patches of two tokens, (x, 2x), x by `law`."""
+  """Returns a function that draws patches of two tokens, (x, 2x), where x has the law `law`."""
 
   def draw(row_S, number_S):
     keys_S = candidates.keys_of(key_B[row_S], candidates.DRAW, number_S)
@@ -42,30 +42,31 @@ def wanted(seed: int, power: float, limit: int, tail=(), rows: int = ROWS, attem
 
 
 @functools.partial(jax.jit, static_argnames=("rule", "slots", "sizes", "chooser"))
-def _choose(asked, law, rule, slots, sizes, chooser="batch"):
-  drawing, choosing = draw_from(law, asked.key_B), choosers.CHOOSERS[chooser]
-  return candidates.choose(asked, drawing, rules.RULES[rule], choosing, slots, list(sizes))
+def _choose(requests, law, rule, slots, sizes, chooser="batch"):
+  drawing, choosing = draw_from(law, requests.key_B), choosers.CHOOSERS[chooser]
+  return candidates.choose(requests, drawing, rules.RULES[rule], choosing, slots, list(sizes))
 
 
-def outcomes(rule: str, power: float, limit: int, batches: int, law=LAW, **given):
-  """Choices of many rows, joined."""
+def outcomes(rule: str, power: float, limit: int, batches: int, law=LAW, **settings):
+  """Returns the choices of `batches` times ROWS rows."""
   sizes = tuple(candidates.round_sizes(ROWS, 1, limit))
-  found = [
-    _choose(wanted(seed, power, limit, **given), law, rule, limit, sizes) for seed in range(batches)
+  choices = [
+    _choose(wanted(seed, power, limit, **settings), law, rule, limit, sizes)
+    for seed in range(batches)
   ]
-  return jax.tree.map(lambda *x: np.concatenate(x), *found)
+  return jax.tree.map(lambda *x: np.concatenate(x), *choices)
 
 
 # Batches of rows for a test of a law: 10,000 draws here, 100,000 by hand.
 BATCHES = pytest.mark.parametrize("batches", [20, pytest.param(200, marks=pytest.mark.exhaustive)])
 
 
-def chi_square(found: np.ndarray, law: np.ndarray) -> float:
-  expected = law / law.sum() * len(found)
-  return float(np.sum((np.bincount(found, minlength=len(law)) - expected) ** 2 / expected))
+def chi_square(draws: np.ndarray, law: np.ndarray) -> float:
+  expected = law / law.sum() * len(draws)
+  return float(np.sum((np.bincount(draws, minlength=len(law)) - expected) ** 2 / expected))
 
 
-# Chi-square's quantile at 1 - 1e-4 with 3 degrees of freedom.
+# Quantile of the chi-square distribution at 1 - 1e-4 with 3 degrees of freedom.
 LIMIT = 21.1
 
 
@@ -75,19 +76,19 @@ def test_exact_draws_have_the_exact_law_and_take_the_expected_number(
   temperature: float, batches: int
 ):
   power = 1 / temperature
-  found = outcomes("exact", power, 200, batches)
-  assert found.settled_B.all()
-  assert chi_square(found.patch.token_K[:, 0], LAW**power) < LIMIT
+  result = outcomes("exact", power, 200, batches)
+  assert result.settled_B.all()
+  assert chi_square(result.patch.token_K[:, 0], LAW**power) < LIMIT
   n = int(power + 1e-9)
   first_stage = 1 + sum((LAW**j).sum() for j in range(1, n))
   second_stage = (LAW ** (power - 1)).sum() if power > n + 1e-9 else 0.0
   expected = (first_stage + second_stage) / (LAW**power).sum()
-  error = found.seen_B.std() / len(found.seen_B) ** 0.5
-  assert abs(found.seen_B.mean() - expected) < 4 * error + 1e-9
+  error = result.seen_B.std() / len(result.seen_B) ** 0.5
+  assert abs(result.seen_B.mean() - expected) < 4 * error + 1e-9
 
 
 def race(power: float) -> np.ndarray:
-  """The law of the first patch that is drawn n times, times P^a: by adding up all ways there."""
+  """Returns the law of the first patch drawn n times, times P^a, summed over all sequences."""
   n, won = int(power), np.zeros(len(LAW))
   ways = {(0,) * len(LAW): 1.0}
   while ways:
@@ -105,10 +106,10 @@ def race(power: float) -> np.ndarray:
 
 @BATCHES
 @pytest.mark.parametrize("power", [2.0, 3.0, 2.5])
-def test_the_first_to_come_n_times_has_the_law_of_the_race(power: float, batches: int):
-  found = outcomes("first", power, 120, batches)
-  assert found.settled_B.all()
-  assert chi_square(found.patch.token_K[:, 0], race(power)) < LIMIT
+def test_the_first_patch_drawn_n_times_has_the_law_of_the_race(power: float, batches: int):
+  result = outcomes("first", power, 120, batches)
+  assert result.settled_B.all()
+  assert chi_square(result.patch.token_K[:, 0], race(power)) < LIMIT
 
 
 def weight(count: int, level: float) -> float:
@@ -117,14 +118,14 @@ def weight(count: int, level: float) -> float:
 
 
 def shares(counts: np.ndarray, power: float) -> np.ndarray:
-  """The law of one draw, given how often each outcome was drawn."""
+  """Returns the law of the choice, given how often each outcome was drawn."""
   level = power - max(int(power) - max(counts), 0)
   weights = np.array([weight(count, level) for count in counts])
   return weights / weights.sum()
 
 
 def batch_law(power: float, limit: int) -> np.ndarray:
-  """The law of the batch rule: over all counts that `limit` draws can give."""
+  """Returns the law of the batch rule, summed over all counts of `limit` draws."""
   law = np.zeros(len(LAW))
   for counts in itertools.product(range(limit + 1), repeat=len(LAW)):
     if sum(counts) != limit:
@@ -137,15 +138,15 @@ def batch_law(power: float, limit: int) -> np.ndarray:
 @BATCHES
 @pytest.mark.parametrize("power", [2.0, 3.0, 2.5, 1.25])
 def test_the_batch_rule_has_the_law_of_its_weights(power: float, batches: int):
-  found = outcomes("none", power, 10, batches)
-  assert not found.settled_B.any() and (found.drawn_B == 10).all()
-  assert chi_square(found.patch.token_K[:, 0], batch_law(power, 10)) < LIMIT
+  result = outcomes("none", power, 10, batches)
+  assert not result.settled_B.any() and (result.drawn_B == 10).all()
+  assert chi_square(result.patch.token_K[:, 0], batch_law(power, 10)) < LIMIT
 
 
 @BATCHES
-def test_where_the_draws_end_the_batch_rule_takes_over(batches: int):
-  """Two of three equal in the end: settled if they are the first two, chosen else."""
-  found = outcomes("exact", 2.0, 3, batches)
+def test_the_batch_rule_chooses_when_the_draws_run_out(batches: int):
+  """With three draws: settled if the first two are equal, otherwise chosen by the batch rule."""
+  result = outcomes("exact", 2.0, 3, batches)
   law, settled = np.zeros(len(LAW)), 0.0
   for sequence in itertools.product(range(len(LAW)), repeat=3):
     p = np.prod(LAW[list(sequence)])
@@ -156,15 +157,15 @@ def test_where_the_draws_end_the_batch_rule_takes_over(batches: int):
       settled += p
     else:
       law += p * weights / weights.sum()
-  assert chi_square(found.patch.token_K[:, 0], law) < LIMIT
-  count = len(found.settled_B)
-  assert abs(found.settled_B.mean() - settled) < 4 * (settled * (1 - settled) / count) ** 0.5
+  assert chi_square(result.patch.token_K[:, 0], law) < LIMIT
+  count = len(result.settled_B)
+  assert abs(result.settled_B.mean() - settled) < 4 * (settled * (1 - settled) / count) ** 0.5
 
 
 @BATCHES
 @pytest.mark.parametrize("power", [2.0, 2.5])
-def test_token_by_token_the_next_token_has_the_law_of_its_weights(power: float, batches: int):
-  """Patches (x // 2, x): over all that four draws can be."""
+def test_the_prefix_rule_gives_each_token_the_law_of_its_weights(power: float, batches: int):
+  """Patches (x // 2, x), with the law summed over all sequences of four draws."""
   law = np.zeros(4)
   for sequence in itertools.product(range(4), repeat=4):
     p = np.prod(LAW[list(sequence)])
@@ -187,53 +188,55 @@ def test_token_by_token_the_next_token_has_the_law_of_its_weights(power: float, 
     )
     return jnp.take_along_axis(x_BN, index_B[:, None], axis=1)[:, 0]
 
-  found = np.concatenate([chosen(jax.random.key(seed)) for seed in range(batches)])
-  assert chi_square(found, law) < LIMIT
+  x_B = np.concatenate([chosen(jax.random.key(seed)) for seed in range(batches)])
+  assert chi_square(x_B, law) < LIMIT
 
 
-def test_a_tail_leaves_the_law_of_what_begins_with_it():
-  """x is a patch's first token: only draws of x = 1 are seen, about a third of them."""
-  found = outcomes("exact", 2.0, 50, 1, tail=(1,))
-  assert (found.patch.token_K == [1, 2]).all() and (found.longest_B == 1).all()
-  assert (found.seen_B == 2).all()
-  assert abs(found.agreed_B.sum() / found.drawn_B.sum() - 0.3) < 0.05
+def test_with_a_tail_only_draws_that_begin_with_it_count():
+  """x is the first token of a patch, so only draws of x = 1 count, 0.3 of all."""
+  result = outcomes("exact", 2.0, 50, 1, tail=(1,))
+  assert (result.patch.token_K == [1, 2]).all() and (result.longest_B == 1).all()
+  assert (result.seen_B == 2).all()
+  assert abs(result.agreed_B.sum() / result.drawn_B.sum() - 0.3) < 0.05
 
 
-def test_a_tail_that_none_meets_gives_what_came_nearest():
-  found = outcomes("exact", 2.0, 50, 1, tail=(1, 3), attempts=20)
-  assert (found.agreed_B == 0).all() and (found.drawn_B == 20).all()
-  near_B = found.longest_B == 1  # A draw of 1 was among the twenty.
-  assert near_B.mean() > 0.98 and (found.patch.token_K[near_B, 0] == 1).all()
+def test_a_tail_that_no_draw_matches_gives_the_draw_with_the_longest_match():
+  result = outcomes("exact", 2.0, 50, 1, tail=(1, 3), attempts=20)
+  assert (result.agreed_B == 0).all() and (result.drawn_B == 20).all()
+  near_B = result.longest_B == 1  # One of the twenty draws was 1.
+  assert near_B.mean() > 0.98 and (result.patch.token_K[near_B, 0] == 1).all()
 
 
 @pytest.mark.parametrize("rule", sorted(rules.RULES))
-def test_neither_rounds_nor_other_rows_change_what_a_row_draws(rule: str):
-  asked = wanted(3, 2.5, 30)
-  one = _choose(asked, LAW, rule, 30, (ROWS,))
-  large = _choose(asked, LAW, rule, 30, (2 * ROWS, 7 * ROWS))
-  np.testing.assert_array_equal(one.patch.token_K, large.patch.token_K)
-  np.testing.assert_array_equal(one.seen_B, large.seen_B)
-  alone = _choose(jax.tree.map(lambda x: x[7:8], asked), LAW, rule, 30, (4,))
-  np.testing.assert_array_equal(alone.patch.token_K[0], one.patch.token_K[7])
+def test_round_sizes_and_other_rows_do_not_change_the_draws_of_a_row(rule: str):
+  requests = wanted(3, 2.5, 30)
+  small = _choose(requests, LAW, rule, 30, (ROWS,))
+  large = _choose(requests, LAW, rule, 30, (2 * ROWS, 7 * ROWS))
+  np.testing.assert_array_equal(small.patch.token_K, large.patch.token_K)
+  np.testing.assert_array_equal(small.seen_B, large.seen_B)
+  alone = _choose(jax.tree.map(lambda x: x[7:8], requests), LAW, rule, 30, (4,))
+  np.testing.assert_array_equal(alone.patch.token_K[0], small.patch.token_K[7])
 
 
-def test_a_settled_row_and_one_that_wants_nothing_draw_no_more():
-  asked = wanted(0, 1.0, 100)._replace(active_B=jnp.arange(ROWS) % 2 == 0)
-  found = _choose(asked, LAW, "first", 100, (ROWS // 2,))
-  np.testing.assert_array_equal(found.drawn_B, jnp.arange(ROWS) % 2 == 0)
+def test_settled_and_inactive_rows_make_no_more_draws():
+  requests = wanted(0, 1.0, 100)._replace(active_B=jnp.arange(ROWS) % 2 == 0)
+  result = _choose(requests, LAW, "first", 100, (ROWS // 2,))
+  np.testing.assert_array_equal(result.drawn_B, jnp.arange(ROWS) % 2 == 0)
 
 
 def test_each_row_has_its_own_temperature_and_number_of_draws():
-  asked = wanted(5, 1.0, 40)
+  requests = wanted(5, 1.0, 40)
   cold_B = jnp.arange(ROWS) % 2 == 0
-  asked = asked._replace(power_B=jnp.where(cold_B, 30.0, 1.0), limit_B=jnp.where(cold_B, 40, 1))
-  found = _choose(asked, LAW, "none", 40, (ROWS,))
-  np.testing.assert_array_equal(found.drawn_B, np.where(cold_B, 40, 1))
-  assert (found.patch.token_K[cold_B, 0] == 0).mean() > 0.9
-  assert abs((found.patch.token_K[~cold_B, 0] == 0).mean() - 0.5) < 0.15
+  requests = requests._replace(
+    power_B=jnp.where(cold_B, 30.0, 1.0), limit_B=jnp.where(cold_B, 40, 1)
+  )
+  result = _choose(requests, LAW, "none", 40, (ROWS,))
+  np.testing.assert_array_equal(result.drawn_B, np.where(cold_B, 40, 1))
+  assert (result.patch.token_K[cold_B, 0] == 0).mean() > 0.9
+  assert abs((result.patch.token_K[~cold_B, 0] == 0).mean() - 0.5) < 0.15
 
 
-def test_round_sizes_grow_from_what_is_surely_needed():
+def test_round_sizes_grow_from_the_smallest_number_of_draws_needed():
   assert candidates.round_sizes(1, 3, 200) == [8, 16, 32, 64]
   assert candidates.round_sizes(4, 3, 20) == [12, 24, 48, 64]
   assert candidates.round_sizes(32, 3, 200) == [64]

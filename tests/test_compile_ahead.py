@@ -146,7 +146,7 @@ def test_sizes_that_do_not_divide_are_refused():
   with pytest.raises(errors.CalmError, match="needs a multiple of 3 devices and there are 4"):
     job(changed(CALM, mesh={"data": 3}))
   with pytest.raises(errors.CalmError, match="writes no text"):
-    steps.decode_plans(job(autoencoder_stage.Run(data=config.Data(context=512), model=AUTOENCODER)))
+    steps.decode_plans(job(dataclasses.replace(PARENTS["autoencoder"], data=CALM.data)))
 
 
 # The act.

@@ -1,3 +1,5 @@
+"""Claims about settings: bad values are refused with a way out, and every setting is used."""
+
 import dataclasses
 import pathlib
 import re
@@ -25,7 +27,7 @@ def changed(run, path, value):
 
 
 @pytest.mark.parametrize("run", [autoencoder_stage.Run(), calm_stage.Run()])
-def test_a_run_survives_the_way_through_a_config_dict(run):
+def test_a_run_survives_a_round_trip_through_a_config_dict(run):
   assert table.run_from(resolve.to_config_dict(run).to_dict()) == run
 
 
@@ -50,7 +52,7 @@ def test_a_run_survives_the_way_through_a_config_dict(run):
     ("data.context", 0, "config.data.context must be above 0, got 0"),
   ],
 )
-def test_a_bad_setting_is_named_with_its_value_and_a_way_out(path, value, message):
+def test_a_bad_setting_is_refused_with_its_value_and_a_way_out(path, value, message):
   values = changed(calm_stage.Run(), path, value)
   if message is None:
     table.run_from(values)

@@ -1,4 +1,4 @@
-"""Claims about CONTRIBUTING.md: each example of an addition works as it is printed."""
+"""Claims about CONTRIBUTING.md: each example of an addition works as printed."""
 
 import dataclasses
 import pathlib
@@ -12,6 +12,7 @@ from jax import numpy as jnp
 from calm_jax import config
 from calm_jax.data import readers, sources
 from calm_jax.kernels import attention
+from calm_jax.models.heads import head as head_lib
 from calm_jax.models.heads import registry
 from calm_jax.running import conversion, loading, train
 from calm_jax.stages import table
@@ -28,7 +29,7 @@ TABLES: tuple[dict, ...] = (table.STAGES, registry.HEADS, attention.KERNELS, rea
 
 
 def run_example(name: str) -> dict:
-  """Runs an example as it is printed; returns what it defines."""
+  """Runs an example as printed, and returns the names that it defines."""
   defined: dict = {"__name__": "example"}
   exec(compile(EXAMPLES[name], f"CONTRIBUTING.md, {name}", "exec", dont_inherit=True), defined)
   return defined
@@ -36,7 +37,7 @@ def run_example(name: str) -> dict:
 
 @pytest.fixture
 def added():
-  """Runs an example, and puts the tables back afterwards."""
+  """Runs an example, and restores the tables after the test."""
   before = [dict(rows) for rows in TABLES]
   yield run_example
   for rows, kept in zip(TABLES, before, strict=True):
@@ -68,7 +69,7 @@ def test_the_stage_trains(added, transformer_run, tmp_path: pathlib.Path):
 def test_the_head_samples(added):
   added("head")
   sizes = config.Head(kind="normal", blocks=1, noise=4)
-  head = registry.build(sizes, 8, 6, "fan_in", jnp.dtype("float32"))
+  head = registry.build(sizes, head_lib.Trunk(8, 6, "fan_in"))
   noise = head.draw_noise(jax.random.key(0), (1000,))
   assert noise.shape == (1000, 4) and float(jnp.std(noise)) == pytest.approx(1, abs=0.1)
   params = head.init(jax.random.key(1))
@@ -79,16 +80,16 @@ def test_the_kernel_equals_the_plain_form(added):
   added("kernel")
   assert attention.choose("builtin", 8, "float32") == "builtin"
   query, key, value = jax.random.normal(jax.random.key(0), (3, 2, 8, 4, 16))
-  found, expected = (attention.causal(query, key, value, kind) for kind in ("builtin", "xla"))
-  np.testing.assert_allclose(found, expected, atol=1e-5)
+  actual, expected = (attention.causal(query, key, value, kind) for kind in ("builtin", "xla"))
+  np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
 def test_the_format_is_opened_by_numpy(added, trained_transformer, tmp_path: pathlib.Path):
   added("format")
   conversion.convert(str(trained_transformer), str(tmp_path / "out"), "npz")
-  with np.load(tmp_path / "out/weights.npz") as held:
+  with np.load(tmp_path / "out/weights.npz") as arrays:
     params = loading.load(str(trained_transformer)).params
-    np.testing.assert_array_equal(held["out/kernel"], params["out"]["kernel"])
+    np.testing.assert_array_equal(arrays["out/kernel"], params["out"]["kernel"])
   assert "`numpy.load` opens" in (tmp_path / "out/README.md").read_text()
 
 

@@ -11,7 +11,7 @@ import pytest
 from jax import numpy as jnp
 
 from calm_jax import config, errors
-from calm_jax.generation import candidates, decode, laws, requests, rules, text
+from calm_jax.generation import batching, candidates, decode, laws, requests, rules, text
 from calm_jax.models import memory
 from calm_jax.running import loading, texts
 from calm_jax.stages import calm as calm_stage
@@ -129,7 +129,7 @@ def test_a_tail_that_no_candidate_meets_is_kept_and_told():
   said: list[str] = []
   decoder, model = writer(said)
   new = write(decoder, [2, 8], max_tokens=4)
-  assert f"none of {decode.TAIL_ROUNDS * decode.TAIL_CANDIDATES} candidates" in said[0]
+  assert f"none of {batching.TAIL_ROUNDS * batching.TAIL_CANDIDATES} candidates" in said[0]
   assert "shares the first 1" in said[0]
   assert model.seen[1] == [[[2, 8, new[0]]]]
 

@@ -1,4 +1,4 @@
-"""Claims about the documents: their tree is the tree, and their commands' flags exist."""
+"""Claims about the documents: the tree is complete, and documented flags and settings exist."""
 
 import dataclasses
 import pathlib
@@ -14,20 +14,20 @@ DOCUMENTS = ("README.md", "launch/README.md", "launch/quickstart.sh", *CONFIGS)
 
 
 def files() -> set[str]:
-  """Every file that a reader of the tree looks for: all but tests and empty packages."""
-  found = {path for path in ROOT.iterdir() if path.suffix in (".md", ".py", ".toml")}
-  found |= {ROOT / "LICENSE", ROOT / ".ci/run"}
+  """Returns the paths that the tree must name: all but tests and `__init__.py` files."""
+  paths = {path for path in ROOT.iterdir() if path.suffix in (".md", ".py", ".toml")}
+  paths |= {ROOT / "LICENSE", ROOT / ".ci/run"}
   for folder in ("calm_jax", "configs", "benchmarks"):
-    found |= {path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".sh")}
+    paths |= {path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".sh")}
   kinds = (".py", ".sh", ".yaml", ".md")
-  found |= {path for path in (ROOT / "launch").rglob("*") if path.suffix in kinds}
-  return {str(path.relative_to(ROOT)) for path in found if path.name != "__init__.py"}
+  paths |= {path for path in (ROOT / "launch").rglob("*") if path.suffix in kinds}
+  return {str(path.relative_to(ROOT)) for path in paths if path.name != "__init__.py"}
 
 
 def tree() -> set[str]:
-  """The paths that the README's tree names, each below the folder it is indented under."""
+  """Returns the paths that the README's tree names; indentation is the folder."""
   block = (ROOT / "README.md").read_text().split("## Tree\n")[1].split("```")[1]
-  found, folders = set(), [""]
+  paths, folders = set(), [""]
   for line in block.strip("\n").splitlines():
     depth = (len(line) - len(line.lstrip())) // 2
     names = re.split(r"\s{2,}", line.strip())[0].rstrip(",").split(", ")
@@ -35,15 +35,15 @@ def tree() -> set[str]:
     if names[0].endswith("/"):
       folders.append(f"{folders[-1]}{names[0]}")
     else:
-      found |= {f"{folders[-1]}{name}" for name in names}
-  return found
+      paths |= {f"{folders[-1]}{name}" for name in names}
+  return paths
 
 
-def test_the_readmes_tree_is_the_tree():
+def test_the_tree_of_the_readme_names_every_file():
   assert tree() == files()
 
 
-def test_the_readmes_figures_are_those_that_were_measured():
+def test_the_figures_of_the_readme_are_those_of_the_json_files():
   text = (ROOT / "README.md").read_text()
   assert documents.updated(text, ROOT) == text
   kept = {f"benchmarks/{path.name}" for path in (ROOT / "benchmarks").glob("*.json")}
@@ -80,8 +80,8 @@ def test_every_documented_setting_exists():
   stages = (autoencoder, calm, transformer)
   settings = {name for stage in stages for name in _names(stage.get_config().to_dict())}
   text = "\n".join((ROOT / name).read_text() for name in DOCUMENTS)
-  found = set(re.findall(r"--config\.([\w.]+\w)", text))
-  assert found and found <= settings
+  documented = set(re.findall(r"--config\.([\w.]+\w)", text))
+  assert documented and documented <= settings
 
 
 def _names(values: dict, prefix: str = "") -> list[str]:
@@ -94,7 +94,7 @@ def _names(values: dict, prefix: str = "") -> list[str]:
   ]
 
 
-def test_the_page_on_launching_names_flags_that_the_launchers_have():
+def test_every_documented_flag_of_a_launcher_exists():
   text = re.sub(r"\\\n\s*", " ", (ROOT / "launch/README.md").read_text())
   calls = re.findall(r"launch/(\w+\.(?:sh|py))([^\n`]*?)(?= -- | --$|\n|`)", text, re.MULTILINE)
   assert {name for name, _ in calls} >= {"tpu_pod.sh", "gke.sh", "slurm.sh", "gpu_node.sh"}

@@ -1,4 +1,4 @@
-"""What no door takes is told in one line: JSON that is not ours, pipes, numbers out of range."""
+"""Claims about entry points: foreign JSON, pipes and numbers out of range are one line of error."""
 
 import dataclasses
 import errno
@@ -22,14 +22,14 @@ from calm_jax.running import loading
 from calm_jax.stages import table
 
 
-def told_in_one_line(act: Callable[[], object], reason: str) -> None:
+def refused_in_one_line(act: Callable[[], object], reason: str) -> None:
   with pytest.raises(errors.CalmError, match=reason) as caught:
     act()
   assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
 
 
 NESTED = "[" * 100_000
-# JSON that is there and can be read, but is no settings.
+# JSON that is not valid settings.
 NO_SETTINGS = {
   "nested too deep": (NESTED, "config.json is no valid JSON: nested too deep"),
   "nested in a setting": ('{"stage": "calm", "data": ' + NESTED, "nested too deep"),
@@ -39,22 +39,23 @@ NO_SETTINGS = {
   "a list for settings": ('{"stage": "calm", "model": [[[[[[[[]]]]]]]]}', r"hold settings, got \["),
   "a huge number": (f'{{"stage": "calm", "data": {{"context": 1{"0" * 5000}}}}}', "no valid JSON"),
   "a huge float": (
-    '{"stage": "calm", "model": {"rope_theta": 1%s}}' % ("0" * 400), "rope_theta must be finite"
+    '{"stage": "calm", "model": {"rope_theta": 1%s}}' % ("0" * 400),
+    "rope_theta must be finite",
   ),
   "NaN": ('{"stage": "calm", "optimizer": {"eps": NaN}}', "eps must be finite, got nan"),
   "NUL in a path": (r'{"stage": "calm", "data": {"path": "a\u0000b"}}', r"data.path holds char"),
   "half a pair": (r'{"stage": "calm", "autoencoder": "\ud800"}', r"config.autoencoder holds char"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("content", "reason"), NO_SETTINGS.values(), ids=NO_SETTINGS.keys())
-def test_json_that_is_no_settings_is_told_in_one_line(
+def test_json_that_is_no_settings_is_refused_in_one_line(
   content: str | bytes, reason: str, tmp_path: pathlib.Path
 ):
   (tmp_path / "config.json").write_bytes(
     content if isinstance(content, bytes) else content.encode()
   )
-  told_in_one_line(lambda: table.run_from(files.read_json(tmp_path / "config.json")), reason)
+  refused_in_one_line(lambda: table.run_from(files.read_json(tmp_path / "config.json")), reason)
 
 
 ORIGIN = workdir.Origin("tokenizer.json", "ab", "cd", 30, 1, True, (1, 2, 3, 4))
@@ -74,10 +75,10 @@ NO_ORIGINS = [
 
 
 @pytest.mark.parametrize(("changes", "reason"), NO_ORIGINS)
-def test_an_origin_that_can_not_be_is_told_in_one_line(changes, reason):
+def test_an_impossible_origin_is_refused_in_one_line(changes, reason):
   values = json.loads(json.dumps(ORIGIN.values()))
   assert workdir.Origin.of_json(values, "origin.json") == ORIGIN
-  told_in_one_line(
+  refused_in_one_line(
     lambda: workdir.Origin.of_json(values | changes, "origin.json"), f"origin.json.*{reason}"
   )
 
@@ -88,10 +89,10 @@ def test_an_eos_outside_the_tokenizer_is_refused(eos_id: int, words, tokens: str
   for path, size in ((words(30), 30), (piece_file, 300)):
     eos = eos_id if eos_id != 30 else size
     load = functools.partial(tokenizer_lib.load, path, eos=eos)
-    told_in_one_line(load, rf"has no token {eos} to end .* its vocabulary has {size}$")
+    refused_in_one_line(load, rf"has no token {eos} to end .* its vocabulary has {size}$")
 
 
-# What a program can't hold, in the settings of any stage.
+# Settings of any stage that a program can't represent.
 NOT_HELD = {
   "steps": ("calm", "training.steps", 2**31, r"steps must lie in \[1, 2147483647\]"),
   "batch": ("calm", "training.batch", 2**31, r"batch must lie in \[1, 2147483647\]"),
@@ -101,7 +102,7 @@ NOT_HELD = {
   "samples": ("calm", "loss.samples", 2**31, r"samples must lie in \[1, 65536\]"),
   "width": ("calm", "model.width", 2**31, r"width must lie in \[1, 1048576\]"),
   "a width that XLA aborts at": ("autoencoder", "model.width", 2**31 - 1, "must lie in"),
-  "layers that take for ever": ("autoencoder", "model.encoder_layers", 2**20, r"\[1, 1024\]"),
+  "layers without end": ("autoencoder", "model.encoder_layers", 2**20, r"\[1, 1024\]"),
   "patch": ("autoencoder", "model.patch_size", 2**31, r"patch_size must lie in \[1, 4096\]"),
   "latent": ("autoencoder", "model.latent", 2**31, "latent must lie in"),
   "noise": ("calm", "head.noise", 2**31, "noise must lie in"),
@@ -110,36 +111,36 @@ NOT_HELD = {
   "traced steps": ("transformer", "profile.steps", 2**31, "steps must lie in"),
   "port": ("transformer", "profile.port", 2**16, "port must be below 65536"),
   "learning rate": ("calm", "optimizer.learning_rate", 1e300, r"lie in \[1.18e-38, 3.4e\+38\]"),
-  "eps that float32 has as 0": ("calm", "optimizer.eps", 1e-300, r"eps must lie in \[1.18e-38"),
+  "eps that is 0 in float32": ("calm", "optimizer.eps", 1e-300, r"eps must lie in \[1.18e-38"),
   "minutes": ("calm", "limits.step_minutes", 1e300, "step_minutes must lie in"),
   "theta": ("transformer", "model.rope_theta", 1e300, "rope_theta must lie in"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(
   ("stage", "path", "value", "reason"), NOT_HELD.values(), ids=NOT_HELD.keys()
 )
-def test_a_setting_that_no_program_holds_is_refused_with_its_range(
+def test_a_setting_that_no_program_can_represent_is_refused_with_its_range(
   stage: str, path: str, value: float, reason: str
 ):
   part, name = path.split(".")
-  told_in_one_line(
+  refused_in_one_line(
     lambda: table.run_from({"stage": stage, part: {name: value}}), f"config.*{reason}"
   )
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 def test_no_float_of_any_setting_may_be_infinite_or_nan(value: float):
-  """Given by a file or a flag, and to the dataclass itself, as imports do."""
+  """In a file or a flag, and in a dataclass, as imports make it."""
   for stage, kind in ((name, spec.run) for name, spec in table.STAGES.items()):
     for part in dataclasses.fields(kind):
       own = getattr(kind(), part.name)
       for field in dataclasses.fields(own) if dataclasses.is_dataclass(own) else ():
         if field.type is not float:
           continue
-        given = {"stage": stage, part.name: {field.name: value}}
-        told_in_one_line(functools.partial(table.run_from, given), f"{field.name} must be")
-        told_in_one_line(functools.partial(type(own), **{field.name: value}), field.name)
+        values = {"stage": stage, part.name: {field.name: value}}
+        refused_in_one_line(functools.partial(table.run_from, values), f"{field.name} must be")
+        refused_in_one_line(functools.partial(type(own), **{field.name: value}), field.name)
 
 
 READERS = {
@@ -157,22 +158,22 @@ NAMES = {"settings": "config.json", "origin": "origin.json", "tokenizer": "token
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_no_pipe_and_no_device_is_waited_for(reader: str, tmp_path: pathlib.Path):
+def test_pipes_and_devices_do_not_block(reader: str, tmp_path: pathlib.Path):
   place = tmp_path / NAMES.get(reader, "x")
   os.mkfifo(place)
-  told_in_one_line(
+  refused_in_one_line(
     lambda: READERS[reader](str(place)), "is a pipe, a device or a socket, not a file"
   )
   assert stat.S_ISFIFO(place.stat().st_mode)
   place.unlink()
   place.symlink_to("/dev/zero")
-  told_in_one_line(lambda: READERS[reader](str(place)), "not a file")
+  refused_in_one_line(lambda: READERS[reader](str(place)), "not a file")
   assert place.is_symlink()
 
 
 @pytest.mark.parametrize("reader", [name for name in READERS if not name.startswith("what")])
 @pytest.mark.parametrize("code", [errno.EIO, errno.EACCES])
-def test_a_file_that_can_not_be_read_is_told_in_one_line(
+def test_an_unreadable_file_is_reported_in_one_line(
   reader: str, code: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ):
   place = tmp_path / NAMES.get(reader, "x")
@@ -182,12 +183,12 @@ def test_a_file_that_can_not_be_read_is_told_in_one_line(
     raise OSError(code, os.strerror(code), os.fspath(path))
 
   monkeypatch.setattr(type(epath.Path("/")), "read_bytes", fail)
-  told_in_one_line(
+  refused_in_one_line(
     lambda: READERS[reader](str(place)), f"can't read .*{place.name}.*{os.strerror(code)}"
   )
 
 
-def test_a_folder_that_may_not_be_looked_into_is_told_in_one_line(
+def test_a_folder_without_permission_is_reported_in_one_line(
   tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ):
   look = os.stat
@@ -202,7 +203,7 @@ def test_a_folder_that_may_not_be_looked_into_is_told_in_one_line(
     lambda: loading.read_run(str(tmp_path)),
     lambda: prompts.written(f"{tmp_path}/texts", []),
   ):
-    told_in_one_line(act, "can't reach .*Permission denied")
+    refused_in_one_line(act, "can't reach .*Permission denied")
 
 
 PLAN = {"facts": {"name": "x"}, "topology": {"chips": 4, "chip": {"name": "v5e"}}, "roofline": {}}
@@ -220,39 +221,42 @@ NO_PLANS = [
 
 
 @pytest.mark.parametrize(("content", "reason"), NO_PLANS)
-def test_json_that_is_no_plan_is_told_in_one_line(content, reason, tmp_path: pathlib.Path):
+def test_json_that_is_no_plan_is_refused_in_one_line(content, reason, tmp_path: pathlib.Path):
   (tmp_path / "plan.json").write_text(content)
-  told_in_one_line(lambda: comparison.read(f"{tmp_path}/*.json"), f"plan.json.*{reason}")
+  refused_in_one_line(lambda: comparison.read(f"{tmp_path}/*.json"), f"plan.json.*{reason}")
 
 
 RECORD = {
-  "command": "", "suite": "", "commit": None, "versions": {"jax": "1"}, "environment": {},
-  "processor": "", "lines": ["a"], "figures": {},
-}  # fmt: skip
-NO_RECORDS = [
-  NESTED,
-  "[]",
-  "{}",
-  *(
-    json.dumps(RECORD | changes)
-    for changes in (
-      {"versions": {}}, {"versions": []}, {"environment": []}, {"lines": "ab"}, {"lines": [1]},
-      {"extra": 1},
-    )
-  ),
-]  # fmt: skip
+  "command": "",
+  "suite": "",
+  "commit": None,
+  "versions": {"jax": "1"},
+  "environment": {},
+  "processor": "",
+  "lines": ["a"],
+  "figures": {},
+}
+WRONG_FIELDS = (
+  {"versions": {}},
+  {"versions": []},
+  {"environment": []},
+  {"lines": "ab"},
+  {"lines": [1]},
+  {"extra": 1},
+)
+NO_RECORDS = [NESTED, "[]", "{}", *(json.dumps(RECORD | changes) for changes in WRONG_FIELDS)]
 
 
 @pytest.mark.parametrize("content", NO_RECORDS)
-def test_json_that_is_no_run_of_a_benchmark_is_told_in_one_line(content, tmp_path: pathlib.Path):
+def test_json_that_is_no_benchmark_record_is_refused_in_one_line(content, tmp_path: pathlib.Path):
   (tmp_path / "x.json").write_text(content)
   (tmp_path / "page.md").write_text("<!-- x.json -->\n")
-  told_in_one_line(
+  refused_in_one_line(
     lambda: documents.update(f"{tmp_path}/page.md"), "x.json holds no run of a benchmark"
   )
   assert (tmp_path / "page.md").read_text() == "<!-- x.json -->\n"
 
 
-def test_a_document_that_is_not_utf8_is_told_in_one_line(tmp_path: pathlib.Path):
+def test_a_document_that_is_not_utf8_is_refused_in_one_line(tmp_path: pathlib.Path):
   (tmp_path / "page.md").write_bytes(b"caf\xe9")
-  told_in_one_line(lambda: documents.update(f"{tmp_path}/page.md"), "page.md is not UTF-8")
+  refused_in_one_line(lambda: documents.update(f"{tmp_path}/page.md"), "page.md is not UTF-8")

@@ -136,4 +136,4 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(folder: pathlib.Path, tokens:
   assert (folder / f"stopped/checkpoints/{step}").exists()
   last = step + 2
   more = [f"--config.training.steps={last}", "--allow_config_change"]
-  assert f"going on after step {step}" in act("main", *flags, *more).stderr
+  assert f"resuming after step {step}" in act("main", *flags, *more).stderr

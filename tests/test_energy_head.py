@@ -9,6 +9,7 @@ from jax import numpy as jnp
 from calm_jax import config, errors
 from calm_jax.models import layers
 from calm_jax.models.heads import energy, registry
+from calm_jax.models.heads import head as head_lib
 
 SIZES = config.Head(blocks=2, noise=3)
 WIDTH, LATENT = 8, 5
@@ -16,7 +17,7 @@ WIDTH, LATENT = 8, 5
 
 @pytest.fixture(scope="module")
 def head():
-  return registry.build(SIZES, WIDTH, LATENT, "fan_in", jnp.float32)
+  return registry.build(SIZES, head_lib.Trunk(WIDTH, LATENT, "fan_in"))
 
 
 @pytest.fixture(scope="module")
@@ -90,4 +91,4 @@ def test_noise_is_uniform_around_zero(head):
 
 def test_an_unknown_head_is_refused():
   with pytest.raises(errors.CalmError, match="did you mean 'energy'"):
-    registry.build(config.Head(kind="enrgy"), WIDTH, LATENT, "fan_in", jnp.float32)
+    registry.build(config.Head(kind="enrgy"), head_lib.Trunk(WIDTH, LATENT, "fan_in"))

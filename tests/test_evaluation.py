@@ -1,4 +1,4 @@
-"""Claims about evaluation: every held-out block counts once."""
+"""Claims about evaluation: each held-out block is scored once."""
 
 import numpy as np
 from jax import numpy as jnp
@@ -10,7 +10,7 @@ from calm_jax.training import stage as stage_lib
 
 
 def stage():
-  """Scores a block by its index and its first token."""
+  """Returns a stage whose scores are the index and the first token of a block."""
 
   def evaluate(params, frozen, batch, key):
     return {"index": batch["index"] + params, "first": batch["tokens"][:, 0]}
@@ -24,15 +24,15 @@ def stage():
   )
 
 
-def test_every_block_counts_once_and_the_counts_are_stated(tokens: str):
+def test_each_block_is_scored_once_and_the_counts_are_reported(tokens: str):
   store = store_lib.TokenStore.open(tokens)
   count = store.num_tokens("heldout") // 32
   for batch, limit, expected in ((4, 0, count), (4, 5, 5), (7, 7, 7), (100, 3, 3)):
-    found = evaluation.Evaluator(stage(), store, 32, batch, limit, seed=3)(jnp.int32(10))
-    np.testing.assert_array_equal(found["index"], 10 + np.arange(expected))
+    figures = evaluation.Evaluator(stage(), store, 32, batch, limit, seed=3)(jnp.int32(10))
+    np.testing.assert_array_equal(figures["index"], 10 + np.arange(expected))
     blocks = pipeline.heldout_tokens(store, 32, limit)
-    np.testing.assert_array_equal(found["first"], blocks[:, 0])
-    counts = {name: found[name] for name in ("context_tokens", "blocks", "tokens", "seed")}
+    np.testing.assert_array_equal(figures["first"], blocks[:, 0])
+    counts = {name: figures[name] for name in ("context_tokens", "blocks", "tokens", "seed")}
     assert counts == {
       "context_tokens": 32, "blocks": expected, "tokens": 32 * expected, "seed": 3,
     }  # fmt: skip

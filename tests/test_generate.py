@@ -50,7 +50,7 @@ def test_a_file_of_prompts_is_written_and_gone_on_with(
   assert [record["tokens"] for record in records] == [8, 5, 8, 8, 8]
   assert all(len(record["draws"]) >= record["tokens"] / 4 for record in records)
   (tmp_path / "texts.jsonl").write_text(whole[: len(whole) // 2])
-  assert "going on" in generate(*flags).stderr
+  assert "resuming" in generate(*flags).stderr
   again = [json.loads(line) for line in (tmp_path / "texts.jsonl").read_text().splitlines()]
   assert [x["text"] for x in again] == [x["text"] for x in records]
   assert not list(tmp_path.glob("*.lease"))
@@ -198,8 +198,8 @@ def test_a_temperature_that_the_model_has_not_is_named_before_anything_is_writte
 def test_characters_that_act_are_written_out_for_a_terminal_alone(given: str, shown: str):
   terminal, pipe = io.StringIO(), io.StringIO()
   terminal.isatty = lambda: True
-  assert text.told_to(terminal, given) == shown
-  assert text.told_to(terminal, given, raw=True) == text.told_to(pipe, given) == given
+  assert text.for_stream(terminal, given) == shown
+  assert text.for_stream(terminal, given, raw=True) == text.for_stream(pipe, given) == given
 
 
 def test_a_terminal_is_shown_a_prompt_and_its_text_without_what_acts(trained_calm: pathlib.Path):

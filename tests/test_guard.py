@@ -51,7 +51,7 @@ def test_with_nothing_unsaved_a_signal_ends_the_process_whatever_it_does(number,
   process.send_signal(number)
   found, _, said = finish(process)
   assert found == code
-  assert said == f"{number.name}: nothing is unsaved; the same command goes on from here\n"
+  assert said == f"{number.name}: nothing is unsaved; the same command resumes from here\n"
 
 
 def test_a_phase_that_takes_too_long_ends_with_all_stacks():

@@ -12,12 +12,13 @@ from calm_jax.models.heads import head as head_lib
 from calm_jax.objectives import diffusion, flow_matching
 
 WIDTH, LATENT = 8, 3
+TRUNK = head_lib.Trunk(WIDTH, LATENT, "fan_in")
 STEPS = {"energy": 0, "flow": 4, "diffusion": 6}
 
 
 def build(kind: str) -> head_lib.Head:
   sizes = config.Head(kind=kind, blocks=2, noise=3, steps=STEPS[kind])
-  return registry.build(sizes, WIDTH, LATENT, "fan_in", jnp.float32)
+  return registry.build(sizes, TRUNK)
 
 
 def awake(params):
@@ -114,7 +115,7 @@ def test_the_diffusion_sampler_with_an_optimal_network_draws_the_right_distribut
   """A trained network of this size is too rough: the first published step magnifies by 300."""
   mean_Z, std_Z = jnp.array([1.0, -2.0, 0.5]), jnp.array([0.5, 0.3, 0.8])
   sizes = config.Head(kind="diffusion", blocks=1)
-  head = diffusion_head.DiffusionHead(sizes, WIDTH, LATENT, "fan_in")
+  head = diffusion_head.DiffusionHead(sizes, TRUNK)
   head.network = Optimal(mean_Z, std_Z)
   sample_NZ = np.asarray(head.sample({}, jnp.ones((1, WIDTH)), jax.random.key(9), 4000))[:, 0]
   np.testing.assert_allclose(sample_NZ.mean(axis=0), mean_Z, atol=0.05)

@@ -1,4 +1,4 @@
-"""Claims about layouts: on eight devices every mesh computes what one device does."""
+"""Claims about layouts: every mesh of eight devices computes the same as one device."""
 
 import dataclasses
 import functools
@@ -14,21 +14,18 @@ from calm_jax.models import autoencoder
 from calm_jax.parallel import mesh as mesh_lib
 from calm_jax.parallel import rules
 from calm_jax.running import untrained
-from calm_jax.training import (
-  autoencoder_stage,
-  calm_stage,
-  program,
-  step,
-  transformer_stage,
-)
+from calm_jax.stages import autoencoder as autoencoder_stage
+from calm_jax.stages import calm as calm_stage
+from calm_jax.stages import transformer as transformer_stage
+from calm_jax.training import program, step
 from calm_jax.training import stage as stage_lib
 
 STEPS, VOCAB = 5, 320
-# Sizes that every axis of eight devices divides.
+# Sizes that are divisible by eight.
 SIZES = dict(layers=2, width=32, ffn=64, heads=8, kv_heads=8, init="fan_in")
 CODEC = config.Autoencoder(width=32, ffn=64, latent=8, init="fan_in")
-# Adam divides by the root of the mean square, which would turn the rounding of a gradient
-# near zero into a whole step: eps is above it.
+# Adam divides by the root mean square of gradients. Without a larger eps, rounding errors of a
+# gradient near zero would become full steps.
 OPTIMIZER = config.Optimizer(learning_rate=1e-2, warmup_steps=2, eps=1e-3)
 TRAINING = config.Training(steps=STEPS, batch=16, compute_dtype="float32")
 COMMON = dict(data=config.Data("", 32), optimizer=OPTIMIZER, training=TRAINING)
@@ -51,15 +48,15 @@ MESHES = [
   for shape in itertools.product((1, 2, 4, 8), repeat=4)
   if math.prod(shape) == 8
 ]
-# Each mesh with one stage here, and all with all by `pytest -m exhaustive`. (XLA's partitioner
-# once computed a wrong loss for FOUND.)
-FOUND = ("autoencoder", config.Mesh(2, 2, 1, 2))
+# Each mesh with one stage, and every pair with `pytest -m exhaustive`. XLA's partitioner once
+# computed a wrong loss for MISCOMPILED.
+MISCOMPILED = ("autoencoder", config.Mesh(2, 2, 1, 2))
 PAIRS = [
   pytest.param(
     name,
     mesh,
     id=f"{name}-" + "x".join(str(size) for size in dataclasses.astuple(mesh)),
-    marks=[] if (i + j) % len(RUNS) == 0 or (name, mesh) == FOUND else pytest.mark.exhaustive,
+    marks=[] if (i + j) % len(RUNS) == 0 or (name, mesh) == MISCOMPILED else pytest.mark.exhaustive,
   )
   for i, name in enumerate(RUNS)
   for j, mesh in enumerate(MESHES)
@@ -68,7 +65,7 @@ PAIRS = [
 
 @functools.cache
 def frozen_params():
-  """The frozen autoencoder's parameters."""
+  """Returns the parameters of the frozen autoencoder."""
   return jax.jit(autoencoder.Autoencoder(CODEC, VOCAB).initial)(jax.random.key(7))
 
 
@@ -85,7 +82,7 @@ def batch(number: int, rows: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def trained(run: config.Run):
-  """Losses, parameters on the host and the program after STEPS steps on the run's mesh."""
+  """Returns the losses of STEPS steps on the run's mesh, and the final state on host and mesh."""
   mesh = mesh_lib.build(run.mesh)
   with jax.set_mesh(mesh):
     made = program.TrainProgram(run, built(run), mesh)
@@ -104,29 +101,29 @@ def trained(run: config.Run):
 
 @pytest.fixture(scope="module")
 def one_device():
-  """What one device computes, a stage once."""
-  found = {}
+  """Returns losses and final state on one device, computed once per stage."""
+  results = {}
 
   def get(name: str):
-    if name not in found:
+    if name not in results:
       run = dataclasses.replace(RUNS[name], mesh=config.Mesh(fsdp=1))
-      found[name] = trained(run)[:2]
-    return found[name]
+      results[name] = trained(run)[:2]
+    return results[name]
 
   return get
 
 
 def assert_equal(name: str, run: config.Run, one_device) -> step.TrainState:
-  losses, found, state = trained(run)
+  losses, final, state = trained(run)
   expected_losses, expected = one_device(name)
   np.testing.assert_allclose(losses, expected_losses, rtol=2e-6)
 
   def close(a, b):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=3e-6)
 
-  jax.tree.map(close, found.params, expected.params)
-  moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), expected.params, found.params)
-  assert max(jax.tree.leaves(moved)) < 1e-5
+  jax.tree.map(close, final.params, expected.params)
+  errors = jax.tree.map(lambda a, b: np.abs(a - b).max(), expected.params, final.params)
+  assert max(jax.tree.leaves(errors)) < 1e-5
   return state
 
 

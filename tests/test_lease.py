@@ -342,8 +342,8 @@ ENDED = """
 import pathlib, signal, sys, time
 from calm_jax import config, main
 from calm_jax.training import guard
-with guard.Guard(config.Limits()) as found, train._leased(sys.argv[1]):
-  found.stop.unsaved = False
+with guard.Guard(config.Limits()) as guarded, train._leased(sys.argv[1]):
+  guarded.stop.unsaved = False
   assert pathlib.Path(sys.argv[1], ".lease").exists()
   signal.raise_signal(signal.SIGTERM)
   time.sleep(100)

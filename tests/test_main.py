@@ -33,7 +33,7 @@ def test_a_run_inside_its_warmup_and_one_over_the_data_again_are_remarked(autoen
   assert starting.remarks(once, store) == []
   twice = changed(warm, training={"steps": blocks, "batch": 2})
   assert starting.remarks(twice, store) == [
-    f"{blocks:,} steps of 2 examples are 2.00 epochs: the data hold {blocks:,} examples of 32 "
+    f"{blocks:,} steps of 2 examples are 2.00 epochs: the data holds {blocks:,} examples of 32 "
     "tokens"
   ]
   assert starting.remarks(changed(twice, data={"reuse_batch": True}), store) == []
@@ -51,7 +51,7 @@ def test_a_run_begins_with_remarks_and_ends_with_where_it_is_saved(
   assert said[-1] == f"saved step 2 in {tmp_path}/run"
   train.train_run(run, str(tmp_path / "run"))
   again = capsys.readouterr().err.splitlines()
-  assert again[-2:] == ["going on after step 2", f"saved step 2 in {tmp_path}/run"]
+  assert again[-2:] == ["resuming after step 2", f"saved step 2 in {tmp_path}/run"]
 
 
 def test_after_an_autoencoder_comes_the_language_model_of_its_k():
@@ -59,7 +59,7 @@ def test_after_an_autoencoder_comes_the_language_model_of_its_k():
   told = starting.next_command(run, "runs/my ae", "quickstart")
   begin, *words = shlex.split(told.removeprefix("next: "))
   assert (begin, words) == ("python", [
-    "-m", "calm_jax.main", "--config=configs/calm.py:quickstart", "--config.data.path=some data",
+    "-m", "calm_jax.main", "--config=calm.py:quickstart", "--config.data.path=some data",
     "--config.autoencoder=runs/my ae", "--workdir=DIR",
   ])  # fmt: skip
   long = dataclasses.replace(run, model=config.Autoencoder(patch_size=8))

@@ -208,7 +208,7 @@ def report_on(path: pathlib.Path, **training) -> reporter.Reporter:
   run = calm_stage.Run(
     data=config.Data("", 8), training=config.Training(batch=4, steps=10, **training)
   )
-  return reporter.Reporter(run, writer(path), flops_per_token=100.0, first_step=0)
+  return reporter.Reporter(run, writer(path), flops_per_token=100.0, first_step=0, shown=())
 
 
 def test_a_step_is_read_when_the_next_one_has_been_dispatched(path):

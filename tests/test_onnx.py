@@ -1,4 +1,4 @@
-"""Claims about the ONNX graphs: step by step they compute what we compute."""
+"""Claims about exported ONNX graphs: patch by patch they compute the same numbers as we do."""
 
 import json
 import pathlib
@@ -18,8 +18,10 @@ for package in ("torch", "transformers", "onnxscript", "onnxruntime"):
 
 
 @pytest.mark.parametrize("model", ["energy", "flow"])
-def test_the_graphs_do_as_we_do_patch_by_patch(model: str, words, tmp_path: pathlib.Path):
-  """At batch 3 and 2 candidates, by the code of the folder's own card."""
+def test_the_graphs_compute_the_same_samples_patch_by_patch(
+  model: str, words, tmp_path: pathlib.Path
+):
+  """Runs the code of the folder's own card, with batch 3 and 2 candidates."""
   conversion.convert(
     str(GOLDEN / "k2_gqa" / model), str(tmp_path / "in"), "workdir", tokenizer=words(97)
   )
@@ -32,29 +34,30 @@ def test_the_graphs_do_as_we_do_patch_by_patch(model: str, words, tmp_path: path
   scope = {"tokens": token_PBK[0], "noise": noise}
   exec(code.replace("FOLDER", str(tmp_path / "out")), scope)
 
-  codec, frozen = here.parents["autoencoder"].model, here.parents["autoencoder"].params
-  mean, log_std = codec.apply({"params": frozen}, token_PBK[0], method="encode")
+  parent = here.parents["autoencoder"]
+  autoencoder, frozen = parent.model, parent.params
+  mean, log_std = autoencoder.apply({"params": frozen}, token_PBK[0], method="encode")
   agree(scope["mean"], mean, 1e-5)
   agree(scope["log_std"], log_std, 1e-5)
-  agree(scope["logits"], codec.apply({"params": frozen}, mean, method="decode"), 1e-5)
+  agree(scope["logits"], autoencoder.apply({"params": frozen}, mean, method="decode"), 1e-5)
   for patch in range(4):
     if patch:
       step = {"tokens": token_PBK[patch], "position": np.array(patch, np.float32), "noise": noise}
-      found = scope["next_patch"].run(None, step | scope["past"])
-      scope["candidates"], scope["latents"], *present = found
+      outputs = scope["next_patch"].run(None, step | scope["past"])
+      scope["candidates"], scope["latents"], *present = outputs
       scope["past"] = dict(zip(scope["past"], present, strict=True))
     text_BPK = np.moveaxis(token_PBK[: patch + 1], 0, 1)
     hidden_BPD, _ = here.model.hidden(here.params, text_BPK)
     sample_NBZ = here.model.samples(here.params, hidden_BPD[:, -1], noise)
     agree(scope["latents"], sample_NBZ, 1e-5)
-    expected = calm.decode_tokens(codec, frozen, sample_NBZ)
+    expected = calm.decode_tokens(autoencoder, frozen, sample_NBZ)
     np.testing.assert_array_equal(scope["candidates"], expected)
   facts = json.loads((tmp_path / "out/config.json").read_text())
   assert facts["window_patches"] == 2047
 
 
-def test_latents_as_input_are_read_there(latent_reader, tmp_path):
-  """By the code of the folder's own card, which feeds the mean of the posterior."""
+def test_the_graphs_read_latents_as_input(latent_reader, tmp_path):
+  """Runs the code of the folder's own card, which feeds the mean of the posterior."""
   source = latent_reader("continuous")
   conversion.convert(source, str(tmp_path / "out"), "onnx")
   here = loading.load(source)
@@ -63,32 +66,32 @@ def test_latents_as_input_are_read_there(latent_reader, tmp_path):
   code = (tmp_path / "out/README.md").read_text().split("```python\n")[1].split("```")[0]
   scope = {"tokens": token_BK, "noise": noise}
   exec(code.replace("FOLDER", str(tmp_path / "out")), scope)
-  codec, frozen = here.parents["autoencoder"].model, here.parents["autoencoder"].params
-  mean, _ = codec.apply({"params": frozen}, token_BK, method="encode")
+  parent = here.parents["autoencoder"]
+  autoencoder, frozen = parent.model, parent.params
+  mean, _ = autoencoder.apply({"params": frozen}, token_BK, method="encode")
   hidden_B1D, _ = here.model.hidden(here.params, token_BK[:, None], mean[:, None])
   agree(scope["latents"], here.model.samples(here.params, hidden_B1D[:, 0], noise), 1e-5)
 
 
-def test_an_autoencoder_alone_has_its_two_graphs(trained_autoencoder, tmp_path):
+def test_an_autoencoder_is_exported_without_next_patch(trained_autoencoder, tmp_path):
   conversion.convert(str(trained_autoencoder), str(tmp_path / "out"), "onnx")
   scope = {"tokens": np.arange(8).reshape(2, 4)}
   code = (tmp_path / "out/README.md").read_text().split("```python\n")[1].split("```")[0]
   exec(code.replace("FOLDER", str(tmp_path / "out")), scope)
   here = loading.load(str(trained_autoencoder))
-  module = here.module("float32")
-  mean, _ = module.apply({"params": here.params}, scope["tokens"], method="encode")
+  mean, _ = here.model.apply({"params": here.params}, scope["tokens"], method="encode")
   agree(scope["mean"], mean, 1e-5)
   assert not (tmp_path / "out/next_patch.onnx").exists()
 
 
-def test_a_diffusion_head_is_refused_for_its_loop(words, tmp_path):
+def test_a_diffusion_head_is_refused(words, tmp_path):
   source = str(GOLDEN / "k2_gqa/diffusion")
   conversion.convert(source, str(tmp_path / "in"), "workdir", tokenizer=words(97))
   with pytest.raises(errors.CalmError, match=r"not for diffusion heads.*--format=stablehlo"):
     conversion.convert(str(tmp_path / "in"), str(tmp_path / "out"), "onnx")
 
 
-def test_a_missing_package_is_named(trained_autoencoder, tmp_path, monkeypatch):
+def test_a_missing_package_is_reported(trained_autoencoder, tmp_path, monkeypatch):
   find = to_onnx.importlib.util.find_spec
   monkeypatch.setattr(
     to_onnx.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name)

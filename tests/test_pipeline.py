@@ -1,4 +1,4 @@
-"""Claims about batches: every block once an epoch, and a position that is one integer."""
+"""Claims about batches: each block once per epoch, and a position that is one integer."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def rows(batches: list[pipeline.Batch], name: str = "tokens") -> list[tuple[int,
   return [tuple(np.atleast_1d(row).tolist()) for batch in batches for row in batch[name]]
 
 
-def test_an_epoch_holds_every_block_once_and_the_next_in_another_order(store):
+def test_each_epoch_has_every_block_once_in_its_own_order(store):
   context = 64
   count = store.num_tokens("train") // context
   batches = pipeline.TrainingBatches(store, context, count, seed=0)
@@ -35,7 +35,7 @@ def test_an_epoch_holds_every_block_once_and_the_next_in_another_order(store):
   np.testing.assert_array_equal(np.sort(third["index"]), np.arange(2 * count, 3 * count))
 
 
-def test_the_position_is_one_integer_and_leads_back_to_the_same_batches(store):
+def test_restoring_the_position_gives_the_same_batches(store):
   batches = pipeline.TrainingBatches(store, 64, 4, seed=0)
   take(batches, 3)
   state = batches.get_state()
@@ -43,12 +43,12 @@ def test_the_position_is_one_integer_and_leads_back_to_the_same_batches(store):
   expected = take(batches, 3)
   again = pipeline.TrainingBatches(store, 64, 4, seed=0)
   again.set_state(state)
-  found = take(again, 3)
+  resumed = take(again, 3)
   for name in ("tokens", "index"):
-    assert rows(found, name) == rows(expected, name)
+    assert rows(resumed, name) == rows(expected, name)
 
 
-def test_the_position_holds_for_another_batch_size(store):
+def test_the_position_is_valid_for_another_batch_size(store):
   batches = pipeline.TrainingBatches(store, 64, 4, seed=0)
   take(batches, 3)
   state, expected = batches.get_state(), take(batches, 2)
@@ -57,12 +57,12 @@ def test_the_position_holds_for_another_batch_size(store):
   assert sorted(rows(take(again, 1))) == sorted(rows(expected))
 
 
-def test_the_seed_sets_the_order(store):
+def test_the_seed_determines_the_order(store):
   a, b = (take(pipeline.TrainingBatches(store, 64, 8, seed), 1) for seed in (0, 1))
   assert rows(a) != rows(b)
 
 
-def test_heldout_blocks_come_in_order_and_the_filling_does_not_count(store):
+def test_heldout_blocks_are_in_order_and_padding_does_not_count(store):
   total = store.num_tokens("heldout") // 32
   whole = store.read("heldout", 0, 32 * total).reshape(total, 32)
   parts = list(pipeline.heldout_batches(store, 32, batch=4, limit=0))
@@ -72,11 +72,11 @@ def test_heldout_blocks_come_in_order_and_the_filling_does_not_count(store):
   np.testing.assert_array_equal(kept, whole)
 
 
-def test_a_few_heldout_blocks_come_from_all_over_the_split(store):
+def test_a_limited_number_of_heldout_blocks_is_spread_over_the_split(store):
   total = store.num_tokens("heldout") // 32
   whole = store.read("heldout", 0, 32 * total).reshape(total, 32)
-  found = pipeline.heldout_tokens(store, 32, 3)
-  np.testing.assert_array_equal(found, whole[[0, total // 3, 2 * total // 3]])
+  blocks = pipeline.heldout_tokens(store, 32, 3)
+  np.testing.assert_array_equal(blocks, whole[[0, total // 3, 2 * total // 3]])
 
 
 def test_a_split_shorter_than_a_block_is_refused(store):

@@ -125,12 +125,12 @@ def test_the_manifest_counts_bytes_and_documents_of_each_source(settings: prepar
 
 
 @pytest.mark.parametrize("corpus", ["settings", "few"])
-@pytest.mark.parametrize("name", ["given", "train:300"])
+@pytest.mark.parametrize("name", ["file", "train:300"])
 def test_the_number_of_workers_does_not_change_the_store(
   request: pytest.FixtureRequest, corpus: str, name: str
 ):
   settings = request.getfixturevalue(corpus)
-  if name != "given":
+  if name != "file":
     settings = dataclasses.replace(settings, tokenizer=name)
   alone = prepare.prepare(settings)
   together = prepare.prepare(dataclasses.replace(settings, output=f"{settings.output}2", workers=3))
@@ -519,12 +519,12 @@ def test_bad_settings_are_reported_in_one_line(settings: prepare.Settings, chang
   assert not (pathlib.Path(settings.output) / "manifest.json").exists()
 
 
-@pytest.mark.parametrize("name", ["given", "train:300"])
+@pytest.mark.parametrize("name", ["file", "train:300"])
 def test_a_corpus_without_text_is_an_error(
   settings: prepare.Settings, tmp_path: pathlib.Path, name: str
 ):
   (tmp_path / "empty.jsonl").write_text("\n\n")
-  tokenizer = settings.tokenizer if name == "given" else name
+  tokenizer = settings.tokenizer if name == "file" else name
   empty = dataclasses.replace(settings, input=(f"{tmp_path}/empty.jsonl",), tokenizer=tokenizer)
   with pytest.raises(errors.CalmError, match="there is no text"):
     prepare.prepare(empty)

@@ -155,7 +155,7 @@ def test_sigterm_saves_one_step_for_all_and_asks_for_another_start(tmp_path: pat
   _, said = process.communicate(timeout=60)
   assert process.returncode == errors.EXIT_RESTART, said
   (step,) = [int(path.name) for path in (directory / "checkpoints").iterdir()]
-  assert f"SIGTERM: saved step {step}; the same command goes on from it" in said
+  assert f"SIGTERM: saved step {step}; the same command resumes from it" in said
   assert [record["step"] for record in records(directory)] == list(range(1, step + 1))
 
 
@@ -184,7 +184,7 @@ def test_one_dead_of_four_stops_the_others_and_the_restarted_job_goes_on(tmp_pat
   assert re.search(r"process \d of 4: process 2 has shown no sign of life for \d+ s", said)
   newest = max(int(path.name) for path in (directory / "checkpoints").iterdir())
   changed = dict(steps=newest + 3, eval_every=0, checkpoint_every=2)
-  assert f"going on after step {newest}" in ran(
+  assert f"resuming after step {newest}" in ran(
     4, *flags(directory, **changed), "--allow_config_change"
   )
   ran(1, *flags(tmp_path / "alone", **changed))

@@ -1,7 +1,7 @@
-"""Claims about what the reference gets: its loader, on our folders, has the model that we have.
+"""Claims about folders exported for the reference: its loader gets the same model.
 
-Its modules are told here as it builds them: the table of the decoder is a parameter of its
-own, tied to the encoder's when it is made, and random where a file is silent.
+The modules here are built like its own: the decoder's table is a parameter of its own, random
+if the file does not hold it.
 """
 
 import json
@@ -28,25 +28,24 @@ def no_gradients():
     yield
 
 
-def untied(codec) -> None:
-  """Gives an autoencoder's decoder a table of its own, of noise, and lets it read by that."""
-  table = codec.encoder.embed_tokens.weight
-  codec.decoder.lm_head_weight = torch.nn.Parameter(torch.randn(table.shape))
-  codec.decode = lambda z_Z: torch.nn.functional.linear(
-    codec.decoder(z_Z), codec.decoder.lm_head_weight
-  )
+def untie(autoencoder) -> None:
+  """Gives the decoder a random table of its own, and makes it use this table."""
+  table = autoencoder.encoder.embed_tokens.weight
+  autoencoder.decoder.lm_head_weight = torch.nn.Parameter(torch.randn(table.shape))
+  decoder = autoencoder.decoder
+  autoencoder.decode = lambda z_Z: torch.nn.functional.linear(decoder(z_Z), decoder.lm_head_weight)
 
 
 class Autoencoder(modeling_calm.CalmAutoencoder):
   def __init__(self, config):
     super().__init__(config)
-    untied(self)
+    untie(self)
 
 
 class LanguageModel(modeling_calm.CalmModel):
   def __init__(self, config):
     super().__init__(config)
-    untied(self.ae_model)
+    untie(self.ae_model)
 
 
 def read_config(folder: pathlib.Path) -> dict:
@@ -71,20 +70,24 @@ def shard_bytes(request, monkeypatch):
 
 
 @pytest.mark.parametrize("case", VOCAB)
-def test_an_autoencoder_decodes_the_same_there(case, shard_bytes, words, tmp_path):
+def test_the_reference_decodes_the_same_with_an_exported_autoencoder(
+  case, shard_bytes, words, tmp_path
+):
   source = str(GOLDEN / case / "autoencoder")
   conversion.convert(source, str(tmp_path / "in"), "workdir", tokenizer=words(VOCAB[case]))
   conversion.convert(str(tmp_path / "in"), str(tmp_path / "out"), "reference")
   here, there = loading.load(str(tmp_path / "in")), opened_autoencoder(tmp_path / "out")
   z_BZ = np.random.default_rng(0).normal(size=(50, here.run.model.latent)).astype(np.float32)
-  logits_BKV = layers.apply(here.module("float32"), here.params, z_BZ, method="decode")
+  logits_BKV = layers.apply(here.model, here.params, z_BZ, method="decode")
   found_BKV = there.decode(torch.from_numpy(z_BZ))
   agree(found_BKV, logits_BKV)
   np.testing.assert_array_equal(found_BKV.argmax(-1), np.argmax(logits_BKV, -1))
 
 
 @pytest.mark.parametrize("head", ["energy", "flow", "diffusion"])
-def test_a_language_model_writes_the_same_tokens_there(head: str, shard_bytes, words, tmp_path):
+def test_the_reference_writes_the_same_tokens_with_an_exported_model(
+  head: str, shard_bytes, words, tmp_path
+):
   source = str(GOLDEN / "k4" / head)
   conversion.convert(source, str(tmp_path / "in"), "workdir", tokenizer=words(VOCAB["k4"]))
   conversion.convert(str(tmp_path / "in"), str(tmp_path / "out"), "reference")

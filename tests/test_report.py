@@ -1,4 +1,4 @@
-"""Claims about report: what a run tells is on one page, what it lacks is said, sums are right."""
+"""Claims about report: one page shows all figures and what is missing, and totals are right."""
 
 import html.parser
 import importlib.metadata
@@ -57,7 +57,7 @@ def train_records(run: config.Run, speeds: list[float]) -> list[dict[str, Any]]:
 
 
 def figures(run: config.Run) -> dict[str, Any]:
-  """What a stage's summarize returns, with the counts of the evaluator."""
+  """Returns figures as of a stage's `summarize`, with the counts of the evaluator."""
   counts = {"context_tokens": 64, "blocks": 8, "tokens": 512, "seed": 0}
   if isinstance(run, autoencoder_stage.Run):
     return counts | {
@@ -93,15 +93,15 @@ TRADEOFF = [
 
 
 def make_workdir(
-  path: pathlib.Path, run: config.Run, speeds: list[float], whole: bool = True
+  path: pathlib.Path, run: config.Run, speeds: list[float], complete: bool = True
 ) -> pathlib.Path:
-  """Writes a workdir; not `whole`, it has neither evaluations nor texts."""
+  """Writes a workdir; unless `complete`, it has neither evaluations nor texts."""
   path.mkdir()
   text = resolve.to_json(run)
   (path / "config.json").write_text(text)
   seal.write(str(path), seal.Seal("run", "", "", (seal.of_bytes(text.encode()),)))
   reports = train_records(run, speeds)
-  if whole:
+  if complete:
     reports += [
       {"kind": "evaluation", "step": step, "time": 0.0, "flops": 1e8 * step, **figures(run)}
       for step in (20, 40)
@@ -136,8 +136,8 @@ def render(*directories: pathlib.Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def whole_page(tmp_path_factory: pytest.TempPathFactory) -> str:
-  """A finished autoencoder and an unfinished language model."""
+def full_page(tmp_path_factory: pytest.TempPathFactory) -> str:
+  """The page of a finished autoencoder and an unfinished language model."""
   root = tmp_path_factory.mktemp("runs")
   return render(
     make_workdir(root / "autoencoder", AUTOENCODER, [10.0, 40.0, 20.0, 30.0]),
@@ -155,7 +155,7 @@ def run_report(*flags: str) -> subprocess.CompletedProcess[str]:
 
 
 class Tags(html.parser.HTMLParser):
-  """Counts tags and keeps what they refer to."""
+  """Collects the tags of a page and the targets of their references."""
 
   def __init__(self, text: str):
     super().__init__()
@@ -174,30 +174,30 @@ class Tags(html.parser.HTMLParser):
     assert self.open.pop() == tag
 
 
-def test_the_page_needs_nothing_beside_itself(whole_page: str):
-  tags = Tags(whole_page)
+def test_the_page_is_self_contained(full_page: str):
+  tags = Tags(full_page)
   assert not tags.open
   assert not {"script", "link", "iframe", "object"} & set(tags.names)
   assert all(target.startswith(("#run", "data:image/png;base64,")) for target in tags.targets)
-  assert not re.search(r"https?:|url\(|@import", whole_page)
-  assert whole_page.isascii()
+  assert not re.search(r"https?:|url\(|@import", full_page)
+  assert full_page.isascii()
 
 
-def test_every_picture_of_a_whole_run_is_drawn(whole_page: str):
+def test_every_picture_of_a_complete_run_is_drawn(full_page: str):
   pictures = [
     picture
     for stage in ("autoencoder", "calm")
     for picture in table.STAGES[stage].presentation.pictures()
   ]
   for picture in pictures:
-    assert f'<img alt="{picture.title}" src="data:' in whole_page
-  assert Tags(whole_page).names.count("img") == len(pictures) == 17
-  assert "Not drawn" not in whole_page
-  assert whole_page.count('class="notes"') == 1
+    assert f'<img alt="{picture.title}" src="data:' in full_page
+  assert Tags(full_page).names.count("img") == len(pictures) == 17
+  assert "Not drawn" not in full_page
+  assert full_page.count('class="notes"') == 1
 
 
-def test_figures_are_shown_with_standard_error_unit_and_direction(whole_page: str):
-  text = re.sub(r"<[^>]+>", "|", whole_page)
+def test_figures_are_shown_with_standard_error_unit_and_direction(full_page: str):
+  text = re.sub(r"<[^>]+>", "|", full_page)
   assert "|Token accuracy||99.800 &#177; 0.040||%||higher is better|" in text
   assert "|Cross-entropy||0.0100 &#177; 0.0010||nats a token||lower is better|" in text
   assert "|BrierLM||3.61 &#177; 0.12||%||higher is better|" in text
@@ -205,27 +205,27 @@ def test_figures_are_shown_with_standard_error_unit_and_direction(whole_page: st
   assert "context in tokens 64, held-out blocks 8" in text
 
 
-def test_texts_are_escaped_and_the_prompt_is_marked(whole_page: str):
+def test_texts_are_escaped_and_the_prompt_is_marked(full_page: str):
   assert (
     '<pre><span class="prompt">&lt;b&gt;if</span> a &lt; b &amp; c:&lt;/pre&gt;&lt;script&gt;</pre>'
-  ) in whole_page
-  assert "temperature 0.5, seed 3, step 9" in whole_page
-  assert "<pre>caf&#233;</pre>" in whole_page
+  ) in full_page
+  assert "temperature 0.5, seed 3, step 9" in full_page
+  assert "<pre>caf&#233;</pre>" in full_page
 
 
-def test_characters_that_act_are_written_out_on_the_page(calm: pathlib.Path):
-  """But for newlines and tabs; what acts on a browser or turns a line's direction does not."""
+def test_control_characters_are_escaped_on_the_page(calm: pathlib.Path):
+  """Except newlines and tabs; also surrogates and characters that change the writing direction."""
   sample = {"prompt": "a\x1b[2J\t", "text": "\u202eb\x85\n\ud800caf\u00e9", "seed": "\x07"}
   write_lines(calm / workdir.SAMPLES, [sample])
   text = render(calm)
   assert '<span class="prompt">a\\x1b[2J\t</span>\\u202eb\\x85\n\\ud800caf&#233;</pre>' in text
   assert "seed &#x27;\\x07&#x27;" in text
-  for acts in ("\x1b", "\x07", "&#133;", "&#8238;", "&#55296;"):
-    assert acts not in text
+  for control in ("\x1b", "\x07", "&#133;", "&#8238;", "&#55296;"):
+    assert control not in text
 
 
 @pytest.mark.parametrize(
-  ("name", "changes", "told"),
+  ("name", "changes", "message"),
   [
     (workdir.EVALUATION, {"brier_lm": "high"}, "'brier_lm' can't be 'high'"),
     (workdir.EVALUATION, {"brier_lm": [1]}, "'brier_lm' can't be [1]"),
@@ -240,13 +240,13 @@ def test_characters_that_act_are_written_out_on_the_page(calm: pathlib.Path):
     (workdir.TRADEOFF, {"rows": [{**TRADEOFF[0], "draws": math.nan}]}, "'rows' can't be [{"),
   ],
 )
-def test_what_can_be_no_figure_is_told_and_left_out(
-  calm: pathlib.Path, name: str, changes: dict[str, Any], told: str
+def test_impossible_figures_are_reported_and_left_out(
+  calm: pathlib.Path, name: str, changes: dict[str, Any], message: str
 ):
   values = json.loads((calm / name).read_text())
   (calm / name).write_text(json.dumps(values | changes))
   (note,) = (note for note in account_of(calm).notes if note.startswith("Figures that are"))
-  assert str(calm / name) in note and told in note and note.endswith("; evaluate again.")
+  assert str(calm / name) in note and message in note and note.endswith("; evaluate again.")
   assert "\n" not in note and len(note) < 1000
 
 
@@ -257,7 +257,7 @@ def test_what_can_be_no_figure_is_told_and_left_out(
     {"flops": "many"}, {"seconds": [1]}, {"kl_by_dimension": [1.0]}, {"loss": {"a": []}},
   ],
 )  # fmt: skip
-def test_a_report_that_can_be_none_is_left_out_and_counted(
+def test_an_impossible_line_of_metrics_is_left_out_and_counted(
   calm: pathlib.Path, changes: dict[str, Any]
 ):
   first, *rest = train_records(CALM, [7.0, 1.0, 100.0])
@@ -267,7 +267,7 @@ def test_a_report_that_can_be_none_is_left_out_and_counted(
   assert "Unreadable lines of metrics.jsonl that are left out: 1." in account.notes
 
 
-def test_figures_that_are_missing_leave_totals_out(calm: pathlib.Path):
+def test_totals_of_missing_figures_are_left_out(calm: pathlib.Path):
   reports = train_records(CALM, [7.0, 1.0])
   reports[-1] |= {"flops": None, "seconds": None}
   write_lines(calm / workdir.METRICS, reports)
@@ -275,8 +275,8 @@ def test_figures_that_are_missing_leave_totals_out(calm: pathlib.Path):
   assert totals["Time training"] == "2 s" and "Training FLOPs" not in totals
 
 
-def test_a_later_page_replaces_the_one_before(tmp_path: pathlib.Path):
-  run = make_workdir(tmp_path / "young", AUTOENCODER, [5.0], whole=False)
+def test_a_page_replaces_the_previous_one(tmp_path: pathlib.Path):
+  run = make_workdir(tmp_path / "young", AUTOENCODER, [5.0], complete=False)
   account = account_of(run)
   first = pathlib.Path(page.write([account], str(tmp_path))).read_text()
   write_lines(run / workdir.METRICS, train_records(AUTOENCODER, [5.0, 6.0]))
@@ -285,8 +285,8 @@ def test_a_later_page_replaces_the_one_before(tmp_path: pathlib.Path):
 
 
 @pytest.mark.parametrize("run", [AUTOENCODER, CALM])
-def test_what_a_young_run_lacks_is_said(tmp_path: pathlib.Path, run: config.Run):
-  directory = make_workdir(tmp_path / "young", run, [5.0], whole=False)
+def test_what_an_unfinished_run_lacks_is_stated(tmp_path: pathlib.Path, run: config.Run):
+  directory = make_workdir(tmp_path / "young", run, [5.0], complete=False)
   text = render(directory)
   assert "The run is not finished: 10 of 40 steps are reported." in text
   assert f"python -m calm_jax.evaluate --workdir={directory}" in text
@@ -295,14 +295,14 @@ def test_what_a_young_run_lacks_is_said(tmp_path: pathlib.Path, run: config.Run)
   assert ("Not drawn: this run has no figures of brier_lm." in text) == (run is CALM)
 
 
-def test_the_loops_evaluation_stands_in_for_a_missing_one(calm: pathlib.Path):
+def test_the_evaluation_of_the_loop_replaces_a_missing_one(calm: pathlib.Path):
   (calm / workdir.EVALUATION).unlink()
   text = render(calm)
   assert "3.61 &#177; 0.12" in text and "from the training loop" in text
   assert "The line of the marginal is missing" in text
 
 
-def test_skipped_steps_are_stated_and_leave_gaps(calm: pathlib.Path):
+def test_skipped_steps_are_reported_and_leave_gaps(calm: pathlib.Path):
   reports = train_records(CALM, [1.0, 2.0, 3.0, 4.0])
   reports[1] |= {"loss": math.nan, "gradient_norm": math.inf, "skipped": 2.0}
   reports[3] |= {"skipped": 2.0, "learning_rate": 0.0, "update_norm": 0.0}
@@ -321,7 +321,7 @@ def test_long_runs_and_perfect_scores_draw_without_warnings(tmp_path: pathlib.Pa
   assert "Not drawn" not in render(directory)
 
 
-def test_a_cut_last_line_is_skipped_and_broken_ones_are_counted(calm: pathlib.Path):
+def test_a_truncated_last_line_is_skipped_and_broken_lines_are_counted(calm: pathlib.Path):
   first, *rest = (calm / workdir.METRICS).read_text().splitlines()
   lines = [first, '{"kind": "tra', "[1]", *rest, '{"kind": "train", "st']
   (calm / workdir.METRICS).write_text("\n".join(lines))
@@ -339,14 +339,14 @@ def test_the_summary_has_every_figure(autoencoder: pathlib.Path, calm: pathlib.P
   assert result["brier_lm_marginal"] == 1.25
   assert (result["conditioning_gap"], result["conditioning_gap_stderr"]) == (0.7, 0.05)
   assert result["context_tokens"] == 64 and result["seconds_total"] is None
-  # Medians by hand: of 10, 20, 30, 40 and of 1, 7, 100.
+  # Medians of 10, 20, 30, 40 and of 1, 7, 100.
   assert result["train_tokens_per_second"] == {"autoencoder": 25.0, "calm": 7.0}
   assert result["text_samples"] == ["<b>if a < b & c:</pre><script>", "caf\u00e9"]
   assert result["versions"]["jax"] == importlib.metadata.version("jax")
   assert set(result["versions"]) == {"python", "calm_jax", *provenance.LIBRARIES}
 
 
-def test_a_figure_that_does_not_exist_is_null(autoencoder: pathlib.Path, calm: pathlib.Path):
+def test_a_missing_figure_is_null(autoencoder: pathlib.Path, calm: pathlib.Path):
   final = json.loads((calm / workdir.EVALUATION).read_text())
   del final["brier_lm"], final["brier_4"]
   (calm / workdir.EVALUATION).write_text(json.dumps(final | {"brier_lm_stderr": math.nan}))
@@ -362,7 +362,9 @@ def test_the_summary_names_the_missing_command(autoencoder: pathlib.Path, calm: 
     summarize(autoencoder, calm)
 
 
-def test_the_commit_tells_of_changes(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_commit_is_marked_dirty_if_the_package_changed(
+  tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
   package = tmp_path / "calm_jax"
   package.mkdir()
   (package / "__init__.py").write_text("")
@@ -374,7 +376,7 @@ def test_the_commit_tells_of_changes(tmp_path: pathlib.Path, monkeypatch: pytest
 
   assert provenance.commit() is None
   git("init", "--quiet")
-  git("commit", "--quiet", "--allow-empty", "-m", "Someone else's repository")
+  git("commit", "--quiet", "--allow-empty", "-m", "Another repository")
   assert provenance.commit() is None
   git("add", ".")
   git("commit", "--quiet", "-m", "Ours")
@@ -389,7 +391,7 @@ def test_the_commit_tells_of_changes(tmp_path: pathlib.Path, monkeypatch: pytest
 
 @pytest.mark.parametrize("name", [workdir.EVALUATION, workdir.TRADEOFF])
 @pytest.mark.parametrize("text", ["", "{", "[]", "[" * 9999])
-def test_figures_that_can_t_be_read_are_told_and_left_out(calm: pathlib.Path, name: str, text: str):
+def test_unreadable_figures_are_reported_and_left_out(calm: pathlib.Path, name: str, text: str):
   (calm / name).write_text(text)
   account = account_of(calm)
   (note,) = [note for note in account.notes if note.startswith("Figures that are left out")]
@@ -397,25 +399,25 @@ def test_figures_that_can_t_be_read_are_told_and_left_out(calm: pathlib.Path, na
   assert "<html" in render(calm)
 
 
-def test_books_that_can_t_be_read_are_told(calm: pathlib.Path):
+def test_unreadable_files_of_the_ledger_are_reported(calm: pathlib.Path):
   (calm / ledger.FOLDER).mkdir()
   (calm / ledger.FOLDER / "0001.json").write_text("")
   notes = account_of(calm).notes
   assert "Attempts whose seconds can't be read and are left out: 1." in notes
 
 
-def test_a_torn_text_costs_neither_the_report_nor_the_next_text(calm: pathlib.Path):
+def test_a_truncated_text_harms_neither_the_report_nor_the_next_text(calm: pathlib.Path):
   path = calm / workdir.SAMPLES
   path.write_bytes(path.read_bytes() + b'{"prompt": "to' + b"[" * 9999)
-  workdir.keep_samples(str(calm), [json.dumps({**SAMPLES[0], "text": "new"}) + "\n"])
+  workdir.append_samples(str(calm), [json.dumps({**SAMPLES[0], "text": "new"}) + "\n"])
   account = account_of(calm)
   assert [sample["text"] for sample in account.samples] == [
     *(sample["text"] for sample in SAMPLES), "new",
   ]  # fmt: skip
   assert "Unreadable lines of samples.jsonl that are left out: 1." in account.notes
   path.unlink()
-  workdir.keep_samples(str(calm), ["{}\n"])
-  workdir.keep_samples(str(calm), ["{}\n"])
+  workdir.append_samples(str(calm), ["{}\n"])
+  workdir.append_samples(str(calm), ["{}\n"])
   assert path.read_text() == "{}\n{}\n"
 
 
@@ -452,10 +454,12 @@ def test_the_command_writes_page_and_summary(
   assert lines["text_samples"] == "2, the first: '<b>if a < b & c:</pre><script>'"
 
 
-def test_the_command_says_in_a_line_what_is_missing(tmp_path: pathlib.Path, calm: pathlib.Path):
+def test_the_command_reports_in_one_line_what_is_missing(
+  tmp_path: pathlib.Path, calm: pathlib.Path
+):
   done = run_report(f"--workdir={calm}", f"--output={tmp_path}/output")
   assert done.returncode == 0 and done.stdout == ""
-  assert "no summary.json: it needs both stages, there is no workdir of stage 'autoencoder'" in (
+  assert "no summary.json: it needs both stages, but no workdir is of stage 'autoencoder'" in (
     done.stderr
   )
   assert not (tmp_path / "output" / summary.FILE).exists()

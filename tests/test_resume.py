@@ -97,7 +97,7 @@ def test_a_damaged_checkpoint_costs_steps_not_the_run(
     file.write_bytes(b"")
   train.train_run(run, str(tmp_path))
   said = capsys.readouterr().err
-  assert "checkpoint of step 5" in said and "going on after step 4" in said
+  assert "checkpoint of step 5" in said and "resuming after step 4" in said
   assert_same(tmp_path, whole)
 
 

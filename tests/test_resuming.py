@@ -59,14 +59,14 @@ def test_a_checkpoint_that_nothing_finite_came_after_is_not_gone_on_from(
   with monkeypatch.context() as patch:
     spoil(patch, first=5)
     reason = r"4 non-finite steps .*step 4, which nothing .* set aside; the last good one is step 2"
-    stopped(run, tmp_path, reason + ": go on from it with a --config.optimizer.learning_rate below")
+    stopped(run, tmp_path, reason + ": resume from it with a --config.optimizer.learning_rate")
   assert steps(tmp_path) == [2]
   assert steps(tmp_path, checkpoint.UNREADABLE) == [4]
   assert "step 6 is not saved, as the 2 before it were skipped" in capsys.readouterr().err
   slower = dataclasses.replace(run.optimizer, learning_rate=1e-4)
   changed = dataclasses.replace(run, optimizer=slower)
   train.train_run(changed, str(tmp_path), train.Options(allow_config_change=True))
-  assert "going on after step 2" in capsys.readouterr().err
+  assert "resuming after step 2" in capsys.readouterr().err
   assert steps(tmp_path)[-1] == 12
 
 
@@ -89,8 +89,8 @@ class Kept:
 @pytest.mark.parametrize(
   ("kept", "good", "left", "told"),
   [
-    ([2, 4], 4, [2], "step 4, which nothing finite came after, is set aside; .* is step 2: go on"),
-    ([2, 4], 5, [2, 4], "the last good checkpoint is step 4: go on from it with a --config.opt"),
+    ([2, 4], 4, [2], "step 4, which nothing finite came after, is set aside; .* is step 2: resume"),
+    ([2, 4], 5, [2, 4], "the last good checkpoint is step 4: resume from it with a --config.opt"),
     ([2], 2, [2], "the only checkpoint, step 2, may be spoilt, .*, or give a new --workdir"),
     ([], 1, [], "there is no checkpoint: run the same command again with a --config.optimizer"),
   ],
@@ -132,7 +132,7 @@ def test_a_save_that_failed_is_not_told_as_saved(run, tmp_path, monkeypatch):
 def test_a_stop_while_steps_are_skipped_saves_nothing(run, tmp_path, monkeypatch):
   spoil(monkeypatch, first=5)
   at_step(monkeypatch, 6, lambda: signal.raise_signal(signal.SIGTERM))
-  with pytest.raises(errors.Interrupted, match="SIGTERM: the same command goes on from step 4"):
+  with pytest.raises(errors.Interrupted, match="SIGTERM: the same command resumes from step 4"):
     train.train_run(run, str(tmp_path))
   assert steps(tmp_path) == [2, 4]
 
@@ -146,7 +146,7 @@ def test_a_state_that_is_not_finite_is_not_saved(run, tmp_path, monkeypatch):
     return len(tested) < 3 and whole(tree)
 
   monkeypatch.setattr(checkpoint, "all_finite", turns_bad)
-  stopped(run, tmp_path, "after step 6 holds values not finite; the last good .* is step 4: go on")
+  stopped(run, tmp_path, "after step 6 holds non-finite values; the last good .* is step 4: resume")
   assert steps(tmp_path) == [2, 4]
 
 

@@ -1,4 +1,4 @@
-"""Claims about the rooms: a module imports from its own room and from those before it."""
+"""Claims about the order of folders: a module imports only from its own and earlier ones."""
 
 import ast
 import pathlib
@@ -6,7 +6,7 @@ import pathlib
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "calm_jax"
 
-# In the order in which text becomes tokens, patches, latents, hidden states, samples and text.
+# In the order of the data flow: tokens, patches, latents, hidden states, samples, text.
 ROOMS = (
   "foundation",
   "data",
@@ -24,7 +24,7 @@ ROOMS = (
   "planning",
   "acts",
 )
-# Modules beside the folders that are no acts.
+# Top-level modules that are no acts.
 FOUNDATION = {
   "__init__",
   "command_line",
@@ -41,19 +41,19 @@ FOUNDATION = {
   "settings",
   "spelling",
 }
-# Modules beside the folders that know checkpoints or stores.
+# Top-level modules that know checkpoints or stores.
 ELSEWHERE = {
   "workdir": "data",
   "run_flags": "running",
   "workdir_checks": "running",
   "cli": "running",
 }
-# Imports inside functions that are not counted: what is imported when it is asked for.
+# Imports inside functions, which are not checked.
 LAZY = {("settings", "calm_jax.stages")}
 
 
 def room_of(parts: tuple[str, ...]) -> str:
-  """The room of a module, by its path inside the package."""
+  """Returns the room of a module, given its path inside the package."""
   if parts[0] == "planning" and len(parts) > 1 and parts[1] == "compiled":
     return "compiled"
   if len(parts) > 1 or (PACKAGE / parts[0]).is_dir():
@@ -62,8 +62,8 @@ def room_of(parts: tuple[str, ...]) -> str:
 
 
 def imported(path: pathlib.Path) -> set[tuple[str, ...]]:
-  """The modules of ours that a file imports, as paths inside the package."""
-  found = set()
+  """Returns the modules of the package that a file imports, as paths inside the package."""
+  modules = set()
   for node in ast.walk(ast.parse(path.read_text())):
     names = []
     if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "calm_jax":
@@ -78,19 +78,19 @@ def imported(path: pathlib.Path) -> set[tuple[str, ...]]:
       ):
         parts = parts[:-1]  # A name inside a module.
       if parts:
-        found.add(parts)
-  return found
+        modules.add(parts)
+  return modules
 
 
 def upward() -> list[str]:
-  """Imports from a later room, as `importer -> imported`."""
+  """Returns the imports from a later room, as `importer -> imported`."""
   wrong = []
   for path in sorted(PACKAGE.rglob("*.py")):
     own = path.relative_to(PACKAGE).with_suffix("").parts
-    for other in sorted(imported(path)):
-      later = ROOMS.index(room_of(other)) > ROOMS.index(room_of(own))
-      if later and (own[-1], "calm_jax." + other[0]) not in LAZY:
-        wrong.append(f"{'.'.join(own)} -> {'.'.join(other)}")
+    for target in sorted(imported(path)):
+      later = ROOMS.index(room_of(target)) > ROOMS.index(room_of(own))
+      if later and (own[-1], "calm_jax." + target[0]) not in LAZY:
+        wrong.append(f"{'.'.join(own)} -> {'.'.join(target)}")
   return wrong
 
 
@@ -103,10 +103,10 @@ def test_every_folder_is_a_room():
   assert folders <= set(ROOMS)
 
 
-def test_what_reads_compiled_programs_knows_nothing_of_calm():
+def test_planning_compiled_imports_nothing_of_calm_but_errors():
   for path in (PACKAGE / "planning/compiled").glob("*.py"):
     assert imported(path) <= {
       ("errors",),
       ("planning", "compiled"),
-      *(("planning", "compiled", other.stem) for other in path.parent.glob("*.py")),
+      *(("planning", "compiled", module.stem) for module in path.parent.glob("*.py")),
     }, path.name

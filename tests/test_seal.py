@@ -1,4 +1,4 @@
-"""Claims about a workdir as one thing: a part that is swapped, edited or gone is told."""
+"""Claims about the parts of a workdir: one that is swapped, edited or missing is reported."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ from calm_jax.training import ledger, meta
 
 @pytest.fixture
 def copy(trained_calm: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
-  """A finished run of stage two, to be changed."""
+  """A copy of a finished run of stage two, for tests to change."""
   return shutil.copytree(trained_calm, tmp_path / "copy")
 
 
@@ -38,7 +38,7 @@ def edit(path: pathlib.Path, change: Callable[[dict], object]) -> None:
 
 
 def trained_again(target: pathlib.Path, run: autoencoder_stage.Run) -> pathlib.Path:
-  """A run of its own on the same data, with the same sizes."""
+  """Trains another run with the same data and sizes, and returns its workdir."""
   training = dataclasses.replace(run.training, steps=2, eval_every=0)
   train.train_run(dataclasses.replace(run, training=training), str(target))
   return target
@@ -81,7 +81,7 @@ SWAPS = {
 
 
 @pytest.mark.parametrize("name", SWAPS)
-def test_a_part_that_is_not_the_run_s_own_is_refused(name: str, copy: pathlib.Path, calm_run):
+def test_a_part_that_the_run_did_not_write_is_refused(name: str, copy: pathlib.Path, calm_run):
   change, reason = SWAPS[name]
   change(copy)
   before = content(copy)
@@ -91,13 +91,13 @@ def test_a_part_that_is_not_the_run_s_own_is_refused(name: str, copy: pathlib.Pa
 
 
 def test_an_autoencoder_of_another_run_is_refused(copy, autoencoder_run):
-  """Its weights alone, under the workdir's own config and origin, then all of it."""
-  other = trained_again(copy.parent / "other", autoencoder_run)
+  """Replaces its checkpoints, and then the complete folder."""
+  stranger = trained_again(copy.parent / "stranger", autoencoder_run)
   shutil.rmtree(copy / "autoencoder/checkpoints")
-  shutil.copytree(other / "checkpoints", copy / "autoencoder/checkpoints")
+  shutil.copytree(stranger / "checkpoints", copy / "autoencoder/checkpoints")
   refused(lambda: loading.load(str(copy)), r"/2 is a checkpoint of another run: put back this")
   shutil.rmtree(copy / "autoencoder")
-  shutil.copytree(other, copy / "autoencoder")
+  shutil.copytree(stranger, copy / "autoencoder")
   refused(lambda: loading.load(str(copy)), r"autoencoder/seal.json has .*: put back the one")
 
 
@@ -111,7 +111,7 @@ def test_a_restart_leaves_tokenizer_origin_and_seal_alone(
   assert before == {name: (tmp_path / "copy" / name).stat().st_mtime_ns for name in parts}
 
 
-def test_a_workdir_of_before_is_refused_by_its_format(trained_autoencoder, tmp_path):
+def test_a_workdir_of_format_1_is_refused(trained_autoencoder, tmp_path):
   shutil.copytree(trained_autoencoder, tmp_path / "copy")
   (tmp_path / "copy/seal.json").unlink()
   edit(tmp_path / "copy/origin.json", lambda values: values.pop("format_version"))
@@ -119,13 +119,13 @@ def test_a_workdir_of_before_is_refused_by_its_format(trained_autoencoder, tmp_p
 
 
 @pytest.mark.parametrize("last", range(4))
-def test_a_change_of_config_that_is_cut_short_leaves_a_whole_workdir(
+def test_an_interrupted_change_of_config_leaves_an_intact_workdir(
   last: int, trained_autoencoder, autoencoder_run, tmp_path, monkeypatch
 ):
   copy = str(shutil.copytree(trained_autoencoder, tmp_path / "copy"))
   write, left = files.write, [last]
 
-  def cut(path, text):
+  def interrupted_write(path, text):
     if not left[0]:
       raise KeyboardInterrupt
     left[0] -= 1
@@ -134,7 +134,7 @@ def test_a_change_of_config_that_is_cut_short_leaves_a_whole_workdir(
   training = dataclasses.replace(autoencoder_run.training, steps=9)
   changed = dataclasses.replace(autoencoder_run, training=training)
   with monkeypatch.context() as patch:
-    patch.setattr(files, "write", cut)
+    patch.setattr(files, "write", interrupted_write)
     try:
       workdir.change_config(copy, changed)
     except KeyboardInterrupt:
@@ -145,7 +145,7 @@ def test_a_change_of_config_that_is_cut_short_leaves_a_whole_workdir(
   assert len(seal.read(copy).config) == 1
 
 
-def test_checkpoints_that_are_gone_are_not_begun_anew(
+def test_a_run_that_lost_its_checkpoints_does_not_start_again(
   autoencoder_run, trained_autoencoder, tmp_path
 ):
   copy = shutil.copytree(trained_autoencoder, tmp_path / "copy")
@@ -163,29 +163,29 @@ def test_checkpoints_that_are_gone_are_not_begun_anew(
   assert (copy / workdir.METRICS).read_bytes() == figures
 
 
-def test_a_workdir_that_lost_its_config_is_not_begun_anew(
+def test_a_run_that_lost_its_config_does_not_start_again(
   autoencoder_run, trained_autoencoder, tmp_path
 ):
   copy = shutil.copytree(trained_autoencoder, tmp_path / "copy")
   content = (copy / "config.json").read_bytes()
   (copy / "config.json").unlink()
-  reason = "holds checkpoints, but no config.json: put it back"
+  reason = "holds checkpoints, but no config.json: restore it"
   refused(lambda: train.train_run(autoencoder_run, str(copy)), reason)
   (copy / "config.json").write_bytes(content)
   assert loading.load(str(copy)).step == 6
 
 
-def test_a_folder_in_whose_place_an_autoencoder_would_be_copied_is_not_removed(
+def test_a_folder_that_the_copy_of_the_autoencoder_would_replace_is_kept(
   calm_run, trained_autoencoder, tmp_path
 ):
   own = shutil.copytree(trained_autoencoder, tmp_path / "runs/autoencoder")
-  for given in (own, trained_autoencoder):
-    run = dataclasses.replace(calm_run, autoencoder=str(given))
+  for source in (own, trained_autoencoder):
+    run = dataclasses.replace(calm_run, autoencoder=str(source))
     refused(lambda run=run: train.train_run(run, str(tmp_path / "runs")), "a workdir of its own")
   assert loading.load(str(own)).step == 6
 
 
-def test_a_position_that_does_not_follow_from_the_steps_is_refused(
+def test_a_data_position_that_contradicts_the_steps_is_refused(
   autoencoder_run, trained_autoencoder, tmp_path
 ):
   copy = shutil.copytree(trained_autoencoder, tmp_path / "copy")
@@ -196,7 +196,7 @@ def test_a_position_that_does_not_follow_from_the_steps_is_refused(
   refused(lambda: train.train_run(run, str(copy), train.Options(allow_config_change=True)), reason)
 
 
-def test_steps_taken_with_several_batches_add_up():
+def test_steps_with_several_batch_sizes_add_up():
   taken = meta.Taken().after(3, 8).after(2, 8).after(4, 16).after(0, 4)
   assert taken.to_json() == [[5, 8], [4, 16]]
   data = {"global_next_index": 5 * 8 + 4 * 16, "taken": taken.to_json()}
@@ -205,7 +205,7 @@ def test_steps_taken_with_several_batches_add_up():
     refused(lambda step=step, changed=changed: meta.Taken.of({**data, **changed}, step), "put back")
 
 
-def test_a_path_that_can_t_hold_checkpoints_is_refused_before_anything_is_written(
+def test_a_path_that_checkpoints_do_not_support_is_refused_before_anything_is_written(
   autoencoder_run, tmp_path
 ):
   reason = r"a path that holds one of .* is read as a pattern"
@@ -217,29 +217,29 @@ def test_a_path_that_can_t_hold_checkpoints_is_refused_before_anything_is_writte
 
 
 def verdicts(directory: pathlib.Path) -> dict[str, str]:
-  """Every check of a workdir, and what it found or was refused with."""
-  found = {}
+  """Returns the result or the error of each check of a workdir, by its name."""
+  results = {}
   for name, check in workdir_checks.checks(str(directory)):
     try:
-      found[name] = check()
+      results[name] = check()
     except errors.CalmError as error:
-      found[name] = f"error: {error}"
-  return found
+      results[name] = f"error: {error}"
+  return results
 
 
-def test_every_part_of_a_whole_workdir_is_checked_and_found_whole(trained_calm):
-  found = verdicts(trained_calm)
+def test_every_part_of_an_intact_workdir_passes_its_check(trained_calm):
+  results = verdicts(trained_calm)
   own = {"seal.json", "config.json", "origin.json", "tokenizer.model"}
   figures = {"metrics.jsonl", "ledger", "checkpoints/4", "checkpoints/6", "checkpoints/2"}
   inner = {f"autoencoder/{name}" for name in own} | {"autoencoder/checkpoints/6", "autoencoder"}
-  assert set(found) >= own | figures | inner
-  assert not [name for name, verdict in found.items() if verdict.startswith("error")]
-  assert found["checkpoints/6"] == "intact: params, rest, meta"
+  assert set(results) >= own | figures | inner
+  assert not [name for name, verdict in results.items() if verdict.startswith("error")]
+  assert results["checkpoints/6"] == "intact: params, rest, meta"
 
 
-def test_a_check_finds_what_was_flipped_in_any_file_of_a_checkpoint(copy):
-  """A flip that is harmless reads back as the same; all others are found."""
-  place, told, harmless = copy / "checkpoints/6", 0, []
+def test_a_flipped_bit_in_any_file_of_a_checkpoint_is_detected(copy):
+  """A flip may be harmless, if the checkpoint reads back as before, but not in a data file."""
+  place, detected, harmless = copy / "checkpoints/6", 0, []
   (copy / "checkpoints/4").rename(copy / "four")
   for path in sorted(path for path in place.rglob("*") if path.is_file() and path.stat().st_size):
     content = path.read_bytes()
@@ -250,12 +250,12 @@ def test_a_check_finds_what_was_flipped_in_any_file_of_a_checkpoint(copy):
       dict(workdir_checks.checks(str(copy)))["checkpoints/6"]()
       harmless.append(path.relative_to(place))
     except errors.CalmError:
-      told += 1
+      detected += 1
     path.write_bytes(content)
-  assert told >= 3 and not [path for path in harmless if path.parts[1:2] == ("d",)], harmless
+  assert detected >= 3 and not [path for path in harmless if path.parts[1:2] == ("d",)], harmless
 
 
-def test_checks_end_where_the_workdir_does(copy):
+def test_each_damaged_part_is_reported_by_its_own_check(copy):
   shutil.copytree(copy / "autoencoder/checkpoints/6", copy / "checkpoints/8")
   assert "checkpoints/8 is a checkpoint of another run" in verdicts(copy)["checkpoints/8"]
   (copy / "tokenizer.model").write_bytes(b"")

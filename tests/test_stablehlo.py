@@ -1,4 +1,4 @@
-"""Claims about compiled artefacts: they do as we do, without us."""
+"""Claims about compiled artefacts: without this package they compute the same numbers."""
 
 import shutil
 import subprocess
@@ -12,7 +12,6 @@ from folders import GOLDEN, agree, set_config
 from calm_jax.interchange import tensors
 from calm_jax.models import memory
 from calm_jax.running import conversion, loading
-from calm_jax.training import trained as trained_lib
 
 COMPARE = """
 import sys
@@ -32,8 +31,8 @@ assert not [name for name in sys.modules if name.startswith("calm_jax")]
 
 
 @pytest.mark.parametrize("model", ["autoencoder", "energy", "flow", "diffusion"])
-def test_compiled_artefacts_do_as_we_do_without_us(model, words, tmp_path):
-  """Runs the code of the folder's own card, at a batch of 3 and 2 candidates."""
+def test_compiled_artefacts_compute_the_same_without_this_package(model, words, tmp_path):
+  """Runs the code of the folder's own card, with batch 3 and 2 candidates."""
   shutil.copytree(GOLDEN / "k4" / model, tmp_path / "source")
   set_config(tmp_path / "source", max_position_embeddings=4)  # The model sees 3 patches.
   conversion.convert(
@@ -44,7 +43,7 @@ def test_compiled_artefacts_do_as_we_do_without_us(model, words, tmp_path):
   rng = np.random.default_rng(0)
   token_BK = rng.integers(0, 101, (3, 4)).astype(np.int32)
   noise = np.zeros(())
-  if isinstance(trained, trained_lib.Trained):
+  if model != "autoencoder":
     noise = np.asarray(trained.model.head.draw_noise(jax.random.key(1), (2, 3)))
   np.save(tmp_path / "tokens.npy", token_BK)
   np.save(tmp_path / "noise.npy", noise)
@@ -53,30 +52,30 @@ def test_compiled_artefacts_do_as_we_do_without_us(model, words, tmp_path):
   code = (tmp_path / "out/README.md").read_text().split("```python\n")[1].split("```")[0]
   script = COMPARE.format(code=code.replace("FOLDER", str(tmp_path / "out")))
   subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, timeout=300)
-  found = np.load(tmp_path / "found.npz")
+  outputs = np.load(tmp_path / "found.npz")
 
-  codec = trained.autoencoder if isinstance(trained, trained_lib.Trained) else trained
-  module = codec.module("float32")
-  mean, log_std = module.apply({"params": codec.params}, token_BK, method="encode")
-  np.testing.assert_allclose(found["mean"], mean, rtol=1e-5, atol=1e-6)
-  np.testing.assert_allclose(found["log_std"], log_std, rtol=1e-5, atol=1e-6)
-  logits = module.apply({"params": codec.params}, mean, method="decode")
-  np.testing.assert_allclose(found["logits"], logits, rtol=1e-5, atol=1e-5)
-  if isinstance(trained, trained_lib.Trained):
+  autoencoder = trained.parents.get("autoencoder", trained)
+  module, params = autoencoder.model, {"params": autoencoder.params}
+  mean, log_std = module.apply(params, token_BK, method="encode")
+  np.testing.assert_allclose(outputs["mean"], mean, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(outputs["log_std"], log_std, rtol=1e-5, atol=1e-6)
+  logits = module.apply(params, mean, method="decode")
+  np.testing.assert_allclose(outputs["logits"], logits, rtol=1e-5, atol=1e-5)
+  if model != "autoencoder":
     hidden_B1D, _ = trained.model.hidden(trained.params, token_BK[:, None])
     sample_NBZ = trained.model.samples(trained.params, hidden_B1D[:, 0], noise)
-    np.testing.assert_allclose(found["latents"], sample_NBZ, rtol=1e-4, atol=1e-5)
-    assert found["candidates"].shape == (2, 3, 4)
+    np.testing.assert_allclose(outputs["latents"], sample_NBZ, rtol=1e-4, atol=1e-5)
+    assert outputs["candidates"].shape == (2, 3, 4)
     cache = memory.Cache.empty(3)
     for patch_BK in (token_BK, *more_PBK):
       hidden_B1D, cache = trained.model.hidden(trained.params, patch_BK[:, None], None, cache)
     sample_NBZ = trained.model.samples(trained.params, hidden_B1D[:, 0], noise)
-    np.testing.assert_allclose(found["last"], sample_NBZ, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(outputs["last"], sample_NBZ, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["continuous", "both"])
-def test_latents_as_input_are_read_by_the_artefacts(kind, latent_reader, monkeypatch, tmp_path):
-  """By the code of the folder's own card, from weights in shards."""
+def test_the_artefacts_read_latents_as_input(kind, latent_reader, monkeypatch, tmp_path):
+  """Runs the code of the folder's own card, with weights in shards."""
   source = latent_reader(kind)
   monkeypatch.setattr(tensors, "SHARD_BYTES", 20_000)
   conversion.convert(source, str(tmp_path / "out"), "stablehlo")
@@ -86,7 +85,7 @@ def test_latents_as_input_are_read_by_the_artefacts(kind, latent_reader, monkeyp
   code = (tmp_path / "out/README.md").read_text().split("```python\n")[1].split("```")[0]
   scope = {"tokens": token_BK, "noise": noise}
   exec(code.replace("FOLDER", str(tmp_path / "out")), scope)
-  codec, frozen = here.parents["autoencoder"].model, here.parents["autoencoder"].params
-  mean, _ = codec.apply({"params": frozen}, token_BK, method="encode")
+  parent = here.parents["autoencoder"]
+  mean, _ = parent.model.apply({"params": parent.params}, token_BK, method="encode")
   hidden_B1D, _ = here.model.hidden(here.params, token_BK[:, None], mean[:, None])
   agree(scope["latents"], here.model.samples(here.params, hidden_B1D[:, 0], noise))

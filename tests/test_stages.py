@@ -1,4 +1,4 @@
-"""Claims about the stages: noise belongs to an example, and every switch does what it says."""
+"""Claims about the stages: noise is keyed by an example's index, and settings have their effect."""
 
 import dataclasses
 
@@ -20,14 +20,14 @@ from calm_jax.training import trained as trained_lib
 KEY = jax.random.key(0)
 
 
-def staged(trained: trained_lib.Trained) -> stage_lib.Stage:
+def stage_of(trained: trained_lib.Trained) -> stage_lib.Stage:
   return evaluating.functions(trained)[0]
 
 
 @pytest.fixture(params=["autoencoder", "calm", "transformer"])
 def stage_and_params(request: pytest.FixtureRequest):
   trained = loading.load(str(request.getfixturevalue(f"trained_{request.param}")))
-  return staged(trained), trained.params
+  return stage_of(trained), trained.params
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +38,8 @@ def batch():
   }
 
 
-def rows(batch, chosen):
-  return jax.tree.map(lambda x: x[jnp.array(chosen)], batch)
+def rows(batch, indices):
+  return jax.tree.map(lambda x: x[jnp.array(indices)], batch)
 
 
 def test_an_example_has_the_same_noise_in_every_batch(stage_and_params, batch):
@@ -49,9 +49,9 @@ def test_an_example_has_the_same_noise_in_every_batch(stage_and_params, batch):
   for parts in (([0], [1], [2], [3]), ([3, 1], [2, 0])):
     values = [loss(params, stage.frozen, rows(batch, part), KEY)[0] for part in parts]
     np.testing.assert_allclose(np.mean(values), whole, rtol=1e-5)
-  other = {**batch, "index": batch["index"] + 1}
-  evaluate = jax.jit(stage.evaluate)  # The baseline's loss has no noise, its scores have.
-  before, after = (evaluate(params, stage.frozen, b, KEY) for b in (batch, other))
+  shifted = {**batch, "index": batch["index"] + 1}
+  evaluate = jax.jit(stage.evaluate)  # The baseline has noise only in its scores.
+  before, after = (evaluate(params, stage.frozen, b, KEY) for b in (batch, shifted))
   assert max(np.abs(before[name] - after[name]).max() for name in before) > 1e-5
 
 
@@ -64,7 +64,7 @@ def test_accumulation_gives_the_gradients_of_the_whole_batch(stage_and_params, b
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6), whole, parts)
 
 
-def test_scores_have_one_row_an_example(stage_and_params, batch):
+def test_scores_have_one_row_per_example(stage_and_params, batch):
   stage, params = stage_and_params
   evaluate = jax.jit(stage.evaluate)
   whole = evaluate(params, stage.frozen, batch, KEY)
@@ -91,7 +91,7 @@ def test_the_autoencoders_loss_is_k_times_cross_entropy_plus_weighted_kl(
 def test_dropped_tokens_are_replaced_in_the_input_and_stay_in_the_target(
   trained_autoencoder, batch
 ):
-  """Where all input is dropped, each replacement id gives one posterior for every patch."""
+  """If all input is dropped, the posterior of every patch is that of the replacement id."""
   trained = loading.load(str(trained_autoencoder))
   kls = {}
   for id_ in (0, 7):
@@ -105,12 +105,12 @@ def test_dropped_tokens_are_replaced_in_the_input_and_stay_in_the_target(
   assert abs(float(kls[0] - kls[7])) > 1e-4
 
 
-def test_scores_of_the_language_model_by_hand(trained_calm, batch):
-  """Samples and targets are drawn again from the stated keys; scores follow from them."""
+def test_scores_of_the_language_model_equal_those_computed_by_hand(trained_calm, batch):
+  """Draws the samples again from their keys, and computes the scores from them."""
   trained = loading.load(str(trained_calm))
   model, frozen = trained.model, trained.parents["autoencoder"].params
-  stage, autoencoder = staged(trained), trained.parents["autoencoder"].model
-  found = jax.jit(stage.evaluate)(trained.params, frozen, batch, KEY)
+  stage, autoencoder = stage_of(trained), trained.parents["autoencoder"].model
+  scores = jax.jit(stage.evaluate)(trained.params, frozen, batch, KEY)
   token_PK = batch["tokens"][1].reshape(-1, 4)
   hidden_1PD, _ = model.hidden(trained.params, token_PK[None, :-1])
   example = jax.random.fold_in(KEY, batch["index"][1])
@@ -118,25 +118,25 @@ def test_scores_of_the_language_model_by_hand(trained_calm, batch):
   mean_PZ, log_std_PZ = layers.apply(autoencoder, frozen, token_PK[1:], method="encode")
 
   def distance(sample_NPZ, first):
-    """To the posterior of patches from `first` on."""
-    chosen = slice(first, first + sample_NPZ.shape[1])
-    posterior = (mean_PZ[chosen], jnp.exp(log_std_PZ[chosen]))
+    """Returns the mean distance to the posteriors of the patches from `first` on."""
+    patches = slice(first, first + sample_NPZ.shape[1])
+    posterior = (mean_PZ[patches], jnp.exp(log_std_PZ[patches]))
     return float(energy_score.expected_attraction(sample_NPZ, *posterior).mean())
 
   apart_NN = np.linalg.norm(sample_NPZ[:, None] - sample_NPZ[None], axis=-1).mean(axis=-1)
   energy = 2 * distance(sample_NPZ, 0) - apart_NN.sum() / 12
-  np.testing.assert_allclose(found["energy"][1], energy, rtol=1e-4)
+  np.testing.assert_allclose(scores["energy"][1], energy, rtol=1e-4)
   tokens_NPK = calm.decode_tokens(autoencoder, frozen, sample_NPZ)
   accuracy_Pn, collision_Pn = brier.accuracy(tokens_NPK, token_PK[1:]), brier.collision(tokens_NPK)
-  np.testing.assert_allclose(found["accuracy"][1], accuracy_Pn.mean(axis=0), rtol=1e-5)
-  np.testing.assert_allclose(found["collision"][1], collision_Pn.mean(axis=0), rtol=1e-5)
+  np.testing.assert_allclose(scores["accuracy"][1], accuracy_Pn.mean(axis=0), rtol=1e-5)
+  np.testing.assert_allclose(scores["collision"][1], collision_Pn.mean(axis=0), rtol=1e-5)
 
   gap = 2 * distance(sample_NPZ[:, :-1], 1) - 2 * distance(sample_NPZ[:, :-1], 0)
-  np.testing.assert_allclose(found["conditioning_gap"][1], gap, atol=1e-4)
+  np.testing.assert_allclose(scores["conditioning_gap"][1], gap, atol=1e-4)
 
 
-def test_the_frozen_autoencoder_gets_no_gradient(trained_calm, batch):
-  """It is an argument of the loss and no leaf of what is trained."""
+def test_the_frozen_autoencoder_gets_no_gradient(trained_calm):
+  """The trained parameters do not contain it; it is an argument of the loss."""
   trained = loading.load(str(trained_calm))
   assert set(trained.params) == {"backbone", "head"}
   assert not any("encoder" in str(path) for path, _ in jax.tree.leaves_with_path(trained.params))
@@ -150,7 +150,7 @@ def test_bfloat16_gives_nearly_the_loss_of_float32_and_float32_gradients(
   values = []
   for dtype in ("float32", "bfloat16"):
     trained = loading.load(directory, dtype=dtype)
-    stage, params = staged(trained), trained.params
+    stage, params = stage_of(trained), trained.params
     (value, _), grads = jax.jit(jax.value_and_grad(stage.loss, has_aux=True))(
       params, stage.frozen, batch, KEY
     )
@@ -163,7 +163,7 @@ SHORT = config.Autoencoder(patch_size=2, width=16, ffn=24, latent=4, init="fan_i
 
 
 def short_patches(kind: str):
-  """An untrained model of K = 2 over 12 tokens, its last layer awake; its stage."""
+  """Returns an untrained model with K = 2, V = 12 and a nonzero output layer, and its stage."""
   sizes = config.Backbone(layers=2, width=16, ffn=24, heads=2, kv_heads=1, init="fan_in")
   run = calm_stage.Run(
     model=dataclasses.replace(sizes, input=kind, patch_size=2),
@@ -177,22 +177,22 @@ def short_patches(kind: str):
   params = trained.params
   kernel = params["head"]["out"]["kernel"]
   params["head"]["out"]["kernel"] = 0.2 * jax.random.normal(jax.random.key(2), kernel.shape)
-  return trained, staged(trained)
+  return trained, stage_of(trained)
 
 
 @pytest.mark.parametrize("kind", ["discrete", "continuous", "both"])
-def test_scores_below_four_tokens_a_patch_follow_the_first_samples_path(kind: str):
-  """K = 2, by hand: each position's second patch from a pass over its own text and path."""
+def test_scores_with_fewer_than_four_tokens_per_patch_follow_the_first_samples_path(kind: str):
+  """K = 2, by hand: the second patch of each position comes from a pass over its text and path."""
   trained, stage = short_patches(kind)
-  model, params, inner = trained.model, trained.params, trained.parents["autoencoder"]
-  frozen = inner.params
+  model, params, autoencoder = trained.model, trained.params, trained.parents["autoencoder"]
+  frozen = autoencoder.params
   token_S = jax.random.randint(jax.random.key(4), (12,), 0, 12)
   batch = {"tokens": token_S[None], "index": jnp.array([7])}
-  found = jax.jit(stage.evaluate)(params, frozen, batch, KEY)
+  scores = jax.jit(stage.evaluate)(params, frozen, batch, KEY)
 
   example = jax.random.fold_in(KEY, 7)
   token_PK = token_S.reshape(-1, 2)
-  mean_PZ, log_std_PZ = layers.apply(inner.model, frozen, token_PK, method="encode")
+  mean_PZ, log_std_PZ = layers.apply(autoencoder.model, frozen, token_PK, method="encode")
   eps_1PZ = jax.random.normal(jax.random.fold_in(example, 0), (1, *mean_PZ.shape))
   latent_PZ = (mean_PZ + jnp.exp(log_std_PZ) * eps_1PZ[0]) if kind != "discrete" else mean_PZ
 
@@ -203,10 +203,10 @@ def test_scores_below_four_tokens_a_patch_follow_the_first_samples_path(kind: st
   @jax.jit
   def draw(hidden_PD, number):
     sample = model.sample(params, hidden_PD, jax.random.fold_in(example, number), 8)
-    return sample, calm.decode_tokens(inner.model, frozen, sample)
+    return sample, calm.decode_tokens(autoencoder.model, frozen, sample)
 
   first_NPZ, first_NPK = draw(hidden(token_PK[:-1], latent_PZ[:-1]), 2)
-  starts = 4  # Of the 5 predicted patches, those with another one after them.
+  starts = 4  # 4 of the 5 predicted patches precede another one.
   ends = []
   for start in range(starts):
     text_PK = jnp.concatenate([token_PK[: start + 1], first_NPK[:1, start]])
@@ -216,16 +216,16 @@ def test_scores_below_four_tokens_a_patch_follow_the_first_samples_path(kind: st
 
   within, whole = brier.collision(first_NPK)[:starts], brier.repeats(first_NPK)[:starts]
   collision_Pn = np.concatenate([within, whole[:, None] * brier.collision(second_NPK)], axis=1)
-  np.testing.assert_allclose(found["collision"][0], collision_Pn.mean(axis=0), atol=1e-5)
+  np.testing.assert_allclose(scores["collision"][0], collision_Pn.mean(axis=0), atol=1e-5)
   right_PK = brier.accuracy(first_NPK, token_PK[1:])
   accuracy_Pn = np.concatenate([right_PK[:-1], right_PK[:-1, 1:] * right_PK[1:]], axis=1)
-  np.testing.assert_allclose(found["accuracy"][0], accuracy_Pn.mean(axis=0), atol=1e-5)
+  np.testing.assert_allclose(scores["accuracy"][0], accuracy_Pn.mean(axis=0), atol=1e-5)
   assert 0 < collision_Pn[:, 3].mean() < collision_Pn[:, 0].mean() < 1
 
 
 @pytest.mark.parametrize("kind", ["continuous", "both"])
-def test_latents_as_input_are_draws_of_the_posterior(kind: str):
-  """The loss moves with the std that the frozen encoder gives, and trains the projection."""
+def test_the_latent_input_is_trained(kind: str):
+  """Its projection gets a gradient; there is no token embedding unless the input is `both`."""
   trained, stage = short_patches(kind)
   params, frozen = trained.params, stage.frozen
   batch = {"tokens": jnp.arange(12)[None] % 12, "index": jnp.array([7])}

@@ -1,4 +1,4 @@
-"""Claims about training on from given weights: they are what the run starts from."""
+"""Claims about `start_from`: a run starts from the weights of another workdir."""
 
 import dataclasses
 
@@ -28,17 +28,17 @@ def test_training_starts_from_imported_weights(name, request, tmp_path):
   if name == "calm":
     run = dataclasses.replace(run, autoencoder="")
   train.train_run(run, str(tmp_path / "new"))
-  found = loading.load(str(tmp_path / "new"))
+  trained = loading.load(str(tmp_path / "new"))
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
-    all_params(found),
+    all_params(trained),
     all_params(imported),
   )
   with pytest.raises(errors.CalmError, match=f"new --workdir with --config.start_from={start}"):
     train.train_run(run, start)
 
 
-def test_weights_of_another_size_are_no_start(trained_calm, calm_run, tmp_path):
+def test_weights_of_another_size_are_refused(trained_calm, calm_run, tmp_path):
   wider = dataclasses.replace(
     calm_run,
     autoencoder="",
@@ -50,7 +50,7 @@ def test_weights_of_another_size_are_no_start(trained_calm, calm_run, tmp_path):
   assert not (tmp_path / "new").exists()
 
 
-def test_a_run_cut_before_its_first_checkpoint_still_starts_from_the_weights(
+def test_a_run_interrupted_before_its_first_checkpoint_still_starts_from_the_weights(
   trained_transformer, transformer_run, tmp_path, monkeypatch
 ):
   run = dataclasses.replace(
@@ -60,16 +60,16 @@ def test_a_run_cut_before_its_first_checkpoint_still_starts_from_the_weights(
     training=dataclasses.replace(transformer_run.training, steps=2),
   )
 
-  def cut(self):
+  def interrupt(self):
     raise KeyboardInterrupt
 
   with monkeypatch.context() as patch:
-    patch.setattr(trainer.Trainer, "train", cut)
+    patch.setattr(trainer.Trainer, "train", interrupt)
     with pytest.raises(KeyboardInterrupt):
       train.train_run(run, str(tmp_path / "new"))
   assert workdir.exists(str(tmp_path / "new"))
   train.train_run(run, str(tmp_path / "new"))
-  found, expected = (
+  params, expected = (
     loading.load(str(path)).params for path in (tmp_path / "new", trained_transformer)
   )
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, expected)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), params, expected)

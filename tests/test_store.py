@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from calm_jax import errors, sealed_json
-from calm_jax.data import arrays
+from calm_jax.data import arrays, store_writer
 from calm_jax.data import manifest as manifest_lib
 from calm_jax.data import store as store_lib
 from calm_jax.data import tokenizer as tokenizer_lib
@@ -24,11 +24,11 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> tokenizer_lib.Tokeniz
   return tokenizer_lib.train(["some text for a tokenizer"] * 3, 280, str(path))
 
 
-def content(documents: list[np.ndarray], block: int = 3) -> store_lib.SplitContent:
+def content(documents: list[np.ndarray], block: int = 3) -> store_writer.SplitContent:
   """Returns documents as a split to be written, in blocks that ignore their boundaries."""
   tokens = np.concatenate(documents)
   lengths = np.array([len(document) for document in documents])
-  return store_lib.SplitContent(
+  return store_writer.SplitContent(
     num_tokens=len(tokens),
     num_documents=len(lengths),
     tokens=(tokens[i : i + block] for i in range(0, len(tokens), block)),
@@ -40,14 +40,14 @@ def write(
   path: pathlib.Path, tokenizer: tokenizer_lib.Tokenizer, train: list[np.ndarray], block: int = 3
 ) -> store_lib.TokenStore:
   contents = {"train": content(train, block), "heldout": content([np.array([7, 0, 1])])}
-  provenance = store_lib.Provenance(
+  provenance = store_writer.Provenance(
     sources=[manifest_lib.Source("a.txt", 10, len(train) + 1)],
     appends_eos=True,
     heldout=0.02,
     heldout_by="documents",
     plan={"input": "a.txt"},
   )
-  return store_lib.write(str(path), tokenizer, contents, provenance)
+  return store_writer.write(str(path), tokenizer, contents, provenance)
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def test_the_hash_does_not_depend_on_names_or_compression(
   monkeypatch.setattr(arrays, "_spec", spec_of_higher_compression)
   train = [np.arange(5), np.array([9]), np.arange(100, 104)]
   contents = {"train": content(train), "heldout": content([np.array([7, 0, 1])])}
-  provenance = store_lib.Provenance(
+  provenance = store_writer.Provenance(
     sources=[manifest_lib.Source("b.txt", 11, 5)],
     appends_eos=True,
     heldout=0.3,
@@ -128,7 +128,7 @@ def test_the_hash_does_not_depend_on_names_or_compression(
     skipped_lines=4,
     plan={"a": "b"},
   )
-  second = store_lib.write(str(tmp_path / "second"), tokenizer, contents, provenance)
+  second = store_writer.write(str(tmp_path / "second"), tokenizer, contents, provenance)
   assert second.manifest != store.manifest and second.hash == store.hash
 
 
@@ -148,7 +148,7 @@ def test_several_threads_read_the_same_as_one(store: store_lib.TokenStore):
 
 @pytest.mark.parametrize(("vocab_size", "name"), [(2**16, "uint16"), (2**16 + 1, "uint32")])
 def test_tokens_are_stored_in_the_smallest_type(vocab_size: int, name: str):
-  assert store_lib.token_dtype(vocab_size).name == name
+  assert store_writer.token_dtype(vocab_size).name == name
 
 
 def test_the_manifest_survives_json(store: store_lib.TokenStore):

@@ -1,4 +1,4 @@
-"""Claims about what PyTorch users get: the exported folders compute what we compute."""
+"""Claims about folders exported for PyTorch: they compute the same numbers as we do."""
 
 import json
 import pathlib
@@ -10,7 +10,6 @@ from folders import GOLDEN, agree
 
 from calm_jax.models import calm, layers
 from calm_jax.running import conversion, loading
-from calm_jax.training import trained as trained_lib
 
 torch = pytest.importorskip("torch", reason="exported folders are opened by torch")
 transformers = pytest.importorskip("transformers", reason="they are opened by transformers")
@@ -24,7 +23,7 @@ def no_gradients():
 
 @pytest.fixture
 def opened(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
-  """Exports a workdir for PyTorch and opens it there."""
+  """Exports a workdir for PyTorch and opens it with transformers."""
   monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
   monkeypatch.setattr(
     transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules")
@@ -39,7 +38,7 @@ def opened(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def golden(words, tmp_path: pathlib.Path):
-  """The workdir of a golden case's model."""
+  """Converts a model of a golden case to a workdir, and returns its path."""
 
   def convert(case: str, model: str) -> pathlib.Path:
     size = json.loads((GOLDEN / case / "case.json").read_text())["vocab"]
@@ -57,7 +56,7 @@ def some_tokens(vocab: int, *shape: int) -> np.ndarray:
 
 @pytest.mark.parametrize("case", ["k4", "k2_gqa"])
 @pytest.mark.parametrize("model", ["energy", "flow", "diffusion"])
-def test_a_language_model_computes_the_same_there(case, model, opened, golden):
+def test_a_language_model_computes_the_same_in_torch(case, model, opened, golden):
   source = golden(case, model)
   there, here = opened(source), loading.load(str(source))
   size = here.parents["autoencoder"].run.model.patch_size
@@ -75,18 +74,18 @@ def test_a_language_model_computes_the_same_there(case, model, opened, golden):
   np.testing.assert_array_equal(there.next_tokens(found_NBZ), token_NBK)
 
 
-def test_an_autoencoder_computes_the_same_there(opened, trained_autoencoder):
+def test_an_autoencoder_computes_the_same_in_torch(opened, trained_autoencoder):
   there, here = opened(trained_autoencoder), loading.load(str(trained_autoencoder))
-  token_BPK, module = some_tokens(300, 2, 3, 4), here.module("float32")
-  posterior = layers.apply(module, here.params, token_BPK, method="encode")
+  token_BPK = some_tokens(300, 2, 3, 4)
+  posterior = layers.apply(here.model, here.params, token_BPK, method="encode")
   for found, expected in zip(there.encode(torch.from_numpy(token_BPK)), posterior, strict=True):
     agree(found, expected)
-  logits_BPKV = layers.apply(module, here.params, posterior[0], method="decode")
+  logits_BPKV = layers.apply(here.model, here.params, posterior[0], method="decode")
   agree(there.decode(torch.from_numpy(np.array(posterior[0]))), logits_BPKV)
 
 
 @pytest.mark.parametrize("kind", ["continuous", "both"])
-def test_latents_as_input_are_read_the_same_there(kind, opened, latent_reader, tmp_path):
+def test_the_latent_input_computes_the_same_in_torch(kind, opened, latent_reader, tmp_path):
   source = latent_reader(kind)
   there, here = opened(source), loading.load(source)
   token_BPK = some_tokens(300, 2, 5, 4)
@@ -94,7 +93,7 @@ def test_latents_as_input_are_read_the_same_there(kind, opened, latent_reader, t
   hidden_BPD, _ = here.model.hidden(here.params, token_BPK, latent_BPZ)
   found_BPD = there.hidden_states(torch.from_numpy(token_BPK), torch.from_numpy(latent_BPZ))
   agree(found_BPD, hidden_BPD)
-  there.config.eos_token_id = None  # Where a draw may end a text, it may be shorter.
+  there.config.eos_token_id = None  # So that no draw ends a text.
   assert there.generate(torch.from_numpy(token_BPK[0].reshape(-1)).long(), 8).shape == (8,)
   conversion.convert(str(tmp_path / "out"), str(tmp_path / "back"), "workdir")
   back = loading.load(str(tmp_path / "back"))
@@ -102,40 +101,40 @@ def test_latents_as_input_are_read_the_same_there(kind, opened, latent_reader, t
   jax.tree.map(np.testing.assert_array_equal, back.params, here.params)
 
 
-def test_text_is_written_there(opened, trained_calm):
-  """With a cache the next patch is drawn from the hidden state that recomputing gives."""
+def test_torch_writes_text(opened, trained_calm):
+  """The cache gives the same patches as recomputing the hidden states."""
   there, start = opened(trained_calm), loading.load(str(trained_calm)).origin.start_patch
-  there.config.eos_token_id = None  # Where a draw may end a text, it may be shorter.
+  there.config.eos_token_id = None  # So that no draw ends a text.
   prompt_S = torch.tensor([*start, *range(20, 28)])
   new_S = there.generate(prompt_S, 12, generator=torch.Generator().manual_seed(0))
-  generator, known_S = torch.Generator().manual_seed(0), prompt_S
+  generator, text_S = torch.Generator().manual_seed(0), prompt_S
   for _ in range(3):
-    hidden_1PD = there.hidden_states(known_S.reshape(1, -1, 4))
+    hidden_1PD = there.hidden_states(text_S.reshape(1, -1, 4))
     patch_1K, _ = there.choose(hidden_1PD[:, -1], 1, 1, generator)
-    known_S = torch.cat([known_S, patch_1K[0]])
-  np.testing.assert_array_equal(new_S, known_S[len(prompt_S) :])
+    text_S = torch.cat([text_S, patch_1K[0]])
+  np.testing.assert_array_equal(new_S, text_S[len(prompt_S) :])
   with pytest.raises(ValueError, match="whole patches of 4 tokens"):
     there.generate(prompt_S[:3], 4)
 
 
-def test_a_text_ends_at_its_eos_there(opened, trained_calm, monkeypatch):
-  """Of two texts one ends in its second patch, the other with the length asked for."""
+def test_a_text_ends_at_eos_in_torch(opened, trained_calm, monkeypatch):
+  """One text ends in its second patch, the other at the requested length."""
   there = opened(trained_calm)
   eos, patches = there.config.eos_token_id, iter([[5, 6, 7, 8], [9, 1, 9, 9], [5, 6, 7, 8]])
   assert eos == 1
 
   def choose(hidden_BD, n, count, generator=None):
     patch_K = torch.tensor(next(patches))
-    other_K = torch.where(patch_K == eos, 2, patch_K)
-    return torch.stack([patch_K, other_K]), torch.zeros(2, 8)
+    without_eos_K = torch.where(patch_K == eos, 2, patch_K)
+    return torch.stack([patch_K, without_eos_K]), torch.zeros(2, 8)
 
   monkeypatch.setattr(there, "choose", choose)
   new_BS = there.generate(torch.arange(20, 28).expand(2, -1), 10)
   assert new_BS.tolist() == [[5, 6, 7, 8, 9] + 5 * [1], [5, 6, 7, 8, 9, 2, 9, 9, 5, 6]]
 
 
-def test_temperature_there_is_the_batch_approximation(opened, trained_calm):
-  """The published pool: A three times, B twice, five others once; at T = 1/2 A 3/4, B 1/4."""
+def test_temperature_in_torch_is_the_batch_approximation(opened, trained_calm):
+  """A pool of A three times, B twice and five others once: at T = 1/2 A has 3/4, B has 1/4."""
   module = next(
     m for n, m in transformers.dynamic_module_utils.sys.modules.items() if "modeling_calm" in n
   )
@@ -160,14 +159,13 @@ def test_transformers_loads_the_baseline_as_a_llama(kind, trained_transformer, t
   there = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
   assert type(there).__name__ == "LlamaForCausalLM"
   here = loading.load(str(trained_transformer), "transformer")
-  assert isinstance(here, trained_lib.Trained)
   token_BS = some_tokens(300, 2, 20)
   logits_BSV = layers.apply(here.model, here.params, token_BS)
   agree(there(torch.from_numpy(token_BS)).logits, logits_BSV)
 
 
-def test_what_transformers_saves_comes_back(trained_transformer, tmp_path):
-  """Its config.json has other names for the rotary base and the type, by its version."""
+def test_a_llama_saved_by_transformers_is_imported(trained_transformer, tmp_path):
+  """Its config.json names the rotary base and the type differently, depending on the version."""
   conversion.convert(str(trained_transformer), str(tmp_path / "out"), "llama")
   there = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
   there.save_pretrained(tmp_path / "saved")

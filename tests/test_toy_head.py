@@ -1,6 +1,6 @@
-"""Claims about heads as rows: one that is defined and registered here takes part everywhere.
+"""Claims about adding a head: this file defines and registers one, and every part supports it.
 
-Nothing in `calm_jax` knows its name, and its file is this one.
+Nothing in `calm_jax` knows its name.
 """
 
 import dataclasses
@@ -49,8 +49,9 @@ class GaussianHead(head.Head):
   loss_unit = "latent unit of a toy"
   shaping = ("kind",)
 
-  def __init__(self, sizes, width, latent, scheme, dtype=jnp.float32, remat="none"):
-    self.network, self.width, self.noise_shape = Moments(latent), width, (latent,)
+  def __init__(self, sizes, trunk):
+    self.network, self.width = Moments(trunk.latent), trunk.width
+    self.noise_shape = (trunk.latent,)
 
   def init(self, key):
     return self.network.init(key, jnp.zeros((self.width,)), method="condition")["params"]
@@ -112,12 +113,12 @@ def lines(directory: str) -> list[dict]:
 
 
 def test_nothing_in_the_package_knows_the_toy():
-  known = [
+  files = [
     path.name
     for path in (ROOT / "calm_jax").rglob("*.py")
     if re.search(rf"\b{KIND}\b|{GaussianHead.__name__}", path.read_text())
   ]
-  assert not known
+  assert not files
 
 
 def test_a_model_with_the_toy_head_has_a_loss_a_gradient_and_samples(toy_run: calm_stage.Run):
@@ -145,13 +146,13 @@ def test_its_flops_are_counted(toy_run: calm_stage.Run):
   parts = counting.train_parts(toy_run, PARENTS, VOCAB)
   assert parts["head"] == 3 * toy_run.loss.samples * product / size
   job = cost.WritingJob(toy_run, PARENTS, VOCAB, positions=8, draws=5)
-  found = {part.name: part.flops for part in writing.parts(job)}
-  assert (found["head, once"], found["head, draws"]) == (product / size, 0)
+  parts = {part.name: part.flops for part in writing.parts(job)}
+  assert (parts["head, once"], parts["head, draws"]) == (product / size, 0)
   with pytest.raises(errors.CalmError, match="counted for the energy head only, not for 'gaus"):
     counting.program_per_token(toy_run, PARENTS, VOCAB)
 
 
-def test_it_trains_and_is_evaluated_and_its_run_is_found_complete(toy: tuple[calm_stage.Run, str]):
+def test_it_trains_is_evaluated_and_resumes_as_complete(toy: tuple[calm_stage.Run, str]):
   run, directory = toy
   reports = [line for line in lines(directory) if line["kind"] == "train"]
   assert reports[-1]["step"] == run.training.steps and np.isfinite(reports[-1]["loss"])
@@ -177,7 +178,7 @@ def test_it_writes_text_and_is_reported(toy: tuple[calm_stage.Run, str], tmp_pat
 def test_weights_start_a_run_unless_a_setting_that_shapes_them_differs(
   toy: tuple[calm_stage.Run, str], tmp_path: pathlib.Path
 ):
-  """The toy has no blocks: another number of them changes no shape."""
+  """The toy has no blocks, so their number changes no shape."""
   run, directory = toy
   run = dataclasses.replace(run, autoencoder="", start_from=directory)
   dry = train.Options(dry_run=True)
@@ -187,7 +188,9 @@ def test_weights_start_a_run_unless_a_setting_that_shapes_them_differs(
     train.train_run(dataclasses.replace(run, head=config.Head()), str(tmp_path / "new"), dry)
 
 
-def test_a_format_that_lacks_it_refuses_it(toy: tuple[calm_stage.Run, str], tmp_path: pathlib.Path):
+def test_a_format_that_does_not_support_it_refuses_it(
+  toy: tuple[calm_stage.Run, str], tmp_path: pathlib.Path
+):
   _, directory = toy
   with pytest.raises(errors.CalmError, match=rf"'{KIND}' heads have no tensors in the reference"):
     conversion.convert(directory, str(tmp_path / "out"), "reference")

@@ -1,4 +1,4 @@
-"""Claims about accuracy and collision over temperatures."""
+"""Claims about accuracy and collision at several temperatures."""
 
 import pathlib
 
@@ -11,17 +11,16 @@ from calm_jax.data import pipeline, synthetic
 from calm_jax.generation import requests, tradeoff
 from calm_jax.models import layers
 from calm_jax.running import loading
-from calm_jax.training import trained as trained_lib
 
 FIRST, PUBLISHED = requests.Sampler(), requests.Sampler("none", "batch")
 
 
-def test_each_sampler_temperature_and_number_is_a_row(trained_calm: pathlib.Path):
+def test_each_sampler_temperature_and_number_of_candidates_is_a_row(trained_calm: pathlib.Path):
   trained = loading.load(str(trained_calm))
   store = synthetic.open_store(trained.run.data.path)
   rows = tradeoff.of_calm(trained, store, (1.0, 0.5), (4, 16), (FIRST, PUBLISHED), 20, seed=0)
-  told = [(row["rule"], row["temperature"], row["num_candidates"]) for row in rows]
-  assert told == [
+  settings = [(row["rule"], row["temperature"], row["num_candidates"]) for row in rows]
+  assert settings == [
     ("first", 1.0, 1), ("first", 0.5, 4), ("first", 0.5, 16),
     ("none", 1.0, 1), ("none", 0.5, 4), ("none", 0.5, 16),
   ]  # fmt: skip
@@ -29,12 +28,11 @@ def test_each_sampler_temperature_and_number_is_a_row(trained_calm: pathlib.Path
   assert draws[3:] == [1, 4, 16] and draws[0] == 1 and draws[2] <= 16
   assert all(row["patches"] == 20 and len(row["accuracy"]) == 4 for row in rows)
   same = [rows[0][name] == rows[3][name] for name in ("accuracy", "collision")]
-  assert all(same)  # At temperature 1 there is nothing to choose.
+  assert all(same)  # At temperature 1 the only draw is taken.
 
 
-def test_the_baselines_figures_are_those_of_its_law(trained_transformer: pathlib.Path):
+def test_the_baselines_figures_are_computed_from_its_law(trained_transformer: pathlib.Path):
   trained = loading.load(str(trained_transformer), "transformer")
-  assert isinstance(trained, trained_lib.Trained)
   store = synthetic.open_store(trained.run.data.path)
   (row,) = tradeoff.of_transformer(trained, store, (0.5,), (), (), 31, 0)
   ((batch, _),) = pipeline.heldout_batches(store, 32, 1, 1)
@@ -47,7 +45,7 @@ def test_the_baselines_figures_are_those_of_its_law(trained_transformer: pathlib
   np.testing.assert_allclose(row["collision"], [100 * (p_SV**2).sum(axis=1).mean()], rtol=1e-5)
 
 
-def test_what_can_not_be_is_told(trained_calm: pathlib.Path):
+def test_impossible_settings_are_refused(trained_calm: pathlib.Path):
   trained = loading.load(str(trained_calm))
   store = synthetic.open_store(trained.run.data.path)
   for temperatures, numbers, reason in (

@@ -1,4 +1,4 @@
-"""Claims about verify: it names what is there to check, and the first thing that lies."""
+"""Claims about verify: it lists the checks, and names the first difference."""
 
 import pathlib
 import shutil
@@ -15,12 +15,12 @@ from calm_jax.training import checkpoint
 def places(
   tokens: str, trained_calm: pathlib.Path, tmp_path: pathlib.Path
 ) -> dict[str, pathlib.Path]:
-  """A folder of each kind, to be damaged."""
-  found = {name: tmp_path / name for name in ("store", "workdir", "exported")}
-  shutil.copytree(tokens, found["store"])
-  shutil.copytree(trained_calm, found["workdir"])
-  conversion.convert(str(trained_calm), str(found["exported"]), "reference")
-  return found
+  """A folder of each kind, for tests to damage."""
+  folders = {name: tmp_path / name for name in ("store", "workdir", "exported")}
+  shutil.copytree(tokens, folders["store"])
+  shutil.copytree(trained_calm, folders["workdir"])
+  conversion.convert(str(trained_calm), str(folders["exported"]), "reference")
+  return folders
 
 
 def lines(path: pathlib.Path) -> list[str]:
@@ -29,20 +29,20 @@ def lines(path: pathlib.Path) -> list[str]:
   return shown
 
 
-def edited(path: pathlib.Path) -> None:
+def flip_a_bit(path: pathlib.Path) -> None:
   content = path.read_bytes()
   middle = len(content) // 2
   path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
 
 
-def test_all_that_is_whole_is_told(places: dict[str, pathlib.Path]):
+def test_the_checks_of_intact_folders_are_listed(places: dict[str, pathlib.Path]):
   first, *_, last = lines(places["store"])
   assert first == f"token store {places['store']}" and last == "7 checks, all as written"
-  told = "\n".join(lines(places["workdir"]))
+  report = "\n".join(lines(places["workdir"]))
   for name in ("seal.json", "origin.json", "autoencoder/config.json", "checkpoints/6", "metrics"):
-    assert f"\n  {name}" in told
-  told = "\n".join(lines(places["exported"]))
-  assert told.startswith("exported folder") and "\n  checksums" in told
+    assert f"\n  {name}" in report
+  report = "\n".join(lines(places["exported"]))
+  assert report.startswith("exported folder") and "\n  checksums" in report
 
 
 def _newest(folder: pathlib.Path) -> pathlib.Path:
@@ -64,26 +64,26 @@ def _newest(folder: pathlib.Path) -> pathlib.Path:
     ("exported", lambda folder: folder / "tokenizer.model", "tokenizer.model"),
   ],
 )
-def test_the_first_lie_is_named(
+def test_the_first_difference_is_named(
   kind: str,
   damaged: Callable[[pathlib.Path], pathlib.Path],
   named: str,
   places: dict[str, pathlib.Path],
 ):
-  edited(damaged(places[kind]))
+  flip_a_bit(damaged(places[kind]))
   with pytest.raises(errors.CalmError, match=named) as caught:
     lines(places[kind])
   assert "\n" not in str(caught.value)
 
 
-def test_a_workdir_with_sums_of_some_files_is_still_checked_as_one(
+def test_a_workdir_with_a_file_of_checksums_is_still_checked_as_a_workdir(
   places: dict[str, pathlib.Path],
 ):
   (places["workdir"] / "SHA256SUMS").write_text("")
   assert lines(places["workdir"])[0].startswith("workdir")
 
 
-def test_a_checkpoint_that_its_run_removes_meanwhile_is_no_lie(
+def test_a_checkpoint_that_its_run_removes_meanwhile_is_no_difference(
   places: dict[str, pathlib.Path], monkeypatch: pytest.MonkeyPatch
 ):
   steps_in = checkpoint.steps_in

@@ -24,7 +24,7 @@ import numpy as np
 from etils import epath
 
 from calm_jax import errors, files, sealed_json
-from calm_jax.data import holdout, manifest, readers, store
+from calm_jax.data import holdout, manifest, readers, store_writer
 from calm_jax.data import tokenizer as tokenizer_lib
 
 Counts = collections.Counter[str]  # "train.tokens", "heldout.documents", "0.bytes", ...
@@ -156,9 +156,9 @@ def make_parts(
 
 def read_split(
   job: PartJob, parts: Sequence[Part], split: str, dtype: np.dtype
-) -> store.SplitContent:
+) -> store_writer.SplitContent:
   """Returns a split of all parts, in order; reading it raises CalmError at a damaged file."""
-  return store.SplitContent(
+  return store_writer.SplitContent(
     num_tokens=sum(part.counts[f"{split}.tokens"] for part in parts),
     num_documents=sum(part.counts[f"{split}.documents"] for part in parts),
     tokens=_read_blocks(job, parts, f"{split}.tokens", dtype),
@@ -207,7 +207,7 @@ class _SplitWriter:
       job.file(part, f"{split}.lengths").open("wb") as lengths,
     ):
       opened = {"tokens": tokens, "lengths": lengths}
-      yield cls(split, opened, store.token_dtype(tokenizer.vocab_size))
+      yield cls(split, opened, store_writer.token_dtype(tokenizer.vocab_size))
 
   def append(self, pieces: Iterable[Sequence[int]]) -> int:
     """Writes a document, given as pieces of ids, and returns its length in tokens."""

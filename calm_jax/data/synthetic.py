@@ -10,7 +10,7 @@ import numpy as np
 import tokenizers
 
 from calm_jax import errors
-from calm_jax.data import holdout, store, tokenizer
+from calm_jax.data import holdout, store, store_writer, tokenizer
 
 PREFIX = "synthetic:"
 TOKENS = {"train": 2**22, "heldout": 2**19}  # Per split.
@@ -48,7 +48,7 @@ def _write(vocab_size: int) -> store.TokenStore:
   model.save(str(folder / "words.json"))
   generator = np.random.default_rng(0)
   contents = {
-    split: store.SplitContent(
+    split: store_writer.SplitContent(
       num_tokens=count,
       num_documents=count // DOCUMENT,
       tokens=[generator.integers(0, vocab_size, count)],
@@ -57,8 +57,8 @@ def _write(vocab_size: int) -> store.TokenStore:
     for split, count in TOKENS.items()
   }
   share = TOKENS["heldout"] / sum(TOKENS.values())
-  provenance = store.Provenance(
+  provenance = store_writer.Provenance(
     sources=(), appends_eos=False, heldout=share, heldout_by=holdout.DOCUMENTS
   )
   words_tokenizer = tokenizer.load(str(folder / "words.json"))
-  return store.write(str(folder / "tokens"), words_tokenizer, contents, provenance)
+  return store_writer.write(str(folder / "tokens"), words_tokenizer, contents, provenance)

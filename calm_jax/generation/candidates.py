@@ -19,7 +19,7 @@ DRAW, _RULE, _CHOICE, POSTERIOR = range(4)
 
 
 class Wanted(NamedTuple):
-  """The patches that B rows want.
+  """What is wanted of the next patch of each of B rows.
 
   Attributes:
     key_B: key of the row's draws; draw i of a row depends on this key and i alone.

@@ -1,4 +1,4 @@
-"""Draws of each row -> one of them, where a number of draws is all there is: one row a way."""
+"""All draws of a row -> the one that is taken, when no rule settled: one function per chooser."""
 
 from collections.abc import Callable
 
@@ -8,21 +8,22 @@ from jax import numpy as jnp
 from calm_jax.generation import temperature
 
 
-def _counts(same: Callable[[jax.Array, jax.Array], jax.Array], x_BN, here_BN) -> jax.Array:
-  """Returns how often each draw that is here occurs among those that are: int [B, N]."""
+def _counts(same: Callable[[jax.Array, jax.Array], jax.Array], x_BN, is_draw_BN) -> jax.Array:
+  """Returns how often each draw occurs among its row's draws, int [B, N]; 0 in empty slots."""
 
-  def row(one):
-    x_N, here_N = one
-    return jnp.where(here_N, jnp.sum(same(x_N[:, None], x_N[None]) & here_N[None], axis=1), 0)
+  def row_counts(row):
+    x_N, is_draw_N = row
+    equal_NN = same(x_N[:, None], x_N[None]) & is_draw_N[None]
+    return jnp.where(is_draw_N, jnp.sum(equal_NN, axis=1), 0)
 
-  return jax.lax.map(row, (x_BN, here_BN))
+  return jax.lax.map(row_counts, (x_BN, is_draw_BN))
 
 
-def batch(token_BNK, here_BN, power_B, key_B) -> jax.Array:
-  """By the number of equal patches; see `temperature.log_weights`.
+def batch(token_BNK, is_draw_BN, power_B, key_B) -> jax.Array:
+  """Chooses a patch by the number of draws that equal it; see `temperature.log_weights`.
 
-  As N grows the law tends to P(x)^(1/T) / Σ P^(1/T) over whole patches. Where patches
-  rarely repeat it takes many draws.
+  As N grows, the law tends to P(x)^(1/T) / Σ P^(1/T) over patches. If patches rarely
+  repeat, that takes many draws.
 
   Source: CALM (arXiv:2510.27688), algorithm 2.
   """
@@ -30,28 +31,29 @@ def batch(token_BNK, here_BN, power_B, key_B) -> jax.Array:
   def same(a_K, b_K):
     return jnp.all(a_K == b_K, axis=-1)
 
-  log_BN = temperature.log_weights(_counts(same, token_BNK, here_BN), power_B)
+  log_BN = temperature.log_weights(_counts(same, token_BNK, is_draw_BN), power_B)
   return jax.vmap(jax.random.categorical)(key_B, log_BN)
 
 
-def prefix(token_BNK, here_BN, power_B, key_B) -> jax.Array:
-  """Token by token, each by the number of draws that go on with it after those before.
+def prefix(token_BNK, is_draw_BN, power_B, key_B) -> jax.Array:
+  """Chooses token by token, by the number of draws that continue the chosen tokens with each.
 
-  The batch rule's weights, of the next token among the draws that begin with the tokens
-  chosen so far. As N grows the law tends to the product of P(token | tokens before)^(1/T),
-  each normalized: a Transformer's temperature, which for T < 1 is flatter over patches than
-  P(patch)^(1/T). Beginnings repeat where patches do not, so few draws do.
+  The weights are those of `batch`, applied to the next token of the draws that begin with
+  the tokens chosen so far. As N grows, the law tends to the product of P(token | tokens
+  before)^(1/T), each factor normalized: a Transformer's temperature, which for T < 1 is
+  flatter over patches than P(patch)^(1/T). Few draws suffice, as beginnings of patches
+  repeat more often than patches.
   """
   for place in range(token_BNK.shape[-1]):
     token_BN = token_BNK[..., place]
-    log_BN = temperature.log_weights(_counts(jnp.equal, token_BN, here_BN), power_B)
+    log_BN = temperature.log_weights(_counts(jnp.equal, token_BN, is_draw_BN), power_B)
     place_key_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(key_B, place)
     chosen_B = jax.vmap(jax.random.categorical)(place_key_B, log_BN)
-    here_BN &= token_BN == jnp.take_along_axis(token_BN, chosen_B[:, None], axis=1)
-  return jnp.argmax(here_BN, axis=1)
+    is_draw_BN &= token_BN == jnp.take_along_axis(token_BN, chosen_B[:, None], axis=1)
+  return jnp.argmax(is_draw_BN, axis=1)
 
 
 Chooser = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
-# For draws [B, N, K], of which some are here [B, N], 1/T [B] and keys [B]: their number [B].
+# (draws [B, N, K], which slots hold one [B, N], 1/T [B], keys [B]) -> number of a draw [B].
 CHOOSERS: dict[str, Chooser] = {"batch": batch, "prefix": prefix}

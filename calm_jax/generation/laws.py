@@ -14,13 +14,13 @@ from calm_jax.training import trained as trained_lib
 
 
 class CalmLaw:
-  """The next patch by CALM: candidates from the head, decoded, one of them taken."""
+  """The next patch by CALM: decoded candidates of the head, of which one is taken."""
 
   def __init__(self, trained: trained_lib.Trained, sampler: requests.Sampler):
     autoencoder = trained.parents["autoencoder"]
     self._model, self._autoencoder = trained.model, autoencoder.model
     self._rule = rules.RULES[sampler.rule]
-    # Where unsettled patches are an error, any choice does until the error is told.
+    # If unsettled patches are an error, any choice will do until it is raised.
     self._chooser = choosers.CHOOSERS.get(sampler.at_limit, choosers.batch)
     self._draws_all = sampler.rule == "none"
     self.patch_size = self._autoencoder.sizes.patch_size
@@ -41,52 +41,52 @@ class CalmLaw:
     return power
 
   def least(self, power: float, limit: int) -> int:
-    """Returns how many draws a patch takes at least."""
+    """Returns the fewest draws that a patch takes."""
     return limit if self._draws_all else math.ceil(power)
 
   def advance(self, params, token_BPK, latent_BPZ, cache):
-    """Returns the hidden states after P patches, and the cache with them in it."""
+    """Reads P patches; returns the last hidden state, [B, D], and the extended cache."""
     hidden_BPD, cache = self._model.hidden(params[0], token_BPK, latent_BPZ, cache)
     return hidden_BPD[:, -1], cache
 
   def latents(self, params, token_BPK, key_B):
-    """Returns draws of the posteriors of given patches, [B, P, Z]; None if none are read."""
+    """Returns a draw of each patch's posterior, [B, P, Z]; None if the model reads no latents."""
     if not self._reads_latents:
       return None
     posterior_BPZ = layers.apply(self._autoencoder, params[1], token_BPK, method="encode")
     mean_BPZ, log_std_BPZ = posterior_BPZ
 
-    def one(key, mean_PZ, log_std_PZ):
+    def draw(key, mean_PZ, log_std_PZ):
       return autoencoding.posterior_draws(key, mean_PZ, log_std_PZ, 1)[0]
 
-    return jax.vmap(one)(key_B, mean_BPZ, log_std_BPZ)
+    return jax.vmap(draw)(key_B, mean_BPZ, log_std_BPZ)
 
   def choose(
     self, params, hidden_BD, wanted: candidates.Wanted, slots: int, sizes: list[int]
   ) -> candidates.Choice:
-    """Returns the next patch of each row; the tail's tokens are in it whatever was drawn."""
+    """Returns the next patch of each row, which begins with its tail even if no draw did."""
     model = self._model
     condition = model.head.condition(params[0]["head"], hidden_BD)
 
     def draw(row_S, number_S):
       key_S = candidates.keys_of(wanted.key_B[row_S], candidates.DRAW, number_S)
       noise_S = jax.vmap(lambda key: model.head.draw_noise(key, ()))(key_S)
-      own = jax.tree.map(lambda x: x[row_S], condition)
-      latent_SZ = model.head.samples(params[0]["head"], own, noise_S[None])[0]
+      condition_S = jax.tree.map(lambda x: x[row_S], condition)
+      latent_SZ = model.head.samples(params[0]["head"], condition_S, noise_S[None])[0]
       token_SK = calm.decode_tokens(self._autoencoder, params[1], latent_SZ)
       return candidates.Candidate(token_SK, latent_SZ if self._reads_latents else None)
 
     choice = candidates.choose(wanted, draw, self._rule, self._chooser, slots, sizes)
-    tail_BK = jnp.arange(self.patch_size)[None] < wanted.length_B[:, None]
-    token_BK = jnp.where(tail_BK, wanted.tail_BK, choice.patch.token_K)
+    in_tail_BK = jnp.arange(self.patch_size)[None] < wanted.length_B[:, None]
+    token_BK = jnp.where(in_tail_BK, wanted.tail_BK, choice.patch.token_K)
     latent_BZ = choice.patch.latent_Z
     if latent_BZ is not None:
-      put_B = choice.agreed_B == 0  # These tokens were decoded from no sample.
+      is_edited_B = choice.agreed_B == 0  # These tokens were not decoded from a sample.
       key_B = candidates.keys_of(
         wanted.key_B, candidates.POSTERIOR, jnp.zeros_like(wanted.length_B)
       )
-      own_BPZ: Any = self.latents(params, token_BK[:, None], key_B)
-      latent_BZ = jnp.where(put_B[:, None], own_BPZ[:, 0], latent_BZ)
+      posterior_B1Z: Any = self.latents(params, token_BK[:, None], key_B)
+      latent_BZ = jnp.where(is_edited_B[:, None], posterior_B1Z[:, 0], latent_BZ)
     return choice._replace(patch=candidates.Candidate(token_BK, latent_BZ))
 
 
@@ -103,21 +103,21 @@ class TransformerLaw:
     return temperature.token_power(request.temperature)
 
   def least(self, power: float, limit: int) -> int:
-    """Returns how many draws a token takes."""
+    """Returns the fewest draws that a token takes."""
     return 1
 
   def advance(self, params, token_BP1, latent, cache):
-    """Returns the hidden states after P tokens, and the cache with them in it."""
+    """Reads P tokens; returns the last hidden state, [B, D], and the extended cache."""
     hidden_BPD, cache = layers.apply(self._model, params, token_BP1[..., 0], cache, method="hidden")
     return hidden_BPD[:, -1], cache
 
   def latents(self, params, token_BP1, key_B) -> None:
-    """Tokens have none."""
+    """Returns None: tokens have no latents."""
 
   def choose(
     self, params, hidden_BD, wanted: candidates.Wanted, slots: int, sizes: list[int]
   ) -> candidates.Choice:
-    """Returns the next token of each row; single tokens leave no tail."""
+    """Returns the next token of each row. With patches of one token, a prompt has no tail."""
     logits_BV = layers.apply(self._model, params, hidden_BD, method="logits")
     zeros_B = jnp.zeros_like(wanted.length_B)
     key_B = candidates.keys_of(wanted.key_B, candidates.DRAW, zeros_B)

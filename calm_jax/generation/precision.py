@@ -1,4 +1,4 @@
-"""Trained weights -> what they are kept as while writing: one row a kind."""
+"""Trained weights -> weights as they are stored while writing: one row of WEIGHTS per kind."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from jax import numpy as jnp
 from calm_jax import errors
 from calm_jax.training import trained as trained_lib
 
-# All that a module is called by while writing.
+# Every method by which a module is called while writing.
 _METHODS = ("__call__", "condition", "predict", "encode", "decode", "hidden", "logits")
 
 
@@ -20,7 +20,7 @@ def _cast(params: Any) -> Any:
 
 
 def _bfloat16(trained: trained_lib.Trained) -> trained_lib.Trained:
-  """Half the memory. Where the model computes in bfloat16, the same numbers."""
+  """Stores weights as bfloat16: half the memory. Equal results if the model computes in it."""
   parents = {name: _bfloat16(parent) for name, parent in trained.parents.items()}
   return dataclasses.replace(trained, params=_cast(trained.params), parents=parents)
 
@@ -36,7 +36,7 @@ def _qwix() -> Any:
 
 
 def _quantized(module: nn.Module) -> Any:
-  """Returns a module that takes its matrices as int8, a scale for each column; no token tables."""
+  """Returns a module that takes matrices as int8 with a scale per column, except token tables."""
   qwix = _qwix()
   rule = qwix.QuantizationRule(module_path=r"^(?!.*embed).*$", weight_qtype=jnp.int8)
   methods = [name for name in _METHODS if hasattr(type(module), name)]
@@ -44,7 +44,7 @@ def _quantized(module: nn.Module) -> Any:
 
 
 def _quantize(params: Any, abstract: Any) -> Any:
-  """Returns parameters as a quantized module takes them; those of layers are stacked."""
+  """Returns parameters for a quantized module; those of layers are stacked."""
   qwix, result, plain = _qwix(), {}, {}
   for name, tree in params.items():
     if name == "layers":
@@ -58,16 +58,16 @@ def _quantize(params: Any, abstract: Any) -> Any:
 
 
 def _holds_layers(params: Any) -> bool:
-  """Says whether a tree of parameters has stacked layers anywhere in it."""
+  """Returns whether a tree of parameters has stacked layers anywhere."""
   return isinstance(params, dict) and any(
     name == "layers" or _holds_layers(inner) for name, inner in params.items()
   )
 
 
 def _int8(trained: trained_lib.Trained) -> trained_lib.Trained:
-  """Matrices as int8, all else as bfloat16: a quarter of the memory but for token tables.
+  """Stores matrices as int8 and the rest as bfloat16: a quarter of the memory, token tables aside.
 
-  What is drawn changes; see README for by how much on a trained model.
+  This changes what is drawn; README says by how much on a trained model.
 
   Raises:
     CalmError: if qwix is not installed.

@@ -1,4 +1,4 @@
-"""A file of prompts -> requests; texts -> a file that a second run goes on with."""
+"""File of prompts -> requests; texts -> a file that a second run resumes."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,22 +9,24 @@ from etils import epath
 from calm_jax import config, errors, files
 from calm_jax.generation import requests
 
-# What a line may say of its text beside the prompt; the rest is the same for all.
+# Settings that a line may have in addition to its prompt; the others are common to all lines.
 OWN = ("temperature", "num_candidates", "max_tokens", "seed", "stop")
-# What its values must be; true and false, which Python counts among the numbers, are none.
+# Types of values; others are whole numbers. `true` and `false` are not numbers.
 _KINDS = {"prompt": "a string", "stop": "a list of strings", "temperature": "a number"}
 
 
 def read(path: str, common: Mapping[str, Any]) -> list[dict[str, Any]]:
-  """Returns what a JSONL file asks for, a line each: {"prompt": ..., ...} over `common`.
+  """Returns the requests of a JSONL file, one for each line {"prompt": ..., ...}.
+
+  Args:
+    common: settings of all requests, which a line overrides.
 
   Raises:
-    CalmError: naming the line, if it can't be read, says what is not known, or asks for
-      what no text can be.
+    CalmError: naming the line, if it can't be read, or has an unknown name or a bad value.
   """
   content = files.read(path).removesuffix(b"\n")
   config.require(bool(content), f"{path} holds no prompt")
-  # Not at U+2028 and its like, which JSON allows inside a string.
+  # `splitlines` would also split at U+2028 and the like, which JSON strings may hold.
   return [
     {**common, "number": number, **_line(line, f"{path}, line {number + 1}", common)}
     for number, line in enumerate(content.split(b"\n"))
@@ -32,81 +34,85 @@ def read(path: str, common: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _line(line: bytes, where: str, common: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns what a line says; see `read`."""
+  """Returns the values of a line; see `read`."""
   values = files.parse_json(line, where)
   config.require("prompt" in values, f'{where} has no "prompt": got {config.shown(values)}')
   for name, value in values.items():
-    known = (*OWN, "prompt")
-    config.require(name in known, f"{where} has {name!a}: {config.nearest(name, known)}")
+    names = (*OWN, "prompt")
+    config.require(name in names, f"{where} has {name!a}: {config.nearest(name, names)}")
     kind = _KINDS.get(name, "a whole number")
     config.require(_is(kind, value), f"{where}: {name} must be {kind}, got {config.shown(value)}")
   config.require(
     config.is_text(values["prompt"]),
     f"{where}: the prompt holds half of a surrogate pair, which is no character",
   )
-  asked = {**common, **values, "prompt": ()}
+  request = {**common, **values, "prompt": ()}
   try:
-    requests.Request(**{**asked, "stop": tuple(asked["stop"])})
+    requests.Request(**{**request, "stop": tuple(request["stop"])})
   except errors.CalmError as error:
     raise errors.CalmError(f"{where}: {error}") from error
   return values
 
 
 def _is(kind: str, value: Any) -> bool:
-  """Tells whether a value that JSON held is of a kind of _KINDS, or a whole number."""
+  """Returns whether a value from JSON is of a type of _KINDS, or a whole number."""
   if kind == "a string":
     return isinstance(value, str)
   if kind == "a list of strings":
-    return isinstance(value, list) and all(isinstance(one, str) for one in value)
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
   numbers = (int, float) if kind == "a number" else int
   return isinstance(value, numbers) and not isinstance(value, bool)
 
 
-def line(wish: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-  """Returns the line that is written of a text: what it was asked for, then what came of it."""
-  return json.dumps({**wish, **found}) + "\n"
+def line(request: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+  """Returns the line of a text in the output: its request, then its result."""
+  return json.dumps({**request, **result}) + "\n"
 
 
-def written(path: str, wishes: Sequence[Mapping[str, Any]]) -> int:
-  """Returns how many texts of an earlier run a file holds; what was cut short is removed.
+def written(path: str, batch: Sequence[Mapping[str, Any]]) -> int:
+  """Returns how many texts of an earlier run a file holds, after removing an incomplete line.
 
-  Only the beginning of a line that this run would write is removed, and all before it is
-  left as it is.
+  The last line is removed only if it is the beginning of a line that this run would write.
+  All lines before it stay unchanged.
+
+  Args:
+    batch: all requests of this run, in order.
 
   Raises:
-    CalmError: if it holds anything else, or can't be read; nothing is changed then.
+    CalmError: if the file holds anything else, or can't be read; it is then unchanged.
   """
   files.require_reachable(path)
   if not epath.Path(path).exists():
     return 0
   content = files.read(path)
-  *whole, torn = content.split(b"\n")
-  for number, record in enumerate(whole):
+  *complete, torn = content.split(b"\n")
+  for number, record in enumerate(complete):
     config.require(
-      number < len(wishes) and _is_of(record, wishes[number]),
+      number < len(batch) and _is_of(record, batch[number]),
       f"{path}, line {number + 1} is no text of these prompts and settings: give another --output",
     )
   if not torn:
-    return len(whole)
+    return len(complete)
   config.require(
-    len(whole) < len(wishes) and _begins(torn, wishes[len(whole)]),
-    f"{path}, line {len(whole) + 1} has no end, and is not what this command would have begun: "
+    len(complete) < len(batch) and _begins(torn, batch[len(complete)]),
+    f"{path}, line {len(complete) + 1} has no end, and is not what this command would have begun: "
     "give another --output",
   )
   files.write(path, content[: len(content) - len(torn)])
-  return len(whole)
+  return len(complete)
 
 
-def _is_of(record: bytes, wish: Mapping[str, Any]) -> bool:
+def _is_of(record: bytes, request: Mapping[str, Any]) -> bool:
+  """Returns whether a line is that of a text for a request."""
   try:
     values = files.parse_json(record, "")
   except errors.CalmError:
     return False
-  asked = all(name in values and values[name] == value for name, value in wish.items())
-  return asked and isinstance(values.get("text"), str)
+  same = all(name in values and values[name] == value for name, value in request.items())
+  return same and isinstance(values.get("text"), str)
 
 
-def _begins(torn: bytes, wish: Mapping[str, Any]) -> bool:
-  """Tells whether bytes are the beginning of the line of a text, whatever was written."""
-  before = line(wish, {"text": ""}).removesuffix('"}\n').encode()
+def _begins(torn: bytes, request: Mapping[str, Any]) -> bool:
+  """Returns whether bytes are the beginning of the line of a request, whatever its text."""
+  before = line(request, {"text": ""}).removesuffix('"}\n').encode()
   return before.startswith(torn) or torn.startswith(before)

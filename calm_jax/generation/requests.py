@@ -1,4 +1,4 @@
-"""What a text is asked for, and how it is drawn: one dataclass each, checked."""
+"""Requests for texts, and the sampler that draws them: one validated dataclass each."""
 
 import dataclasses
 
@@ -6,22 +6,22 @@ from calm_jax import config
 from calm_jax.generation import choosers, rules
 
 ERROR = "error"
-# Largest values; tokens are counted in 32 bits.
+# Largest values. Tokens are counted in 32 bits.
 MOST = {"num_candidates": config.MOST_DRAWS, "max_tokens": 2**30, "number": config.LARGEST_INT}
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """One text.
+  """A request for one text.
 
   Attributes:
-    prompt: its tokens.
-    temperature: 1 is the model's own law. CALM: (0, 1]; the baseline: any above 0, where
-      towards 0 the likeliest token is taken.
-    num_candidates: N, CALM's draws a patch at most below temperature 1.
-    max_tokens: new tokens after which it ends without EOS.
-    seed, number: the same two give the same text, whatever else is in the batch.
-    stop: strings before which it ends.
+    prompt: tokens of the prompt.
+    temperature: 1 is the model's own law. For CALM in (0, 1]. For the baseline any value
+      above 0; towards 0 the most likely token is taken.
+    num_candidates: N, the most draws a patch of CALM below temperature 1.
+    max_tokens: new tokens after which the text ends without EOS.
+    seed, number: the same pair gives the same text, whatever else is in the batch.
+    stop: strings before which the text ends.
   """
 
   prompt: tuple[int, ...] = ()
@@ -55,11 +55,11 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-  """How CALM draws below temperature 1, the same for all texts.
+  """How CALM draws below temperature 1, for all texts alike.
 
   Attributes:
-    rule: what settles a patch before its draws end; see `rules`.
-    at_limit: what chooses among the draws where they do; see `choosers`. ERROR: nothing.
+    rule: settles a patch before its draws end; see `rules`.
+    at_limit: chooses among the draws if they end first; see `choosers`. ERROR raises.
   """
 
   rule: str = "first"

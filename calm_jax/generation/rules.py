@@ -1,8 +1,8 @@
-"""Draws, one after the other -> the one that is taken: samplers as state machines.
+"""Draws, one after another -> the one that is taken: samplers as state machines.
 
-A rule sees a row's draws in their order and says after each whether the outcome is
-settled. What it says depends on nothing else, so that the law is the same however
-many draws are made at once.
+A rule sees a row's draws in order, and decides after each whether the outcome is settled.
+The decision depends on nothing else, so that the law is independent of how many draws are
+made at once.
 """
 
 from collections.abc import Callable
@@ -17,9 +17,9 @@ class Draw(NamedTuple):
 
   Attributes:
     index_B: its number among the row's draws, from 0.
-    same_BN: the row's draws that it equals, itself and those before it.
-    power_B: s = 1/T = n + a, n whole, 0 <= a < 1.
-    uniform_B: a number in [0, 1) of its own.
+    same_BN: which of the row's draws up to it, itself included, are equal to it.
+    power_B: s = 1/T = n + a, with integer n and 0 <= a < 1.
+    uniform_B: a random number in [0, 1), independent for each draw.
   """
 
   index_B: jax.Array
@@ -29,14 +29,15 @@ class Draw(NamedTuple):
 
 
 class Progress(NamedTuple):
-  """Where each row stands.
+  """The progress of a rule in each row.
 
   Attributes:
-    begin_B: the draw from which on it counts.
-    star_B: the draw that may be taken. equal_B: how many it equals, itself too, n once the
-      first stage is passed; 0 before there is one.
-    missed_B: draws of the second stage that did not equal it.
-    settled_B: whether it is taken.
+    begin_B: the first draw that counts.
+    star_B: x*, the draw that may be taken.
+    equal_B: number of draws equal to x*, itself included: n once the first stage is passed,
+      0 before there is an x*.
+    missed_B: number of draws of the second stage that differ from x*.
+    settled_B: whether x* is taken.
   """
 
   begin_B: jax.Array
@@ -59,14 +60,14 @@ def _at(x_BN: jax.Array, index_B: jax.Array) -> jax.Array:
 
 
 def _second_stage(before: Progress, draw: Draw, star_B: jax.Array, equal_B: jax.Array) -> Progress:
-  """Goes on after what the first stage made of a draw: accepts x* with probability P(x*)^a.
+  """Returns the progress after a draw, given x* and its count of the first stage.
 
-  A draw equal to x* accepts; the i-th that is not rejects with probability a/i, and
-  all starts again.
+  Accepts x* with probability P(x*)^a: a draw equal to x* accepts it; the i-th that differs
+  rejects it with probability a/i, and the first stage starts again.
   """
   whole_B = jnp.floor(draw.power_B).astype(jnp.int32)
   rest_B = draw.power_B - whole_B
-  second_B = before.equal_B >= whole_B  # This draw belongs to it.
+  second_B = before.equal_B >= whole_B  # Whether this draw belongs to the second stage.
   star_B = jnp.where(second_B, before.star_B, star_B)
   hit_B = second_B & _at(draw.same_BN, star_B)
   missed_B = jnp.where(second_B & ~hit_B, before.missed_B + 1, 0)
@@ -82,11 +83,11 @@ def _second_stage(before: Progress, draw: Draw, star_B: jax.Array, equal_B: jax.
 
 
 def exact(before: Progress, draw: Draw) -> Progress:
-  """Settles on x with P(x)^(1/T) / Σ P^(1/T), exactly: n equal draws, then the second stage.
+  """Settles on x with probability P(x)^(1/T) / Σ P^(1/T): n equal draws, then the second stage.
 
-  A draw that differs from the first of its n starts again at once; the paper makes
-  all n first. Expected draws, with S_j = Σ P^j: (1 + S_1 + ... + S_(n−1) + Σ P^(s−1)) / S_s, the
-  last summand in the bracket only where a > 0.
+  A draw that differs from the first of its n starts again at once, whereas the paper makes
+  all n first. Expected draws, with S_j = Σ P^j: (1 + S_1 + ... + S_(n−1) + Σ P^(s−1)) / S_s,
+  where the last summand in the bracket is there only if a > 0.
 
   Source: CALM (arXiv:2510.27688), algorithm 1.
   """
@@ -99,15 +100,15 @@ def exact(before: Progress, draw: Draw) -> Progress:
 def first(before: Progress, draw: Draw) -> Progress:
   """Settles on the first patch that is drawn n times, then the second stage.
 
-  It ends by itself after a few draws where the model is sure. Its law tends to
-  P^(1/T) / Σ P^(1/T) where all patches are rare; likely ones get less than that.
+  It ends after a few draws if the model is confident. Its law tends to P^(1/T) / Σ P^(1/T)
+  if all patches are rare; likely patches get less than that.
   """
   counted_BN = draw.same_BN & (jnp.arange(draw.same_BN.shape[1])[None] >= before.begin_B[:, None])
   return _second_stage(before, draw, draw.index_B, jnp.sum(counted_BN, axis=1, dtype=jnp.int32))
 
 
 def none(before: Progress, draw: Draw) -> Progress:
-  """Never settles below temperature 1: all N draws decide, by `choosers`."""
+  """Never settles below temperature 1, so that a chooser decides from all N draws."""
   return before._replace(star_B=draw.index_B, settled_B=before.settled_B | (draw.power_B == 1))
 
 

@@ -1,4 +1,4 @@
-"""Requests -> texts, shown as they come, with what they took."""
+"""Requests -> texts, shown as they are written, with their draws and time."""
 
 import dataclasses
 import time
@@ -11,11 +11,13 @@ from calm_jax.generation import decode, requests, text
 
 @dataclasses.dataclass
 class Text:
-  """A text and what it took.
+  """A text and the draws that it took.
 
   Attributes:
-    tokens: new ones. draws: candidates made, a patch each. seen: those that the rule saw.
-    unsettled: patches whose draws ended before the rule settled.
+    tokens: number of new tokens.
+    draws: for each patch, the candidates that were drawn.
+    seen: number of candidates that the rule saw, of all patches.
+    unsettled: number of patches whose draws ended before the rule settled.
   """
 
   text: str = ""
@@ -30,7 +32,7 @@ class Text:
 
 @dataclasses.dataclass
 class Speed:
-  """Time of texts, that of the first steps of each kind of batch, which compile, apart."""
+  """Time of texts; the first steps of each batch, which may compile, are counted apart."""
 
   first_seconds: float = 0.0
   seconds: float = 0.0
@@ -59,41 +61,42 @@ class Session:
 
   def write(
     self,
-    wishes: Sequence[requests.Request],
+    batch: Sequence[requests.Request],
     every: int,
     show: Callable[[int, str], None] = lambda row, piece: None,
   ) -> list[Text]:
     """Returns the texts of a batch.
 
     Args:
-      every: patches between two looks at what was written, the only moments at which
-        a text is shown or ends at a stop string.
+      every: number of patches after which the host reads what was written. Only then
+        are texts shown, and only then do they end at stop strings.
       show: called with a text's number in the batch and a new piece of it.
 
     Raises:
-      CalmError: see `decode.Decoder.start` and `decode.Writing.advance`.
+      CalmError: see `decode.Decoder.start` and `decode.TextBatch.advance`.
     """
     start = time.perf_counter()
-    writing, first = self._decoder.start(wishes), True
-    streams = [text.Stream(self._tokenizer.decode, wish.prompt, wish.stop) for wish in wishes]
-    texts = [Text() for _ in wishes]
+    writing, first = self._decoder.start(batch), True
+    decode_tokens = self._tokenizer.decode
+    streams = [text.Stream(decode_tokens, request.prompt, request.stop) for request in batch]
+    texts = [Text() for _ in batch]
     while not writing.done:
       fresh = 0
       for row, written in enumerate(writing.advance(every)):
-        stream, found = streams[row], texts[row]
-        if not written.drawn:  # It has ended before.
+        stream, result = streams[row], texts[row]
+        if not written.drawn:  # It had ended before.
           continue
         piece = stream.push(written.tokens)
         if stream.stopped:
           writing.end(row)
         elif written.ended:
           piece += stream.close()
-        found.text += piece
-        found.tokens += len(written.tokens)
-        found.draws += written.drawn
-        found.seen += sum(written.seen)
+        result.text += piece
+        result.tokens += len(written.tokens)
+        result.draws += written.drawn
+        result.seen += sum(written.seen)
         unsettled = len(written.settled) - sum(written.settled)
-        found.unsettled += unsettled
+        result.unsettled += unsettled
         self.speed.unsettled += unsettled
         fresh += len(written.tokens)
         self.speed.patches += len(written.drawn)

@@ -7,15 +7,15 @@ from jax import numpy as jnp
 
 from calm_jax import config, errors
 
-# 1/T this near to a whole number is taken for it: 0.333 means a third.
+# 1/T within this distance of an integer is rounded to it: 0.333 means a third.
 NEAR = 1e-2
 
 
 def power(temperature: float) -> float:
-  """Returns s = 1/T, the power that the law of a patch is raised to.
+  """Returns s = 1/T, the power to which the law of a patch is raised.
 
   Raises:
-    CalmError: if the temperature lies outside (0, 1], where sampling alone can't reach.
+    CalmError: if the temperature is outside (0, 1], which sampling alone can't reach.
   """
   if not (math.isfinite(temperature) and 0 < temperature <= 1):
     raise errors.CalmError(
@@ -27,7 +27,7 @@ def power(temperature: float) -> float:
 
 
 def token_power(temperature: float) -> float:
-  """Returns 1/T for `tempered`: of single tokens any T can be reached, 0 nearly.
+  """Returns 1/T for `tempered`: single tokens can have any temperature above 0.
 
   Raises:
     CalmError: if T is not above 0, or not finite.
@@ -39,38 +39,37 @@ def token_power(temperature: float) -> float:
 
 
 def tempered(logits_BV: jax.Array, power_B: jax.Array) -> jax.Array:
-  """Returns the logits of P(x)^s, s = 1/T, up to a constant a row: at most 0, [B, V].
+  """Returns logits of P(x)^s, s = 1/T, up to a constant a row, [B, V]: at most 0.
 
-  The largest is 0 whatever s is, so that none overflows upwards. As T falls the others
-  become -inf: the likeliest token is taken, or one of those that tie.
+  The largest is 0 for every s, so that none overflows. As T tends to 0, the others tend to
+  -inf, so that the most likely token is taken, or one of those that tie.
   """
   largest_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
   return (logits_BV - largest_B1) * power_B[:, None]
 
 
 def log_weights(count_BN: jax.Array, power_B: jax.Array) -> jax.Array:
-  """Log weights by which one of N draws stands for P(x)^s, [B, N]; equal draws share theirs.
+  """Returns log weights by which one of N draws is taken to follow P(x)^s, [B, N].
 
-  A patch drawn c times weighs the generalized binomial coefficient C(c, s) =
-  Γ(c+1) / (Γ(s+1) Γ(c−s+1)) where c is at least n, the whole part of s. If no patch
-  is, s − 1 takes the place of s, and so on. C(c, s) is how often the exact two-stage
-  algorithm accepts the patch, over all orders of the N draws, where running out of
-  draws in its second stage counts as acceptance. So a patch's mean weight is
+  A patch that was drawn c times has the weight C(c, s) = Γ(c+1) / (Γ(s+1) Γ(c−s+1)), the
+  generalized binomial coefficient, if c is at least n, the integer part of s; equal draws
+  share it. If no patch has so many draws, s − 1 replaces s, and so on. C(c, s) is how often
+  the exact two-stage algorithm accepts the patch, over all orders of the N draws, where
+  running out of draws in its second stage counts as acceptance. A patch's mean weight is
 
       p^n (p^a + Σ_{i > N−n} |C(a, i)| (1−p)^i),   a = s − n,
 
-  up to a common factor: exact where s is whole, else somewhat more for rare patches. The
-  law itself, a ratio, is biased towards a higher temperature at small N either way.
+  up to a common factor: exact if s is an integer, somewhat too large for rare patches
+  otherwise. The law itself, a ratio, is biased towards a higher temperature at small N.
 
   Args:
-    count_BN: how often each draw occurs among its row's draws; 0 for a place without one.
+    count_BN: how often each draw occurs among its row's draws; 0 in an empty slot.
     power_B: s, at least 1.
 
-  Source: CALM (arXiv:2510.27688), algorithm 2, which has T = 1/n alone.
+  Source: CALM (arXiv:2510.27688), algorithm 2, which covers T = 1/n only.
   """
-  whole_B = jnp.floor(power_B)
   most_B = jnp.max(count_BN, axis=-1)
-  level_B = power_B - jnp.maximum(whole_B - most_B, 0)
+  level_B = power_B - jnp.maximum(jnp.floor(power_B) - most_B, 0)
   level_B1 = level_B[:, None]
   enough_BN = count_BN >= jnp.maximum(jnp.floor(level_B1), 1)
   seen_BN = jnp.where(enough_BN, count_BN, jnp.ceil(level_B1)).astype(jnp.float32)

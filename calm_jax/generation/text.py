@@ -1,39 +1,38 @@
-"""Tokens -> text, as they come; text -> what a terminal or a page may show of it."""
+"""Tokens -> text, as they are written; text -> what a terminal or a page may show of it."""
 
 import re
 from collections.abc import Callable, Sequence
 from typing import TextIO
 
-# What acts on whoever shows it: control characters but newline and tab, those that turn the
-# direction of writing, and halves of surrogate pairs, which have no UTF-8.
+# Characters that act on the program that shows them: control characters except newline and
+# tab, marks of text direction, and halves of surrogate pairs, which have no UTF-8.
 _ACTIVE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def visible(text: str) -> str:
-  """Returns a text with characters that act rather than show written out: ESC as \\x1b."""
-  return _ACTIVE.sub(lambda found: ascii(found[0])[1:-1], text)
+  """Returns a text with active characters escaped, such as ESC as \\x1b."""
+  return _ACTIVE.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
-def told_to(stream: TextIO, text: str, raw: bool = False) -> str:
-  """Returns what a stream is given of a text: a terminal, unless `raw`, what is visible of it."""
+def for_stream(stream: TextIO, text: str, raw: bool = False) -> str:
+  """Returns a text as it is written to a stream: `visible` for a terminal, unless `raw`."""
   return visible(text) if stream.isatty() and not raw else text
 
 
 class Stream:
-  """The text of a growing row of tokens, in pieces that are never taken back.
+  """The text of a growing sequence of tokens, in pieces that are never taken back.
 
-  Characters split between tokens wait for their last byte, and what may become a
-  stop string waits until it has or has not.
+  A character that is split between tokens is held back until its last byte, and what may
+  become a stop string until that is decided.
+
+  Attributes:
+    stopped: whether a stop string has appeared; the text ends before it.
   """
 
   def __init__(
     self, decode: Callable[[list[int]], str], prompt: Sequence[int], stop: Sequence[str] = ()
   ):
-    """Takes a tokenizer's decode, the tokens before the text, and where the text ends.
-
-    Attributes:
-      stopped: whether a stop string has come, before which the text ended.
-    """
+    """Takes a tokenizer's decode, the tokens before the text, and its stop strings."""
     self._decode, self._tokens, self._stop = decode, list(prompt), tuple(stop)
     self._begin = self._shown = len(self._stable())
     self.stopped = False
@@ -42,11 +41,12 @@ class Stream:
     return self._decode(self._tokens).rstrip("\N{REPLACEMENT CHARACTER}")
 
   def _ends(self, text: str) -> list[int]:
-    found = (text.find(stop, self._begin) for stop in self._stop)
-    return [at for at in found if at >= 0]
+    """Returns where stop strings begin in the text after the prompt."""
+    places = (text.find(stop, self._begin) for stop in self._stop)
+    return [place for place in places if place >= 0]
 
   def push(self, tokens: Sequence[int]) -> str:
-    """Returns the text that is certain now and was not before."""
+    """Adds tokens; returns the text that has become certain by them."""
     if self.stopped:
       return ""
     self._tokens.extend(tokens)
@@ -55,13 +55,13 @@ class Stream:
     if ends:
       self.stopped, certain = True, min(ends)
     else:
-      waiting = (
+      held_back = (
         size
         for stop in self._stop
         for size in range(len(stop) - 1, 0, -1)
         if text.endswith(stop[:size], self._begin)
       )
-      certain = len(text) - max(waiting, default=0)
+      certain = len(text) - max(held_back, default=0)
     return self._show(text, certain)
 
   def _show(self, text: str, certain: int) -> str:
@@ -70,7 +70,7 @@ class Stream:
     return piece
 
   def close(self) -> str:
-    """Returns what was held back, once no token follows."""
+    """Returns the text that was held back, when no more tokens follow."""
     if self.stopped:
       return ""
     text = self._decode(self._tokens)

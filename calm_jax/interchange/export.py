@@ -1,4 +1,4 @@
-"""What a format's writer is given, and what it returns."""
+"""The interface of the writers of export formats."""
 
 import dataclasses
 import pathlib
@@ -12,9 +12,10 @@ class Export:
 
   Attributes:
     trained: a `training.trained.Trained` whose model computes in float32.
-    folder: where to write, empty so far. output: where that folder will be in the end.
-    parent: writes the parent of a name, in the same format, into the folder's subfolder of
-      that name.
+    folder: empty folder to write to.
+    output: path that the folder will have in the end.
+    parent: writes the parent with a given name, in the same format, to the subfolder of that
+      name.
   """
 
   trained: Any
@@ -23,6 +24,6 @@ class Export:
   parent: Callable[[str], None]
 
 
-# Fills the folder with weights, settings and code; returns Markdown on how it is opened, for the
-# model card.
+# Fills the folder with weights, settings and code, and returns Markdown for the model card on how
+# to open it.
 Writer = Callable[[Export], str]

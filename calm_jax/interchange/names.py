@@ -1,4 +1,4 @@
-"""Our parameters <-> the tensors of the reference and of Hugging Face's Llama, by name."""
+"""Our parameters <-> tensors of the reference and of Hugging Face's Llama, by name."""
 
 import collections
 import dataclasses
@@ -15,11 +15,11 @@ from calm_jax.interchange import tensors
 from calm_jax.models import foreign
 from calm_jax.models.heads import registry
 
-# Tensors that hold nothing learned, whatever they are called under.
+# Tensors without learned values, under any prefix.
 _BUFFERS = re.compile(r"(^|\.)(rotary_emb\.\w+|inv_freq|cos_cached|sin_cached)$")
 
 
-# The autoencoder's one table under the reference's names for it.
+# Names in the reference of the autoencoder's embedding table, which is shared.
 AUTOENCODER_TABLE = (
   "encoder.embed_tokens.weight",
   "decoder.lm_head_weight",
@@ -29,8 +29,8 @@ AUTOENCODER_TABLE = (
 
 def autoencoder(sizes: config.Autoencoder, prefix: str = "") -> list[foreign.Tensor]:
   """Returns the tensors of an autoencoder; `prefix` is `ae_model.` inside a language model."""
-  name, *also = (f"{prefix}{name}" for name in AUTOENCODER_TABLE)
-  found = [foreign.Tensor(name, ("embed/embedding",), also=tuple(also))]
+  name, *aliases = (f"{prefix}{name}" for name in AUTOENCODER_TABLE)
+  result = [foreign.Tensor(name, ("embed/embedding",), also=tuple(aliases))]
   sides = (
     ("encoder", sizes.encoder_layers, ("token", "patch")),
     ("decoder", sizes.decoder_layers, ("patch", "token")),
@@ -40,22 +40,22 @@ def autoencoder(sizes: config.Autoencoder, prefix: str = "") -> list[foreign.Ten
     for i in range(layers):
       name = f"{prefix}{side}.{side}_layers.{i}"
       path = f"{side}/{first}_block_{i}" if i < half else f"{side}/{second}_block_{i - half}"
-      found += foreign.norm(f"{name}.layernorm", f"{path}/norm") + foreign.swiglu(
-        f"{name}.mlp", f"{path}/mlp"
-      )
-    found += foreign.norm(f"{prefix}{side}.norm", f"{side}/norm")
+      result += foreign.norm(f"{name}.layernorm", f"{path}/norm")
+      result += foreign.swiglu(f"{name}.mlp", f"{path}/mlp")
+    result += foreign.norm(f"{prefix}{side}.norm", f"{side}/norm")
   for name, path in (
     ("encoder.squeeze_layer", "encoder/squeeze"),
     ("encoder.hidden_to_latent", "encoder/posterior"),
     ("decoder.latent_to_hidden", "decoder/from_latent"),
     ("decoder.expand_layer", "decoder/expand"),
   ):
-    found += foreign.linear(f"{prefix}{name}", path)
-  return found
+    result += foreign.linear(f"{prefix}{name}", path)
+  return result
 
 
 def _llama(sizes: config.Transformer, name: str, path: str) -> list[foreign.Tensor]:
-  found = foreign.norm(f"{name}.norm", f"{path}/norm")
+  """Returns the tensors of a Llama without its table: `name` is theirs, `path` ours."""
+  result = foreign.norm(f"{name}.norm", f"{path}/norm")
   for i in range(sizes.layers):
     theirs, ours = f"{name}.layers.{i}", f"{path}/layers"
     layer = foreign.norm(f"{theirs}.input_layernorm", f"{ours}/attention_norm")
@@ -65,12 +65,12 @@ def _llama(sizes: config.Transformer, name: str, path: str) -> list[foreign.Tens
       layer += foreign.linear(
         f"{theirs}.self_attn.{letter}_proj", f"{ours}/attention/{part}", bias=False
       )
-    found += [dataclasses.replace(tensor, layer=i) for tensor in layer]
-  return found
+    result += [dataclasses.replace(tensor, layer=i) for tensor in layer]
+  return result
 
 
 def transformer(sizes: config.Transformer, tied: bool = False) -> list[foreign.Tensor]:
-  """Returns the tensors of a LlamaForCausalLM; `tied` where its output layer is its table."""
+  """Returns the tensors of a LlamaForCausalLM; `tied` if its output layer is its table."""
   table = "model.embed_tokens.weight"
   return [
     foreign.Tensor(table, ("embed/embedding",)),
@@ -80,15 +80,15 @@ def transformer(sizes: config.Transformer, tied: bool = False) -> list[foreign.T
 
 
 def _backbone(sizes: config.Backbone) -> list[foreign.Tensor]:
-  found = _llama(sizes, "transformer", "backbone/llama")
+  result = _llama(sizes, "transformer", "backbone/llama")
   if sizes.reads_tokens:
-    found.append(foreign.Tensor("transformer.embed_tokens.weight", ("backbone/embed/embedding",)))
-    found += foreign.linear("embed_proj.0", "backbone/input/up")
-    found += foreign.linear("embed_proj.2", "backbone/input/down")
-    found += foreign.norm("embed_proj.3", "backbone/input/norm", bias=True)
+    result.append(foreign.Tensor("transformer.embed_tokens.weight", ("backbone/embed/embedding",)))
+    result += foreign.linear("embed_proj.0", "backbone/input/up")
+    result += foreign.linear("embed_proj.2", "backbone/input/down")
+    result += foreign.norm("embed_proj.3", "backbone/input/norm", bias=True)
   if sizes.reads_latents:
-    found += foreign.linear("latent_proj", "backbone/latent_in")
-  return found
+    result += foreign.linear("latent_proj", "backbone/latent_in")
+  return result
 
 
 def calm(sizes: config.Backbone, head: config.Head) -> list[foreign.Tensor]:
@@ -99,10 +99,11 @@ def calm(sizes: config.Backbone, head: config.Head) -> list[foreign.Tensor]:
 def check(
   source: Mapping[str, tensors.Stored], expected: list[foreign.Tensor], shapes: Any, folder: Any
 ) -> dict[foreign.Tensor, list[str]]:
-  """Returns the names under which a folder holds each tensor; none is read.
+  """Returns the names under which a folder holds each tensor, without reading the tensors.
 
   Args:
-    source: the folder's tensors; every one must be expected, or a mere buffer.
+    source: the folder's tensors; each must be expected, or a buffer without learned values.
+    expected: the tensors of the model.
     shapes: our abstract parameters.
     folder: named in errors.
 
@@ -110,15 +111,15 @@ def check(
     CalmError: for a missing or extra tensor or a wrong shape; the tensor is named.
   """
   ours: Any = traverse_util.flatten_dict(shapes, sep="/")
-  known = {name for tensor in expected for name in (tensor.name, *tensor.also)}
-  extra = sorted(name for name in source.keys() - known if not _BUFFERS.search(name))
+  names = {name for tensor in expected for name in (tensor.name, *tensor.also)}
+  extra = sorted(name for name in source.keys() - names if not _BUFFERS.search(name))
   if extra:
     raise errors.CalmError(
-      f"{folder} holds tensors that a model of its config.json has not: {_some(extra)}"
+      f"{folder} holds tensors that a model of its config.json does not have: {_first(extra)}"
     )
   missing = [t.name for t in expected if not source.keys() & {t.name, *t.also}]
   if missing:
-    raise errors.CalmError(f"{folder} lacks tensors: {_some(missing)}")
+    raise errors.CalmError(f"{folder} lacks tensors: {_first(missing)}")
   chosen = {}
   for tensor in expected:
     chosen[tensor] = [name for name in (tensor.name, *tensor.also) if name in source]
@@ -126,7 +127,7 @@ def check(
       shape = tensor.shape(ours)
       if source[name].shape != shape:
         raise errors.CalmError(
-          f"{folder}: tensor {name} has shape {list(source[name].shape)}, a model of its "
+          f"{folder}: tensor {name} has shape {list(source[name].shape)}, but a model of its "
           f"config.json has {list(shape)}"
         )
   return chosen
@@ -143,54 +144,56 @@ def read(
 
   Args:
     source, expected, shapes, folder: see `check`.
-    allow_nonfinite: take NaN and infinite weights.
+    allow_nonfinite: accept NaN and infinite weights.
 
   Raises:
-    CalmError: as `check`; for two copies of a tied tensor that differ, and for weights
-      that are not finite.
+    CalmError: as `check`; if two copies of a tied tensor differ, or weights are not finite.
   """
   ours: Any = traverse_util.flatten_dict(shapes, sep="/")
   chosen = check(source, expected, shapes, folder)
   flat: dict[str, jax.Array] = {}
   stacked = collections.defaultdict(list)
-  for tensor in sorted(chosen, key=lambda tensor: tensor.paths):  # One stack at a time on the host.
-    array = _read_one(source, chosen[tensor], folder, allow_nonfinite)
-    found = tensor.to_ours(array, ours)
+  # Sorted by path, so that the host holds one stack at a time. The sort is stable: a path's
+  # layers stay in order.
+  for tensor in sorted(chosen, key=lambda tensor: tensor.paths):
+    array = _read_copies(source, chosen[tensor], folder, allow_nonfinite)
+    arrays = tensor.to_ours(array, ours)
     if tensor.layer is not None:
       (path,) = tensor.paths
-      stacked[path].append(found[path])  # Sorting keeps a path's layers in their order.
-      layers = len(stacked[path]) == ours[path].shape[0]
-      found = {path: np.stack(stacked.pop(path))} if layers else {}
-    # On the device at once: beside a tree of host arrays, saving would hold a second one.
-    flat |= jax.device_put(found)
+      stacked[path].append(arrays[path])
+      is_complete = len(stacked[path]) == ours[path].shape[0]
+      arrays = {path: np.stack(stacked.pop(path))} if is_complete else {}
+    # On the device at once: saving would otherwise hold a second copy on the host.
+    flat |= jax.device_put(arrays)
   assert flat.keys() == ours.keys(), flat.keys() ^ ours.keys()
   return traverse_util.unflatten_dict(flat, sep="/")
 
 
-def _read_one(
-  source: Mapping[str, tensors.Stored], copies: list[str], folder: Any, allow_nonfinite: bool
+def _read_copies(
+  source: Mapping[str, tensors.Stored], names: list[str], folder: Any, allow_nonfinite: bool
 ) -> np.ndarray:
-  first, *others = copies
+  """Returns a tensor that may be stored under several names; CalmError if its copies differ."""
+  first, *aliases = names
   array = source[first].read()
   if not allow_nonfinite:
     require_finite(array, first, folder)
-  for name in others:
+  for name in aliases:
     if not np.array_equal(source[name].read(), array, equal_nan=allow_nonfinite):
-      raise errors.CalmError(f"{folder}: {name} and {first} should be equal and are not")
+      raise errors.CalmError(f"{folder}: {name} and {first} should be equal, but they differ")
   return array
 
 
 def require_finite(array: np.ndarray, name: str, folder: Any) -> None:
-  """Raises CalmError, naming the tensor, where it holds NaN or infinite values."""
+  """Raises CalmError, naming the tensor, if it holds NaN or infinite values."""
   wrong = array.size - np.count_nonzero(np.isfinite(array))
   if wrong:
     raise errors.CalmError(
       f"{folder}: {wrong} of the {array.size} values of tensor {name} are NaN or infinite; "
-      "--allow_nonfinite takes them as they are"
+      "--allow_nonfinite accepts them"
     )
 
 
-def _some(names: list[str]) -> str:
+def _first(names: list[str]) -> str:
   return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 

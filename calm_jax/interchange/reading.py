@@ -16,7 +16,6 @@ from calm_jax.models import autoencoder, calm, foreign, transformer
 from calm_jax.models.heads import registry
 
 Params = Any
-Source = Mapping[str, tensors.Stored]
 # `names.read`, which returns the parameters, or `names.check`, which returns the tensors' names.
 Take = Callable[..., Any]
 
@@ -53,48 +52,50 @@ class Imported:
     return self.settings["model"]
 
 
-def _table(source: Source, folder: pathlib.Path, prefix: str) -> tuple[str, tensors.Stored]:
+def _open(path: pathlib.Path) -> foreign.Folder:
+  return foreign.Folder(tensors.open_folder(path), path, Settings(path))
+
+
+def _table(folder: foreign.Folder, prefix: str) -> tuple[str, tensors.Stored]:
   """Returns the name and the tensor of the autoencoder's token table, which has several names."""
-  return foreign.matrix(source, folder, *(f"{prefix}{name}" for name in names.AUTOENCODER_TABLE))
+  return folder.matrix(*(f"{prefix}{name}" for name in names.AUTOENCODER_TABLE))
 
 
-def _autoencoder(
-  source: Source, prefix: str, folder: pathlib.Path, dtype: Any, take: Take
-) -> Imported:
+def _autoencoder(folder: foreign.Folder, prefix: str, take: Take) -> Imported:
   """Returns the autoencoder whose tensors' names begin with `prefix`; shapes give its sizes."""
 
   def columns(name: str) -> int:
-    return foreign.matrix(source, folder, f"{prefix}{name}.weight")[1].shape[1]
+    return folder.matrix(f"{prefix}{name}.weight")[1].shape[1]
 
-  vocab_size, width = _table(source, folder, prefix)[1].shape
+  vocab_size, width = _table(folder, prefix)[1].shape
   try:
     sizes = config.Autoencoder(
       patch_size=columns("encoder.squeeze_layer") // width,
       width=width,
       ffn=columns("encoder.encoder_layers.0.mlp.down_proj"),
       latent=columns("decoder.latent_to_hidden"),
-      encoder_layers=foreign.count(source, folder, f"{prefix}encoder.encoder_layers"),
-      decoder_layers=foreign.count(source, folder, f"{prefix}decoder.decoder_layers"),
+      encoder_layers=folder.count(f"{prefix}encoder.encoder_layers"),
+      decoder_layers=folder.count(f"{prefix}decoder.decoder_layers"),
     )
   except errors.CalmError as error:
-    raise errors.CalmError(f"the autoencoder in {folder} has impossible sizes: {error}") from error
+    raise errors.CalmError(
+      f"the autoencoder in {folder.path} has impossible sizes: {error}"
+    ) from error
   shapes = jax.eval_shape(autoencoder.Autoencoder(sizes, vocab_size).initial, jax.random.key(0))
-  own = {name: stored for name, stored in source.items() if name.startswith(prefix)}
-  params = take(own, names.autoencoder(sizes, prefix), shapes, folder)
+  own = {name: stored for name, stored in folder.tensors.items() if name.startswith(prefix)}
+  params = take(own, names.autoencoder(sizes, prefix), shapes, folder.path)
   groups = {
     "data": config.Data(context=2048 * sizes.patch_size),
     "model": sizes,
-    "training": config.Training(compute_dtype=dtype),
+    "training": config.Training(compute_dtype=folder.settings.dtype),
   }
   return Imported("autoencoder", groups, vocab_size, params)
 
 
-def _read_autoencoder(
-  folder: pathlib.Path, source: Source, settings: Settings, take: Take
-) -> Imported:
+def _read_autoencoder(folder: foreign.Folder, take: Take) -> Imported:
   """Returns the autoencoder in its own folder."""
-  imported = _autoencoder(source, "", folder, settings.dtype, take)
-  settings.vocab_size(*_table(source, folder, ""))
+  imported, settings = _autoencoder(folder, "", take), folder.settings
+  settings.vocab_size(*_table(folder, ""))
   sizes = imported.sizes
   settings.require(
     patch_size=sizes.patch_size,
@@ -115,35 +116,33 @@ def _has_config(place: pathlib.Path) -> bool:
     return False
 
 
-def _find_autoencoder(
-  folder: pathlib.Path, source: Source, settings: Settings, override: str, take: Take
-) -> Imported:
+def _find_autoencoder(folder: foreign.Folder, override: str, take: Take) -> Imported:
   """Returns a language model's autoencoder.
 
   It is read from the folder `override` if that is not empty, else from the model's own folder,
   else from the folder that its `ae_path` names.
   """
-  inside = any(name.startswith(AUTOENCODER_PREFIX) for name in source)
-  own = _autoencoder(source, AUTOENCODER_PREFIX, folder, settings.dtype, take) if inside else None
+  inside = any(name.startswith(AUTOENCODER_PREFIX) for name in folder.tensors)
+  own = _autoencoder(folder, AUTOENCODER_PREFIX, take) if inside else None
   if own and not override:
     return own
-  path = settings.text("ae_path")
-  named = [folder / path, pathlib.Path(path)] if path else []
+  path = folder.settings.text("ae_path")
+  named = [folder.path / path, pathlib.Path(path)] if path else []
   places = [pathlib.Path(override)] if override else named
   place = next((place for place in places if _has_config(place)), None)
   if place is None:
     raise errors.CalmError(
       f"--autoencoder={override} is no folder with a config.json"
       if override
-      else f"{folder} holds no autoencoder, and its ae_path {config.shown(path)} does not exist: "
-      "give --autoencoder=DIR"
+      else f"{folder.path} holds no autoencoder, and its ae_path {config.shown(path)} does not "
+      "exist: give --autoencoder=DIR"
     )
   checksums.check(place, USED)
-  loaded = _read_autoencoder(place, tensors.open_folder(place), Settings(place), take)
+  loaded = _read_autoencoder(_open(place), take)
   if own and not _equal(own, loaded):
     raise errors.CalmError(
-      f"{folder} holds an autoencoder of its own, which differs from the one in {place}: leave out "
-      "--autoencoder"
+      f"{folder.path} holds an autoencoder of its own, which differs from the one in {place}: "
+      "leave out --autoencoder"
     )
   return loaded
 
@@ -157,27 +156,25 @@ def _equal(a: Imported, b: Imported) -> bool:
   )
 
 
-def _head(source: Source, folder: pathlib.Path, settings: Settings, latent: int) -> config.Head:
+def _head(folder: foreign.Folder, latent: int) -> config.Head:
   """Returns the head by its tensors' names, whatever config.json calls the model."""
-  steps = settings.whole("sampling_steps", 0) if settings.has("sampling_steps") else 0
   for kind, head in registry.HEADS.items():
-    sizes = head.recognize(source, folder, settings, latent, steps)
+    sizes = head.recognize(folder, latent)
     if sizes is not None:
       return config.Head(kind=kind, **sizes)
-  nearest = min((name for name in source if "head" in name), default="none")
+  nearest = min((name for name in folder.tensors if "head" in name), default="none")
   raise errors.CalmError(
-    f"{folder} holds no known head ({', '.join(registry.HEADS)}); the tensor most like one is "
+    f"{folder.path} holds no known head ({', '.join(registry.HEADS)}); the tensor most like one is "
     f"{nearest}"
   )
 
 
-def _transformer(
-  source: Source, folder: pathlib.Path, settings: Settings, prefix: str
-) -> dict[str, Any]:
+def _transformer(folder: foreign.Folder, prefix: str) -> dict[str, Any]:
   """Returns the sizes of the Llama layers, whose tensors' names begin with `prefix`."""
+  settings = folder.settings
   heads = settings.whole("num_attention_heads")
-  ffn, width = foreign.matrix(source, folder, f"{prefix}.layers.0.mlp.gate_proj.weight")[1].shape
-  layers = foreign.count(source, folder, f"{prefix}.layers")
+  ffn, width = folder.matrix(f"{prefix}.layers.0.mlp.gate_proj.weight")[1].shape
+  layers = folder.count(f"{prefix}.layers")
   settings.require(
     num_hidden_layers=layers, hidden_size=width, intermediate_size=ffn, head_dim=width // heads
   )
@@ -191,21 +188,19 @@ def _transformer(
   }
 
 
-def _read_calm(
-  folder: pathlib.Path, source: Source, settings: Settings, autoencoder_folder: str, take: Take
-) -> Imported:
+def _read_calm(folder: foreign.Folder, autoencoder_folder: str, take: Take) -> Imported:
   """Returns the CALM language model in a folder."""
-  inner = _find_autoencoder(folder, source, settings, autoencoder_folder, take)
+  inner, settings = _find_autoencoder(folder, autoencoder_folder, take), folder.settings
   sizes = inner.sizes
   settings.require(patch_size=sizes.patch_size, latent_size=sizes.latent)
-  reads_tokens = "transformer.embed_tokens.weight" in source
-  reads_latents = "latent_proj.weight" in source
+  reads_tokens = "transformer.embed_tokens.weight" in folder.tensors
+  reads_latents = "latent_proj.weight" in folder.tensors
   backbone = config.Backbone(
-    **_transformer(source, folder, settings, "transformer"),
+    **_transformer(folder, "transformer"),
     patch_size=sizes.patch_size,
     input="discrete" if not reads_latents else "both" if reads_tokens else "continuous",
   )
-  head = _head(source, folder, settings, sizes.latent)
+  head = _head(folder, sizes.latent)
   samples, alpha = settings.whole("num_samples", 8), float(settings.number("beta", 1.0))
   groups = {
     "data": config.Data(context=settings.context(sizes.patch_size)),
@@ -217,40 +212,42 @@ def _read_calm(
   vocab_size = inner.vocab_size
   if reads_tokens:
     name = "transformer.embed_tokens.weight"
-    vocab_size = settings.vocab_size(*foreign.matrix(source, folder, name))
+    vocab_size = settings.vocab_size(*folder.matrix(name))
     if vocab_size < inner.vocab_size:
       raise errors.CalmError(
-        f"{folder}: {name} has {vocab_size} rows, too few for the {inner.vocab_size} tokens of "
-        "the autoencoder"
+        f"{folder.path}: {name} has {vocab_size} rows, too few for the {inner.vocab_size} tokens "
+        "of the autoencoder"
       )
   model = calm.Calm.build(backbone, head, sizes, vocab_size)
-  own = {name: x for name, x in source.items() if not name.startswith(AUTOENCODER_PREFIX)}
+  held = folder.tensors.items()
+  own = {name: stored for name, stored in held if not name.startswith(AUTOENCODER_PREFIX)}
   shapes = jax.eval_shape(model.initial, jax.random.key(0))
-  params = take(own, names.calm(backbone, head), shapes, folder)
+  params = take(own, names.calm(backbone, head), shapes, folder.path)
   parents = {"autoencoder": inner}
   return Imported("calm", groups, vocab_size, params, settings.eos_id, parents)
 
 
-def _read_llama(folder: pathlib.Path, source: Source, settings: Settings, take: Take) -> Imported:
+def _read_llama(folder: foreign.Folder, take: Take) -> Imported:
   """Returns the Llama in a folder."""
+  settings = folder.settings
   kind = settings.text("model_type")
   if kind not in ("", "llama"):
     raise errors.CalmError(
-      f"{folder} holds a model of type {kind!r}, whose layers may differ from Llama's: only "
+      f"{folder.path} holds a model of type {kind!r}, whose layers may differ from Llama's: only "
       "'llama' can be converted"
     )
-  sizes = config.Transformer(**_transformer(source, folder, settings, "model"))
+  sizes = config.Transformer(**_transformer(folder, "model"))
   groups = {
     "data": config.Data(context=settings.context()),
     "model": sizes,
     "training": config.Training(batch=1024, compute_dtype=settings.dtype),
   }
   name = "model.embed_tokens.weight"
-  vocab_size = settings.vocab_size(*foreign.matrix(source, folder, name))
+  vocab_size = settings.vocab_size(*folder.matrix(name))
   model = transformer.Transformer(sizes, vocab_size)
   shapes = jax.eval_shape(model.initial, jax.random.key(0))
   expected = names.transformer(sizes, settings.tied)
-  params = take(source, expected, shapes, folder)
+  params = take(folder.tensors, expected, shapes, folder.path)
   return Imported("transformer", groups, vocab_size, params, settings.eos_id)
 
 
@@ -299,21 +296,21 @@ def _read_and_name(folder: pathlib.Path, autoencoder_folder: str, take: Take) ->
     raise errors.CalmError(f"can't read {folder}: {error}") from error
 
 
-def _read(folder: pathlib.Path, autoencoder_folder: str, take: Take) -> Imported:
+def _read(path: pathlib.Path, autoencoder_folder: str, take: Take) -> Imported:
   """Returns the model in a folder; the names of its tensors decide how it is read."""
-  settings, source = Settings(folder), tensors.open_folder(folder)
-  is_calm = any(name.startswith("transformer.") for name in source)
+  folder = _open(path)
+  is_calm = any(name.startswith("transformer.") for name in folder.tensors)
   if autoencoder_folder and not is_calm:
     raise errors.CalmError(
-      f"--autoencoder={autoencoder_folder} is for a CALM language model, and {folder} holds none"
+      f"--autoencoder={autoencoder_folder} is for a CALM language model, and {path} holds none"
     )
   if is_calm:
-    return _read_calm(folder, source, settings, autoencoder_folder, take)
-  if any(name.startswith("model.layers.") for name in source):
-    return _read_llama(folder, source, settings, take)
-  if any(name.startswith("encoder.") for name in source):
-    return _read_autoencoder(folder, source, settings, take)
+    return _read_calm(folder, autoencoder_folder, take)
+  if any(name.startswith("model.layers.") for name in folder.tensors):
+    return _read_llama(folder, take)
+  if any(name.startswith("encoder.") for name in folder.tensors):
+    return _read_autoencoder(folder, take)
   raise errors.CalmError(
-    f"{folder} holds no known model: neither a CALM language model nor its autoencoder nor a "
-    f"LlamaForCausalLM; one of its tensors is {min(source, default='(none)')}"
+    f"{path} holds no known model: neither a CALM language model nor its autoencoder nor a "
+    f"LlamaForCausalLM; one of its tensors is {min(folder.tensors, default='(none)')}"
   )

@@ -1,4 +1,4 @@
-"""A workdir of the baseline -> a folder that transformers loads as LlamaForCausalLM."""
+"""A trained baseline -> a folder that transformers loads as LlamaForCausalLM."""
 
 from calm_jax import files
 from calm_jax.interchange import export, names, settings, tensors

@@ -1,4 +1,4 @@
-"""A workdir -> ONNX graphs, by PyTorch's exporter from the module that our torch folders carry."""
+"""A trained stage -> ONNX graphs, exported by PyTorch from our module for PyTorch."""
 
 import contextlib
 import dataclasses
@@ -28,10 +28,11 @@ def _require_packages() -> None:
 
 
 def _open(write: export.Writer, request: export.Export, kind: str) -> Any:
-  """Returns the model in torch, through the folder that PyTorch users get.
+  """Returns the PyTorch model, loaded from a temporary folder in the format `torch`.
 
   Args:
-    kind: its class in our module for PyTorch.
+    write: writer of the format `torch`.
+    kind: class of the model in our module for PyTorch.
   """
   import torch
   import transformers
@@ -50,7 +51,7 @@ def _open(write: export.Writer, request: export.Export, kind: str) -> Any:
 
 @contextlib.contextmanager
 def _quiet():
-  """Silences what the exporter logs on the operators it tries."""
+  """Silences the exporter's log on the operators it tries."""
   loggers = [logging.getLogger(name) for name in ("onnx_ir", "torch.onnx")]
   levels = [logger.level for logger in loggers]
   with warnings.catch_warnings():
@@ -65,12 +66,17 @@ def _quiet():
 
 
 def _export(folder: pathlib.Path, name: str, module, inputs: dict, outputs: list[str]) -> None:
-  """Writes a graph; `inputs` are example tensors with names for their axes, by name."""
+  """Writes a graph.
+
+  Args:
+    inputs: name -> (example tensor, {dynamic axis: its name}).
+    outputs: names of the results.
+  """
   import torch
 
   examples = tuple(tensor for tensor, _ in inputs.values())
   axes = [
-    {axis: torch.export.Dim(name) for axis, name in named.items()} for _, named in inputs.values()
+    {axis: torch.export.Dim(name) for axis, name in names.items()} for _, names in inputs.values()
   ]
   with _quiet():
     program = torch.onnx.export(
@@ -119,21 +125,21 @@ def _export_autoencoder(folder: pathlib.Path, model, sizes) -> None:
 def _export_step(folder: pathlib.Path, model, trained: trained_lib.Trained) -> None:
   import torch
 
-  sizes, inner = trained.run.model, trained.model.sizes
+  sizes, autoencoder_sizes = trained.run.model, trained.model.sizes
   reads_latents = sizes.reads_latents
 
   class Past:
-    """Keys and values before the step, in the place of the module's own cache."""
+    """Keys and values of earlier positions, as a replacement for the module's own cache."""
 
     def __init__(self, position, past):
       self.position, self.past = position, past
       self.present = []
 
     def extend(self, layer, *new_BG1C):
-      held = self.past[2 * layer : 2 * layer + 2]
-      both = [torch.cat(pair, dim=2) for pair in zip(held, new_BG1C, strict=True)]
-      self.present += both
-      return both
+      past_BGWC = self.past[2 * layer : 2 * layer + 2]
+      present_BGWC = [torch.cat(pair, dim=2) for pair in zip(past_BGWC, new_BG1C, strict=True)]
+      self.present += present_BGWC
+      return present_BGWC
 
   class NextPatch(torch.nn.Module):
     def __init__(self):
@@ -152,12 +158,12 @@ def _export_step(folder: pathlib.Path, model, trained: trained_lib.Trained) -> N
   head = trained.model.head
   batch, patches, candidates = 2, 3, 4
   inputs: dict[str, Any] = {
-    "tokens": (torch.zeros((batch, inner.patch_size), dtype=torch.int64), {0: "batch"}),
+    "tokens": (torch.zeros((batch, autoencoder_sizes.patch_size), dtype=torch.int64), {0: "batch"}),
     "position": (torch.tensor(5.0), {}),
     "noise": (torch.zeros((candidates, batch, *head.noise_shape)), {0: "candidates", 1: "batch"}),
   }
   if reads_latents:
-    inputs["latents"] = (torch.zeros((batch, inner.latent)), {0: "batch"})
+    inputs["latents"] = (torch.zeros((batch, autoencoder_sizes.latent)), {0: "batch"})
   shape = (batch, sizes.kv_heads, patches, sizes.width // sizes.heads)
   names = [f"{kind}_{i}" for i in range(sizes.layers) for kind in ("key", "value")]
   for name in names:
@@ -167,7 +173,7 @@ def _export_step(folder: pathlib.Path, model, trained: trained_lib.Trained) -> N
 
 
 def write_autoencoder(request: export.Export) -> str:
-  """Writes encode and decode; CalmError if a package that this needs is missing."""
+  """Writes encode and decode; CalmError if a required package is missing."""
   _require_packages()
   model = _open(to_torch.write_autoencoder, request, "CalmAutoencoder")
   _export_autoencoder(request.folder, model, request.trained.run.model)
@@ -179,8 +185,8 @@ def write_calm(request: export.Export) -> str:
   """Writes encode, decode and next_patch.
 
   Raises:
-    CalmError: if a package that takes is missing, and for a head that has an
-      `onnx_obstacle`, as a long loop: 100 steps took minutes for a toy model.
+    CalmError: if a required package is missing, or for a head with an `onnx_obstacle`, such as
+      a long loop: exporting 100 steps took minutes for a toy model.
   """
   trained, folder = request.trained, request.folder
   obstacle = trained.model.head.onnx_obstacle
@@ -191,19 +197,19 @@ def write_calm(request: export.Export) -> str:
     )
   _require_packages()
   model = _open(to_torch.write_calm, request, "CalmModel")
-  inner, sizes = trained.model.sizes, trained.run.model
-  _export_autoencoder(folder, model.ae_model, inner)
+  autoencoder_sizes, sizes = trained.model.sizes, trained.run.model
+  _export_autoencoder(folder, model.ae_model, autoencoder_sizes)
   _export_step(folder, model, trained)
   facts = {
     "opset": OPSET,
-    "patch_size": inner.patch_size,
-    "latent_size": inner.latent,
+    "patch_size": autoencoder_sizes.patch_size,
+    "latent_size": autoencoder_sizes.latent,
     "head": trained.run.head.kind,
     "noise_shape": list(trained.model.head.noise_shape),
     "input": sizes.input,
     "layers": sizes.layers,
     "past_shape": ["batch", sizes.kv_heads, "past", sizes.width // sizes.heads],
-    "window_patches": trained.run.data.context // inner.patch_size - 1,
+    "window_patches": trained.run.data.context // autoencoder_sizes.patch_size - 1,
   }
   files.write(folder / "config.json", files.to_json(facts))
   latents = ' | {"latents": mean}' if sizes.reads_latents else ""
@@ -211,7 +217,7 @@ def write_calm(request: export.Export) -> str:
   return _USE + step
 
 
-_USE = """ONNX graphs, float32, of any batch size; each `.onnx` file goes with its `.onnx.data`.
+_USE = """ONNX graphs, float32, of any batch size; each `.onnx` file needs its `.onnx.data`.
 
 ```python
 import json
@@ -227,7 +233,7 @@ mean, log_std = encode.run(None, {"tokens": tokens})  # int64 [batch, K] -> [bat
 (logits,) = decode.run(None, {"latents": mean})  # [batch, K, vocabulary]
 """
 _STEP = """
-# Reads one patch; after it come candidates for the next one, as many as there is noise for.
+# Reads one patch and returns candidates for the next one, as many as there is noise for.
 facts = json.loads(pathlib.Path("FOLDER/config.json").read_text())
 next_patch = onnxruntime.InferenceSession("FOLDER/next_patch.onnx")
 _, groups, _, channels = facts["past_shape"]
@@ -240,4 +246,4 @@ past = dict(zip(past, present))  # For the next call, at position 1.
 ```
 
 `noise` is [candidates, batch, *noise_shape], see config.json: NOISE. Cut `past`
-to the last `window_patches`, as many as an example showed the model in training."""
+to the last `window_patches`, the number of patches that the model could see in training."""

@@ -1,7 +1,7 @@
-"""A workdir -> compiled artefacts by jax.export that run without this package.
+"""A trained stage -> artefacts of jax.export, which run without this package.
 
-Each is a function of the weights, which lie beside it in safetensors under our own
-names, and of arrays of any batch size. One artefact serves CPU, CUDA and TPU.
+Each artefact is a function of the weights and of arrays of any batch size, for CPU, CUDA and
+TPU. The weights are stored next to it in safetensors, under our own names.
 """
 
 import pathlib
@@ -34,7 +34,13 @@ def _write(
   weights: Mapping[str, Any],
   facts: dict[str, Any],
 ) -> None:
-  """Writes functions of (weights, *arrays of these shapes), the weights and config.json."""
+  """Writes artefacts, weights and config.json.
+
+  Args:
+    functions: name -> (function of (weights, *arrays), shapes of the arrays).
+    weights: arrays by flat name.
+    facts: contents of config.json.
+  """
   for name, (function, shapes) in functions.items():
     exported = export.export(jax.jit(function), platforms=PLATFORMS)(_abstract(weights), *shapes)
     files.write(folder / f"{name}.stablehlo", bytes(exported.serialize()))
@@ -54,7 +60,7 @@ def _float(*shape) -> jax.ShapeDtypeStruct:
 
 
 def _autoencoder_functions(model: autoencoder.Autoencoder, prefix: str) -> dict[str, Any]:
-  """Returns encode and decode; `prefix` is that of the autoencoder's weights."""
+  """Returns encode and decode; `prefix` is the prefix of the autoencoder's weights."""
   sizes, (b,) = model.sizes, export.symbolic_shape("b")
 
   def params(weights):
@@ -80,12 +86,12 @@ def _model_functions(trained: trained_lib.Trained, window: int) -> dict[str, Any
   b, n = export.symbolic_shape("b, n")
 
   def begin(weights, token_BK):
-    """Returns the state before the first patch; of the tokens only the batch size counts."""
+    """Returns the state before the first patch; the tokens only give the batch size."""
     sizes, dtype = model.backbone.sizes, model.backbone.dtype
     return _plain(memory.Cache.empty(window).allocated(sizes, token_BK.shape[0], dtype))
 
   def next_patch(weights, state, token_BK, *rest):
-    """Reads a patch into the state; returns N candidates for the next one."""
+    """Reads a patch; returns N candidates for the next one, their latents and the new state."""
     *latent_BZ, noise = rest
     tree = traverse_util.unflatten_dict(dict(weights), sep="/")
     latent_B1Z = latent_BZ[0][:, None] if latent_BZ else None
@@ -107,15 +113,15 @@ def _model_functions(trained: trained_lib.Trained, window: int) -> dict[str, Any
 
 
 def _plain(cache: memory.Cache) -> dict[str, Any]:
-  """Returns a cache as what jax.export can carry to where our classes are not known."""
+  """Returns a cache as plain dictionaries, which jax.export can serialise without our classes."""
   assert cache.layers is not None
   state = cache._asdict() | {"layers": cache.layers._asdict()}
   return {name: value for name, value in state.items() if value is not None}
 
 
 def _cache(state: dict[str, Any]) -> memory.Cache:
-  held = memory.LayerCache(**state["layers"])
-  return memory.Cache(held, state["position_W"], state["next_position"])
+  layer_cache = memory.LayerCache(**state["layers"])
+  return memory.Cache(layer_cache, state["position_W"], state["next_position"])
 
 
 def _calm_weights(trained: trained_lib.Trained) -> dict[str, Any]:
@@ -144,7 +150,7 @@ def write_calm(request: formats.Export) -> str:
   """Writes encode, decode, begin and next_patch."""
   trained, run = request.trained, request.trained.run
   model = trained.parents["autoencoder"].model
-  window = run.data.context // model.sizes.patch_size - 1  # As many as training showed.
+  window = run.data.context // model.sizes.patch_size - 1  # Patches before the last in training.
   functions = _autoencoder_functions(model, "autoencoder/") | _model_functions(trained, window)
   facts = {
     **_facts(model),
@@ -185,15 +191,15 @@ mean, log_std = encode(weights, tokens)  # int32 [batch, K] -> [batch, latent]
 logits = decode(weights, mean)  # [batch, K, vocabulary]
 """
 _CALM_CODE = """
-# Reads patch by patch; after each come candidates for the next one, as many as there is noise for.
+# Reads patch by patch and returns candidates for the next one, as many as there is noise for.
 begin, next_patch = load("begin"), load("next_patch")
-state = begin(weights, tokens)  # tokens only tell the batch size
+state = begin(weights, tokens)  # tokens only give the batch size
 STEP
 """
 _EXAMPLE = "candidates, latents, state = next_patch(weights, state, tokens, noise)"
 _CONTINUOUS_EXAMPLE = "candidates, latents, state = next_patch(weights, state, tokens, mean, noise)"
 _NOTE = """```
 
-`noise` is [candidates, batch, *noise_shape], see config.json: NOISE. Candidates
-are int32 [candidates, batch, K], the latents they were decoded from [candidates, batch, latent].
-JAX promises to read such files for six months."""
+`noise` is [candidates, batch, *noise_shape], see config.json: NOISE. Candidates are int32
+[candidates, batch, K]; they were decoded from the latents [candidates, batch, latent].
+JAX guarantees to read such files for six months."""

@@ -1,6 +1,6 @@
-"""A workdir -> a folder that PyTorch users open with transformers alone, our module inside.
+"""A trained stage -> a folder with our PyTorch module, for transformers to open.
 
-Tensors have the reference's names; torch_module/ holds the code that goes along.
+Tensors have the reference's names; torch_module/ holds the module's code.
 """
 
 import importlib.resources
@@ -16,12 +16,14 @@ from transformers import AutoModel
 model = AutoModel.from_pretrained(FOLDER, trust_remote_code=True)
 ```
 
-The code is `modeling_calm.py` in this folder; it needs torch and transformers only. """
-_AUTOENCODER_USE = f"{_USE}`model.encode(tokens)` gives mean and log std of patches [..., K], and\n\
+The code is `modeling_calm.py` in this folder; it needs only torch and transformers. """
+_AUTOENCODER_USE = (
+  f"{_USE}`model.encode(tokens)` returns mean and log std of patches [..., K], and\n\
 `model.decode(latents)` the logits of their K tokens."
+)
 _CALM_USE = f"{_USE}`model.generate(tokens,\n\
-max_new_tokens)` writes; `hidden_states`, `draw_noise`, `samples`, `encode` and `decode` are its\n\
-parts."
+max_new_tokens)` generates text; `hidden_states`, `draw_noise`, `samples`, `encode` and `decode`\n\
+are its parts."
 
 
 def _auto(kind: str) -> dict[str, str]:
@@ -49,7 +51,7 @@ def write_autoencoder(request: export.Export) -> str:
 
 
 def write_calm(request: export.Export) -> str:
-  """Writes a language model's folder, its autoencoder inside the same weights."""
+  """Writes a language model's folder; its weights include those of its autoencoder."""
   trained, run = request.trained, request.trained.run
   tensors.write_folder(request.folder, to_reference.calm_tensors(trained))
   values = {

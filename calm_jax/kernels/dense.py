@@ -29,11 +29,12 @@ def dot_general(
 
 @jax.custom_vjp
 def _product(x_I: jax.Array, kernel_IO: jax.Array) -> jax.Array:
-  return plain(x_I, kernel_IO)
+  # By this function, which qwix replaces where weights are int8; it does not see matmul's.
+  return jax.lax.dot_general(x_I, kernel_IO, (((x_I.ndim - 1,), (0,)), ((), ())))
 
 
 def _forward(x_I, kernel_IO):
-  return plain(x_I, kernel_IO), (x_I, kernel_IO)
+  return _product(x_I, kernel_IO), (x_I, kernel_IO)
 
 
 def _backward(residuals, grad_O):

@@ -112,6 +112,7 @@ class Autoencoder(nn.Module):
     """Returns the logits at the posterior mean; creates every parameter."""
     return self.decode(self.encode(token_K)[0])
 
+  @nn.nowrap  # `function` may copy the module, which a method may not.
   def mapped(self, function: Callable[[Any], Any]) -> Any:
     """Returns the model with `function` applied to each of its linen modules, itself."""
     return function(self)

@@ -71,11 +71,11 @@ class Calm:
       vocab_size: V of the backbone's token table, which may exceed the autoencoder's where
         an imported table is padded.
     """
+    dtype = jnp.dtype(dtype)
+    trunk = head_lib.Trunk(sizes.width, autoencoder.latent, sizes.init, dtype, execution.remat)
     return cls(
-      backbone=backbone_lib.Backbone(sizes, vocab_size, jnp.dtype(dtype), execution),
-      head=registry.build(
-        head, sizes.width, autoencoder.latent, sizes.init, jnp.dtype(dtype), execution.remat
-      ),
+      backbone=backbone_lib.Backbone(sizes, vocab_size, dtype, execution),
+      head=registry.build(head, trunk),
       sizes=autoencoder,
     )
 

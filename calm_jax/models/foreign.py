@@ -8,7 +8,7 @@ import dataclasses
 import pathlib
 import re
 from collections.abc import Mapping
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -82,52 +82,45 @@ def swiglu(name: str, path: str) -> list[Tensor]:
   ]
 
 
-class Stored(Protocol):
-  """A tensor in a file, whose values are not read yet."""
+@dataclasses.dataclass(frozen=True)
+class Folder:
+  """A model's folder of another framework.
 
-  @property
-  def shape(self) -> tuple[int, ...]: ...
-
-
-class Settings(Protocol):
-  """The config.json of another framework's folder."""
-
-  def require(self, **values: int) -> None:
-    """Raises CalmError where config.json states another value than the weights have."""
-    ...
-
-
-StoredT = TypeVar("StoredT", bound=Stored)
-
-
-def matrix(
-  source: Mapping[str, StoredT], folder: pathlib.Path, *candidates: str
-) -> tuple[str, StoredT]:
-  """Returns the first candidate that a folder holds, with its name.
-
-  Raises:
-    CalmError: if none is there, or the tensor is not a matrix.
+  Attributes:
+    tensors: by name, their values not read yet. path: for messages.
+    settings: of its config.json, see `interchange.config_json.Settings`.
   """
-  name = next((name for name in candidates if name in source), None)
-  if name is None:
-    raise errors.CalmError(f"{folder} lacks tensors: {candidates[0]}")
-  if len(source[name].shape) != 2:
-    raise errors.CalmError(
-      f"{folder}: tensor {name} has shape {list(source[name].shape)}, it should be a matrix"
-    )
-  return name, source[name]
 
+  tensors: Mapping[str, Any]
+  path: pathlib.Path
+  settings: Any
 
-def count(source: Mapping[str, Any], folder: pathlib.Path, *prefixes: str) -> int:
-  """Returns how many layers a folder holds: the numbers that follow one of `prefixes`.
+  def matrix(self, *candidates: str) -> tuple[str, Any]:
+    """Returns the first candidate that the folder holds, after its name.
 
-  Raises:
-    CalmError: if the numbers have a gap. A number in a name must not make us build more
-      layers than there are tensors for.
-  """
-  pattern = re.compile(rf"(?:{'|'.join(map(re.escape, prefixes))})\.([0-9]+)\.")
-  numbers = {match[1] for match in map(pattern.match, source) if match}
-  absent = {str(i) for i in range(len(numbers))} - numbers
-  if absent:
-    raise errors.CalmError(f"{folder} lacks tensors: {prefixes[0]}.{min(absent, key=int)}.*")
-  return len(numbers)
+    Raises:
+      CalmError: if none is there, or the tensor is not a matrix.
+    """
+    name = next((name for name in candidates if name in self.tensors), None)
+    if name is None:
+      raise errors.CalmError(f"{self.path} lacks tensors: {candidates[0]}")
+    shape = self.tensors[name].shape
+    if len(shape) != 2:
+      raise errors.CalmError(
+        f"{self.path}: tensor {name} has shape {list(shape)}, it should be a matrix"
+      )
+    return name, self.tensors[name]
+
+  def count(self, *prefixes: str) -> int:
+    """Returns how many layers the folder holds: the numbers that follow one of `prefixes`.
+
+    Raises:
+      CalmError: if the numbers have a gap. A number in a name must not make us build more
+        layers than there are tensors for.
+    """
+    pattern = re.compile(rf"(?:{'|'.join(map(re.escape, prefixes))})\.([0-9]+)\.")
+    numbers = {match[1] for match in map(pattern.match, self.tensors) if match}
+    absent = {str(i) for i in range(len(numbers))} - numbers
+    if absent:
+      raise errors.CalmError(f"{self.path} lacks tensors: {prefixes[0]}.{min(absent, key=int)}.*")
+    return len(numbers)

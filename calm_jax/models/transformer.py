@@ -51,6 +51,7 @@ class Transformer(nn.Module):
     """Returns the logits at every token; creates every parameter."""
     return self.logits(self.hidden(token_BS)[0])
 
+  @nn.nowrap  # `function` may copy the module, which a method may not.
   def mapped(self, function: Callable[[Any], Any]) -> Any:
     """Returns the model with `function` applied to each of its linen modules, itself."""
     return function(self)

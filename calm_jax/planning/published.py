@@ -1,10 +1,10 @@
 """The paper's table of costs: its figures, our count by its rules, and the true cost.
 
-The paper's rules are not stated; these were found by trial. Writing: one draw a patch at a
-full window, attention to all of it, and what the samples share counted once a sample.
-Training: attention to all positions, also those that a causal mask hides, and 5e11 tokens.
-All figures agree within 3 % but the three in `APART`. (One of them is CALM-L's training,
-which the paper also gives as 7.9e20; our count is within 3 % of that.)
+The paper does not state its rules; these were found by trial. Generation: one draw a patch at a
+full window, attention to the complete window, and computation that samples share counted once a
+sample. Training: attention to all positions, including those that a causal mask hides, and 5e11
+tokens. All figures agree within 3 % except the three in `APART`. (One of them is CALM-L's
+training, which the paper also gives as 7.9e20; our count is within 3 % of that.)
 """
 
 import dataclasses
@@ -27,8 +27,10 @@ class Row:
   """A published model, and the paper's figures.
 
   Attributes:
-    training: FLOPs of all training.
-    writing: FLOPs of writing a token.
+    name: the paper's name of the model.
+    run: its settings.
+    training: FLOPs of the complete training.
+    writing: FLOPs of generating a token.
   """
 
   name: str
@@ -44,8 +46,8 @@ class Row:
   @property
   def draws(self) -> int:
     """Draws a patch below temperature 1."""
-    writing_of = table.of(self.run).writing
-    return DRAWS if writing_of and writing_of.takes_candidates else 1
+    stage_writing = table.of(self.run).writing
+    return DRAWS if stage_writing and stage_writing.takes_candidates else 1
 
 
 def _calm(width: int, ffn: int) -> calm.Run:
@@ -64,25 +66,25 @@ ROWS = (
   Row("Transformer-M", _transformer(16, 1024, 2752), 11.9e20, 7.9e8),
   Row("Transformer-L", _transformer(16, 1536, 4096), 22.5e20, 15.0e8),
 )
-# The Transformer whose BrierLM is about that of each CALM.
+# Name of a CALM -> the Transformer with about the same BrierLM.
 EQUALS = dict(zip((row.name for row in ROWS[:3]), ROWS[3:], strict=True))
-# (row, column) of figures that our count misses by more than 3 %.
+# (row, column) of the figures from which our count differs by more than 3 %.
 APART = {("CALM-L", "training"), ("CALM-XL", "training"), ("CALM-XL", "writing")}
 
 
 def counted_training(row: Row) -> float:
-  """Returns FLOPs of all training by the paper's rules."""
+  """Returns FLOPs of the complete training by the paper's rules."""
   parts = counting.train_parts(row.run, row.parents, VOCAB)
   return (sum(parts.values()) + parts["attention"]) * TOKENS
 
 
 def counted_writing(row: Row) -> float:
-  """Returns FLOPs of writing a token by the paper's rules."""
+  """Returns FLOPs of generating a token by the paper's rules."""
   job = cost.WritingJob(row.run, row.parents, VOCAB, WINDOW, full=True)
   return sum(part.flops for part in writing.parts(job))
 
 
 def true_writing(row: Row, draws: float = 1.0) -> float:
-  """Returns FLOPs of writing a token in the middle of the window, with `draws` draws a patch."""
+  """Returns FLOPs of generating a token in the middle of the window, at `draws` draws a patch."""
   job = cost.WritingJob(row.run, row.parents, VOCAB, WINDOW, draws=draws)
   return sum(part.flops for part in writing.parts(job))

@@ -1,8 +1,8 @@
-"""Settings and a topology -> the plans of a run's programs there.
+"""Settings and a topology -> plans of a run's programs on that topology.
 
 The programs are the real ones, compiled for a mesh of devices that are not attached: the
-train step, the scoring of a batch of held-out examples, and the two programs that write
-text, on one device. No data, no workdir and no arrays are needed.
+train step, the scoring of a batch of held-out examples, and the two programs that generate
+text on one device. No data, workdir or arrays are needed.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from jax import numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from calm_jax import config
-from calm_jax.generation import candidates, decode, requests
+from calm_jax.generation import batching, candidates, requests
 from calm_jax.kernels import attention
 from calm_jax.parallel import mesh as mesh_lib
 from calm_jax.parallel import rules
@@ -47,7 +47,9 @@ class PlanJob:
   Attributes:
     name: the config's name, for people.
     run: settings of the run.
-    parents: settings of its parents' runs; by default published ones.
+    topology: chips that it is planned for.
+    vocab_size: tokens of the vocabulary.
+    parents: settings of its parents' runs; by default the published ones.
   """
 
   name: str
@@ -57,7 +59,7 @@ class PlanJob:
   parents: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
-    config.require(self.vocab_size > 1, f"the vocabulary must be above 1, got {self.vocab_size}")
+    config.require(self.vocab_size > 1, f"vocab_size must be above 1, got {self.vocab_size}")
     _ = self.mesh
     evaluation.require_context(self.run.data.context, self.patch_size, "config.data.context")
     optimizer.schedule(self.run.optimizer, self.run.training.steps)
@@ -92,11 +94,11 @@ class PlanJob:
     return self.run.data.context // self.patch_size
 
   def changed(self, **settings: Any) -> "PlanJob":
-    """Returns the job with other settings in some sections, as in `execution=...`."""
+    """Returns the job with sections of its settings replaced, such as `execution=...`."""
     return dataclasses.replace(self, run=dataclasses.replace(self.run, **settings))
 
   def program(self) -> program.TrainProgram:
-    """Returns the run's functions on the mesh, which must be the current one."""
+    """Returns the run's train program; its mesh must be the one that is set."""
     functions = untrained.functions(self.run, self.parent_runs, self.vocab_size, untrained.abstract)
     return program.TrainProgram(self.run, functions, self.mesh)
 
@@ -109,11 +111,11 @@ def train_plan(job: PlanJob) -> result.Plan:
   """
   run = job.run
   with jax.set_mesh(job.mesh):
-    stage_program = job.program()
-    state = stage_program.state
+    train_program = job.program()
+    state = train_program.state
     rules.require_sharded(state.params, job.mesh)
     kind = attention.choose(run.execution.attention, job.positions, run.training.compute_dtype)
-    lowered = stage_program.lowered_step()
+    lowered = train_program.lowered_step()
   compiled = program_lib.compile_lowered(lowered)
   tokens = run.training.batch * run.data.context
   rows = run.training.batch // run.training.accumulation // mesh_lib.row_parts(job.mesh)
@@ -154,28 +156,28 @@ def _kernel_flops(job: PlanJob, module: runs.Module, rows: int) -> float:
 
 
 def _padding(job: PlanJob) -> float:
-  """Returns the factor of padding: FLOPs that attention's kernels compute, by those counted."""
+  """Returns the padding factor: FLOPs of attention's kernels over those counted."""
   sizes = job.transformer
   assert sizes is not None
   return attention.padding(job.positions, sizes.width // sizes.heads, job.mesh.shape)
 
 
 def evaluation_plan(job: PlanJob) -> result.Plan:
-  """Returns the plan of scoring one batch of held-out examples, as training does.
+  """Returns the plan of scoring one batch of held-out examples.
 
-  The batch is as many examples as training scores in all, at most a training batch, rounded
-  to the mesh.
+  The batch holds as many examples as an evaluation in training scores in total, but at most a
+  training batch, rounded up to a multiple that the mesh divides evenly.
   """
   run = job.run
   with jax.set_mesh(job.mesh):
-    stage_program = job.program()
-    params = stage_program.state.params
+    train_program = job.program()
+    params = train_program.state.params
     blocks = run.training.eval_blocks
     batch, seed = min(run.training.batch, blocks), run.training.seed
     evaluator = evaluation.Evaluator(
-      stage_program.stage, None, run.data.context, batch, blocks, seed
+      train_program.stage, None, run.data.context, batch, blocks, seed
     )
-    lowered = evaluator.lowered(params, stage_program.frozen)
+    lowered = evaluator.lowered(params, train_program.frozen)
   compiled = program_lib.compile_lowered(lowered)
   facts = _forward_facts(f"{job.name}, evaluation", params, evaluator.rows * run.data.context)
   return result.Plan.of(facts, job.topology, list(job.mesh.devices.flat), compiled)
@@ -197,17 +199,17 @@ def _forward_facts(name: str, params: Tree, tokens: int) -> result.Facts:
 
 
 def decode_plans(job: PlanJob, texts: int = 1, draws: int = 1) -> dict[str, result.Plan]:
-  """Returns the plans of the two programs that write texts, on one device, by name.
+  """Returns the plans of the two programs that generate text on one device, by name.
 
-  "prompt" reads prompts that fill the window. "patch" is the loop that writes, counted for
-  one patch and one of each kind of round, since the number of rounds depends on the draws.
+  "prompt" reads prompts that fill the window. "patch" is the generation loop, counted for one
+  patch with one round of each size, since the number of rounds depends on the draws.
 
   Args:
-    texts: number of texts written at once.
+    texts: number of texts generated at once.
     draws: N, the largest number of candidates a patch; above 1 stands for T < 1.
 
   Raises:
-    CalmError: if the stage writes no text.
+    CalmError: if the stage generates no text.
   """
   config.require(
     table.of(job.run).writing is not None,
@@ -225,21 +227,21 @@ def decode_plans(job: PlanJob, texts: int = 1, draws: int = 1) -> dict[str, resu
     trained = untrained.trained(job.run, job.parent_runs, job.vocab_size, untrained.abstract)
     decoder = texts_lib.decoder(trained, requests.Sampler(), lambda line: None)
     window, size = decoder.window, job.patch_size
-    slots = decode.ring(window)
+    slots = batching.ring(window)
     params = placed(decoder.law.params)
-    wanted, tails = [requests.Request(num_candidates=draws)] * texts, [()] * texts
+    batch, tails = [requests.Request(num_candidates=draws)] * texts, [()] * texts
     power = [2.0 if draws > 1 else 1.0] * texts
-    asked = placed(jax.eval_shape(lambda: decode.asked(wanted, power, tails, size)))
+    arrays = placed(jax.eval_shape(lambda: batching.request_arrays(batch, power, tails, size)))
     token_BPK = placed(jax.ShapeDtypeStruct((texts, window, size), jnp.int32))
     sizes = tuple(candidates.round_sizes(texts, math.ceil(power[0]), draws))
-    prompt = (params, token_BPK, asked.first.limit_B, asked.max_tokens_B, asked.first.key_B)
+    prompt = (params, token_BPK, arrays.first.limit_B, arrays.max_tokens_B, arrays.first.key_B)
     state = placed(jax.eval_shape(functools.partial(decoder.prefill, slots=slots), *prompt))
     lowered = {
       "prompt": (decoder.prefill.lower(*prompt, slots=slots), window),
-      "patch": (decoder.steps.lower(params, asked, state, slots=draws, sizes=sizes, count=1), 1),
+      "patch": (decoder.steps.lower(params, arrays, state, slots=draws, sizes=sizes, count=1), 1),
     }
-  for name, (program_lowered, patches) in lowered.items():
-    compiled = program_lib.compile_lowered(program_lowered)
+  for name, (lowered_program, patches) in lowered.items():
+    compiled = program_lib.compile_lowered(lowered_program)
     facts = _forward_facts(f"{job.name}, decode: {name}", params, texts * patches * size)
     plans[name] = result.Plan.of(facts, single, list(mesh.devices.flat), compiled)
   return plans

@@ -1,4 +1,4 @@
-"""A writing job and a chip -> FLOPs, bytes and seconds of a token."""
+"""A writing job and a chip -> FLOPs, bytes and seconds to generate a token."""
 
 from calm_jax.generation import cost
 from calm_jax.planning.compiled import topologies
@@ -6,16 +6,16 @@ from calm_jax.stages import table
 
 
 def parts(job: cost.WritingJob) -> list[cost.Part]:
-  """Returns the parts of writing a token, for a run whose stage writes text."""
+  """Returns the cost of generating a token, part by part, for a stage that generates text."""
   spec = table.of(job.run)
   assert spec.writing is not None
   size = spec.patch_size(job.run)
-  a_patch = spec.writing.parts(job)
-  return [cost.Part(part.name, part.flops / size, part.bytes / size) for part in a_patch]
+  patch_parts = spec.writing.parts(job)
+  return [cost.Part(part.name, part.flops / size, part.bytes / size) for part in patch_parts]
 
 
 def seconds(token_parts: list[cost.Part], chip: topologies.Chip) -> tuple[float, str]:
-  """Returns a token's time by the roofline, and what bounds it: "compute" or "memory"."""
+  """Returns the roofline time of a token in seconds, and its bound: "compute" or "memory"."""
   compute = sum(part.flops for part in token_parts) / chip.peak
   memory = sum(part.bytes for part in token_parts) / chip.bandwidth
   return max(compute, memory), "compute" if compute > memory else "memory"

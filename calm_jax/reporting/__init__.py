@@ -1,1 +1,1 @@
-"""Figures of finished or running runs -> tables, pictures, a page and a summary."""
+"""Figures of training runs -> tables, pictures, a page and a summary."""

@@ -1,4 +1,4 @@
-"""Pictures of stage one: reconstruction over steps, the posterior by dimension."""
+"""An account of stage one -> pictures: reconstruction over steps, posterior by dimension."""
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -23,9 +23,12 @@ def _accuracy(figure: Figure, account: records.Account) -> None:
     wrong = 100 * (1 - records.column(reports, "token_accuracy"))
     wrong = np.where(wrong > 0, wrong, np.nan)
     lower.plot(
-      records.column(reports, "step"), wrong, color=color, marker=drawing.marker(reports),
+      records.column(reports, "step"),
+      wrong,
+      color=color,
+      marker=drawing.marker(reports),
       markersize=2.5,
-    )  # fmt: skip
+    )
   drawing.log_y(lower)
   lower.set_ylabel("wrong tokens (%)")
   drawing.step_axis(lower)
@@ -36,9 +39,13 @@ def _cross_entropy(figure: Figure, account: records.Account) -> None:
   steps = records.column(account.evaluations, "step")
   drawing.trace(axes, account, "cross_entropy", _TRAIN, drawing.SKY)
   drawing.evaluated(
-    axes, steps, account.evaluations, "cross_entropy", f"{_HELDOUT}, ± 1 standard error",
+    axes,
+    steps,
+    account.evaluations,
+    "cross_entropy",
+    f"{_HELDOUT}, ± 1 standard error",
     drawing.BLUE,
-  )  # fmt: skip
+  )
   drawing.log_y(axes, only_if_wide=True)
   axes.set_ylabel("cross-entropy (nats a token)")
   axes.legend()
@@ -55,9 +62,11 @@ def _posterior(figure: Figure, account: records.Account) -> None:
   floor = account.run.loss.kl_floor
   active = int((kl > floor).sum())
   upper.axhline(
-    floor, color=drawing.VERMILLION, linestyle="--",
+    floor,
+    color=drawing.VERMILLION,
+    linestyle="--",
     label=f"KL floor {floor:g}: {active} of {len(kl)} dimensions above",
-  )  # fmt: skip
+  )
   upper.set_ylabel("KL (nats)")
   upper.legend(loc="upper right")
   lower.bar(rank, std[order], width=0.85, color=drawing.GREEN)
@@ -70,20 +79,26 @@ def _posterior(figure: Figure, account: records.Account) -> None:
 
 PICTURES = (
   drawing.Picture(
-    "Token accuracy", "train", "token_accuracy",
-    "Above: higher is better. Below: what is left to 100 %, on a logarithmic axis; lower is "
+    "Token accuracy",
+    "train",
+    "token_accuracy",
+    "Above: higher is better. Below: the distance to 100 %, on a logarithmic axis; lower is "
     "better. Stage two decodes what the model samples, so an autoencoder has to be near-lossless.",
     _accuracy,
   ),
   drawing.Picture(
-    "Cross-entropy", "train", "cross_entropy",
+    "Cross-entropy",
+    "train",
+    "cross_entropy",
     "Lower is better.",
     _cross_entropy,
   ),
   drawing.Picture(
-    "Posterior by latent dimension", "evaluation", "kl_by_dimension",
-    "A dimension at the prior (std 1, KL 0) carries nothing; the floor keeps dimensions from "
-    "collapsing there. Std near 0 would leave stage two a brittle latent space.",
+    "Posterior by latent dimension",
+    "evaluation",
+    "kl_by_dimension",
+    "A dimension at the prior (std 1, KL 0) carries no information; the KL floor keeps "
+    "dimensions from collapsing there. A std near 0 would give stage two a brittle latent space.",
     _posterior,
   ),
-)  # fmt: skip
+)

@@ -1,4 +1,4 @@
-"""Pictures of any language model: BrierLM and its parts, calibration."""
+"""An account of a language model -> pictures: BrierLM, its parts, calibration."""
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -45,7 +45,7 @@ def _brier_over_flops(figure: Figure, account: records.Account) -> None:
 def _no_marginal(account: records.Account) -> str:
   if (account.evaluation or {}).get(_MARGINAL) is not None:
     return ""
-  return f"The line of the marginal is missing; this finds it: {account.evaluate_command}"
+  return f"The line of the marginal is missing; this command adds it: {account.evaluate_command}"
 
 
 def _calibration(figure: Figure, account: records.Account) -> None:
@@ -60,12 +60,19 @@ def _calibration(figure: Figure, account: records.Account) -> None:
         steps, values, color=color, marker=drawing.marker(account.evaluations), markersize=2.5
       )
     for where, color in (
-      (collision > accuracy, drawing.VERMILLION), (collision <= accuracy, drawing.BLUE),
-    ):  # fmt: skip
+      (collision > accuracy, drawing.VERMILLION),
+      (collision <= accuracy, drawing.BLUE),
+    ):
       axes.fill_between(
-        steps, accuracy, collision, where=where, interpolate=True, color=color, alpha=0.15,
+        steps,
+        accuracy,
+        collision,
+        where=where,
+        interpolate=True,
+        color=color,
+        alpha=0.15,
         linewidth=0,
-      )  # fmt: skip
+      )
     axes.set_title(f"n = {n}", fontsize=10)
     axes.set_ylim(bottom=0)
   drawing.step_axis(grid[1, 0])
@@ -76,25 +83,34 @@ def _calibration(figure: Figure, account: records.Account) -> None:
 
 
 _BRIER_CAPTION = (
-  "Higher is better. BrierLM is the geometric mean of Brier-1 to Brier-4. The marginal is what a "
-  "model reaches that ignores its context: only what lies above it has been learned from text "
-  "before."
+  "Higher is better. BrierLM is the geometric mean of Brier-1 to Brier-4. The marginal is the "
+  "score of a model that ignores its context: only the part above it comes from using the context."
 )
 
 PICTURES = (
   drawing.Picture(
-    "BrierLM over steps", "evaluations", "brier_lm", _BRIER_CAPTION, _brier_over_steps,
+    "BrierLM over steps",
+    "evaluations",
+    "brier_lm",
+    _BRIER_CAPTION,
+    _brier_over_steps,
     _no_marginal,
   ),
   drawing.Picture(
-    "BrierLM over training FLOPs", "evaluations", "flops",
-    f"The same scores by what they cost. {_BRIER_CAPTION}", _brier_over_flops, _no_marginal,
+    "BrierLM over training FLOPs",
+    "evaluations",
+    "flops",
+    f"The same scores by the training compute they cost. {_BRIER_CAPTION}",
+    _brier_over_flops,
+    _no_marginal,
   ),
   drawing.Picture(
-    f"Accuracy against collision, n = 1 to {brier.ORDERS}", "evaluations", "accuracy_1",
-    "Accuracy: a sample's first n tokens are the text's. Collision: two samples' first n tokens "
-    "are equal. Both are the same in a calibrated model; collision above accuracy is collapse, "
-    "below it smearing.",
+    f"Accuracy against collision, n = 1 to {brier.ORDERS}",
+    "evaluations",
+    "accuracy_1",
+    "Accuracy: share of samples whose first n tokens are the text's. Collision: share of pairs of "
+    "samples whose first n tokens are equal. A calibrated model has both equal; collision above "
+    "accuracy means too little diversity, below it too much.",
     _calibration,
   ),
-)  # fmt: skip
+)

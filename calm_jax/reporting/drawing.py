@@ -1,4 +1,4 @@
-"""What all pictures share: colours, axes, curves with bands, and the way to PNG."""
+"""Parts of all pictures: colours, axes, curves with error bands, and PNG output."""
 
 import dataclasses
 import io
@@ -13,10 +13,15 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from calm_jax.reporting import records
 
-# Okabe and Ito's colours, told apart by colour-blind readers too.
+# Okabe and Ito's palette, which colour-blind readers can tell apart.
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = (
-  "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9",
-)  # fmt: skip
+  "#0072B2",
+  "#D55E00",
+  "#009E73",
+  "#CC79A7",
+  "#E69F00",
+  "#56B4E9",
+)
 BLACK, GREY = "#222222", "#777777"
 
 STYLE: dict[Any, Any] = {
@@ -36,20 +41,21 @@ STYLE: dict[Any, Any] = {
   "lines.linewidth": 1.6,
 }
 _DPI = 180
-_MANY = 60  # Reports from which curves are smoothed and lose their dots.
-_WIDE = 20  # Largest over smallest value from which an axis becomes logarithmic.
+_MANY = 60  # Number of reports from which curves are smoothed and drawn without markers.
+_WIDE = 20  # Ratio of largest to smallest value above which an axis becomes logarithmic.
 
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-  """A picture of an account and when it can be drawn.
+  """A picture of an account.
 
   Attributes:
-    source: "train", "evaluations", "evaluation" or "tradeoff" of the account.
-    needs: the figure without which there is nothing to draw.
-    caption: what to look for.
-    caveat: an account -> a sentence on what this picture lacks, or "".
-    flags: of evaluate, where they make the figures.
+    source: the account's field that it draws: "train", "evaluations", "evaluation" or "tradeoff".
+    needs: figure that the source must have; without it the picture is not drawn.
+    caption: how to read the picture.
+    draw: draws an account on a figure.
+    caveat: account -> a sentence on what this picture lacks, or "".
+    flags: flags of evaluate that produce its figures, if it needs any.
   """
 
   title: str
@@ -61,7 +67,7 @@ class Picture:
   flags: str = ""
 
   def png(self, account: records.Account) -> bytes | None:
-    """Returns the picture, or None where its figures are missing."""
+    """Returns the picture, or None if its figures are missing."""
     if not self._can_be_drawn(account):
       return None
     with matplotlib.rc_context(STYLE):
@@ -71,14 +77,14 @@ class Picture:
     return buffer.getvalue()
 
   def _can_be_drawn(self, account: records.Account) -> bool:
-    whole = {"evaluation": account.best_evaluation, "tradeoff": account.tradeoff}
-    if self.source in whole:
-      return bool((whole[self.source] or {}).get(self.needs))
+    single = {"evaluation": account.best_evaluation, "tradeoff": account.tradeoff}
+    if self.source in single:
+      return bool((single[self.source] or {}).get(self.needs))
     return bool(np.isfinite(records.column(getattr(account, self.source), self.needs)).any())
 
 
 def step_axis(axes: Axes) -> None:
-  """Labels x as optimizer steps from 0 on: whole numbers, thousands as k."""
+  """Labels the x axis as optimizer steps from 0: whole numbers, thousands as k."""
   axes.set_xlabel("optimizer steps")
   axes.set_xlim(left=0)
   axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
@@ -88,7 +94,11 @@ def step_axis(axes: Axes) -> None:
 
 
 def log_y(axes: Axes, only_if_wide: bool = False) -> None:
-  """Makes y logarithmic if what is drawn has positive values, or only if they span a lot."""
+  """Makes the y axis logarithmic if any drawn value is positive.
+
+  Args:
+    only_if_wide: require also that all values are positive and span more than a factor of 20.
+  """
   values = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.get_lines()])
   values = values[np.isfinite(values)]
   positive = values[values > 0]
@@ -104,34 +114,40 @@ def log_y(axes: Axes, only_if_wide: bool = False) -> None:
 
 
 def marker(reports: Sequence[records.Record]) -> str:
-  """Returns the marker of a curve: a dot a report while there are few, none where dots merge."""
+  """Returns the marker of a curve: a dot a report, none for so many that dots would merge."""
   return "o" if len(reports) < _MANY else ""
 
 
 def trace(
   axes: Axes, account: records.Account, name: str, label: str, color: str, scale: float = 1.0
 ) -> None:
-  """Draws a training figure over steps: each report faint, their running mean strong."""
+  """Draws a training figure over steps: few reports as dots, many as a running mean."""
   values = scale * records.column(account.train, name)
   steps = records.column(account.train, "step")
-  good = np.isfinite(values)
-  if not good.any():
+  finite = np.isfinite(values)
+  if not finite.any():
     return
-  if good.sum() < _MANY:
+  if finite.sum() < _MANY:
     axes.plot(steps, values, color=color, label=label, marker="o", markersize=2)
     return
-  window = max(5, int(good.sum()) // 40)
-  mean = np.convolve(values[good], np.ones(window) / window, mode="valid")
-  middle = steps[good][(window - 1) // 2 :][: len(mean)]
+  window = max(5, int(finite.sum()) // 40)
+  mean = np.convolve(values[finite], np.ones(window) / window, mode="valid")
+  middle = steps[finite][(window - 1) // 2 :][: len(mean)]
   axes.plot(steps, values, color=color, alpha=0.3, linewidth=0.8)
   axes.plot(middle, mean, color=color, label=f"{label}, mean of {window} reports")
 
 
 def evaluated(
-  axes: Axes, x: np.ndarray, reports: Sequence[records.Record], name: str, label: str,
-  color: str, scale: float = 1.0, width: float = 1.6,
-) -> None:  # fmt: skip
-  """Draws an evaluation figure over `x` with a band of one standard error, where there is one."""
+  axes: Axes,
+  x: np.ndarray,
+  reports: Sequence[records.Record],
+  name: str,
+  label: str,
+  color: str,
+  scale: float = 1.0,
+  width: float = 1.6,
+) -> None:
+  """Draws an evaluation figure over `x`, with a band of one standard error if it has one."""
   values = scale * records.column(reports, name)
   if not np.isfinite(values).any():
     return
@@ -144,6 +160,6 @@ def evaluated(
 
 
 def panels(figure: Figure, count: int, heights: Sequence[float] | None = None) -> list[Axes]:
-  """Returns `count` panels, one above the other with one x axis."""
+  """Returns `count` panels, stacked vertically on a shared x axis."""
   grid = figure.subplots(count, 1, sharex=True, height_ratios=heights or [1] * count)
   return list(grid)

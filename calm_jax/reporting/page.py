@@ -1,4 +1,4 @@
-"""Accounts of runs -> one HTML page that needs nothing beside itself."""
+"""Accounts of runs -> one self-contained HTML page."""
 
 import base64
 import html
@@ -65,7 +65,7 @@ footer { margin-top: 3rem; font-size: .85rem; color: var(--soft); }
 
 
 def render(accounts: Sequence[records.Account]) -> str:
-  """Returns the page of all accounts, in ASCII: it reads the same in any encoding."""
+  """Returns the page of all accounts, in ASCII, which is the same in any encoding."""
   links = " &middot; ".join(
     f'<a href="#run{i}">{_heading(account)}</a>' for i, account in enumerate(accounts)
   )
@@ -84,7 +84,7 @@ def render(accounts: Sequence[records.Account]) -> str:
 
 
 def write(accounts: Sequence[records.Account], output: str) -> str:
-  """Writes report.html into the folder `output`, made if need be, and returns its path.
+  """Writes report.html into the folder `output`, creating it if needed, and returns its path.
 
   Raises:
     CalmError: if it can't be written.
@@ -103,23 +103,23 @@ def _escape(value: object) -> str:
 
 
 def _heading(account: records.Account) -> str:
-  return f"{account.shown_as.heading} ({_escape(epath.Path(account.directory).name)})"
+  return f"{account.presentation.heading} ({_escape(epath.Path(account.directory).name)})"
 
 
 def _section(number: int, account: records.Account) -> str:
   notes = "".join(f"<p>{_escape(note)}</p>" for note in account.notes)
-  pictures = "".join(_picture(picture, account) for picture in account.shown_as.pictures())
+  pictures = "".join(_picture(picture, account) for picture in account.presentation.pictures())
   return f"""<section id="run{number}"><h2>{_heading(account)}</h2>
 <p class="soft"><code>{_escape(account.directory)}</code></p>
 {_pairs(tables.totals(account), "totals")}
 {f'<div class="notes">{notes}</div>' if notes else ""}
 <h3>Settings</h3>
-{_pairs(tables.settings(account.run, account.shown_as.settings), "settings")}
+{_pairs(tables.settings(account.run, account.presentation.settings), "settings")}
 {_goodput(account)}
 <h3>Evaluation on held-out text</h3>
 {_evaluation(account)}
 <div class="pictures">{pictures}</div>
-{_texts(account) if account.shown_as.writes else ""}
+{_texts(account) if account.presentation.writes else ""}
 </section>
 """
 
@@ -130,10 +130,10 @@ def _pairs(rows: Iterable[tuple[str, str]], name: str) -> str:
 
 
 def _goodput(account: records.Account) -> str:
-  found = ledger.goodput(epath.Path(account.directory))
-  if found is None:
+  goodput = ledger.goodput(epath.Path(account.directory))
+  if goodput is None:
     return ""
-  return f"<h3>Where the time went</h3>{_pairs(tables.goodput(found), 'settings')}"
+  return f"<h3>Where the time went</h3>{_pairs(tables.goodput(goodput), 'settings')}"
 
 
 def _evaluation(account: records.Account) -> str:
@@ -143,7 +143,7 @@ def _evaluation(account: records.Account) -> str:
   rows = "".join(
     f'<tr><td>{_escape(label)}</td><td class="number">{_escape(value)}</td>'
     f'<td>{_escape(unit)}</td><td class="soft">{_escape(direction)}</td></tr>'
-    for label, value, unit, direction in tables.evaluation(account.shown_as.figures, figures)
+    for label, value, unit, direction in tables.evaluation(account.presentation.figures, figures)
   )
   source = "evaluation.json" if figures is account.evaluation else "the training loop"
   rest = (f"{name} {value}" for name, value in tables.conditions(figures))
@@ -156,10 +156,9 @@ def _evaluation(account: records.Account) -> str:
 def _picture(picture: drawing.Picture, account: records.Account) -> str:
   png, title = picture.png(account), _escape(picture.title)
   if png is None:
-    told = f"Not drawn: this run has no figures of {picture.needs}."
+    caption, image = f"Not drawn: this run has no figures of {picture.needs}.", ""
     if picture.flags:
-      told = f"Not drawn; this finds its figures: {account.evaluate_command} {picture.flags}"
-    caption, image = told, ""
+      caption = f"Not drawn; this command measures it: {account.evaluate_command} {picture.flags}"
   else:
     caption = f"{picture.caption} {picture.caveat(account)}"
     data = base64.b64encode(png).decode("ascii")
@@ -172,7 +171,7 @@ def _texts(account: records.Account) -> str:
     return '<h3>Texts</h3><p class="soft">No texts yet.</p>'
   blocks = []
   for sample in account.samples:
-    given = [
+    conditions = [
       f"{name} {sample[name]:.4g}"
       if isinstance(sample[name], float)
       else f"{name} {config.shown(sample[name])}"
@@ -181,7 +180,7 @@ def _texts(account: records.Account) -> str:
     ]
     prompt = f'<span class="prompt">{_escape(sample["prompt"])}</span>' if sample["prompt"] else ""
     blocks.append(
-      f'<p class="soft"><small>{_escape(", ".join(given))}</small></p>'
+      f'<p class="soft"><small>{_escape(", ".join(conditions))}</small></p>'
       f"<pre>{prompt}{_escape(sample['text'])}</pre>"
     )
   return f'<h3>Texts</h3><p>The prompt is <span class="prompt">marked</span>.</p>{"".join(blocks)}'

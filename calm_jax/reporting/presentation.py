@@ -1,4 +1,4 @@
-"""How reports and model cards show a stage."""
+"""The description of a stage that reports and model cards show."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -9,19 +9,20 @@ from calm_jax.training import figures
 
 @dataclasses.dataclass(frozen=True)
 class Presentation:
-  """A stage for people.
+  """How a stage is shown to people.
 
   Attributes:
-    heading: of its section in a report. title: of its model card.
-    settings: dotted names of the settings that shape it, in the order in which they are shown.
-    metrics, figures: what its loss and its evaluation report, in the order in which they are
-      shown.
-    loss_unit: settings -> the unit of the training loss.
-    pictures: returns its `drawing.Picture`s; a function, so that matplotlib is imported by
-      those alone who draw.
+    heading: heading of its section in a report.
+    title: title of its model card.
+    settings: dotted names of the settings that shape it, in display order.
+    metrics: figures that its loss reports, in display order.
+    figures: figures that its evaluation reports, in display order.
+    loss_unit: settings -> unit of the training loss.
+    pictures: returns its `drawing.Picture`s; a function, so that only those who draw import
+      matplotlib.
     brief: settings -> its sizes in a few words.
-    writes: whether it writes text.
-    facts: (settings, parents' settings) -> rows of its model card besides its settings.
+    writes: whether it generates text.
+    facts: (settings, parents' settings) -> further rows of its model card.
     summary: name in summary.json -> figure of its evaluation.
   """
 

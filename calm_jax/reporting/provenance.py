@@ -1,4 +1,4 @@
-"""What produced a report: versions of the libraries and the commit of this package."""
+"""Provenance of a report: versions of the libraries and the commit of this package."""
 
 import importlib.metadata
 import os
@@ -14,28 +14,28 @@ LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece
 
 def versions() -> dict[str, str | None]:
   """Returns the version of Python, each library (None if it is not installed) and calm_jax."""
-  found: dict[str, str | None] = {"python": platform.python_version()}
+  result: dict[str, str | None] = {"python": platform.python_version()}
   for name in LIBRARIES:
     try:
-      found[name] = importlib.metadata.version(name)
+      result[name] = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-      found[name] = None
-  return found | {"calm_jax": calm_jax.__version__}
+      result[name] = None
+  return result | {"calm_jax": calm_jax.__version__}
 
 
 def processor() -> str:
-  """Returns the number of cores, and their model where Linux tells it."""
-  cores, told = f"{os.cpu_count()} cores", pathlib.Path("/proc/cpuinfo")
-  models = re.findall(r"^model name\s*: (.+)$", told.read_text(), re.M) if told.exists() else []
+  """Returns the number of cores, and their model if Linux reports it."""
+  cores, info = f"{os.cpu_count()} cores", pathlib.Path("/proc/cpuinfo")
+  models = re.findall(r"^model name\s*: (.+)$", info.read_text(), re.M) if info.exists() else []
   return f"{cores} of {models[0]}" if models else cores
 
 
 def commit() -> str | None:
-  """Returns the short commit of the checkout that holds calm_jax, "-dirty" if it has changes.
+  """Returns the short commit of the checkout that holds calm_jax, with "-dirty" if it has changes.
 
-  Figures in benchmarks/ are none: the commands that write them may follow each other.
-  None if there is no git, or the package is not part of the checkout around it
-  (a virtual environment may lie in someone else's).
+  Changes in benchmarks/ do not count, so that several benchmarks can record the same commit.
+  None if there is no git, or the package is not tracked by the checkout around it, such as one
+  in a virtual environment inside another project.
   """
   package = pathlib.Path(calm_jax.__file__)
   root = str(package.parent.parent)
@@ -48,7 +48,7 @@ def commit() -> str | None:
 
 
 def _git(directory: str, *arguments: str) -> str:
-  """Returns what git prints, empty if it fails or is not there."""
+  """Returns git's output, "" if git fails or is not installed."""
   command = ["git", "--no-optional-locks", "-C", directory, *arguments]
   try:
     done = subprocess.run(command, capture_output=True, text=True, check=False)

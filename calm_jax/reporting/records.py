@@ -1,4 +1,4 @@
-"""Files of a workdir -> its account: settings, figures over steps, evaluation, texts."""
+"""Files of a workdir -> an account of its run: settings, figures, evaluation, texts."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 
 from calm_jax import config, errors, files, workdir
-from calm_jax.reporting import presentation
+from calm_jax.reporting import presentation as presentation_lib
 from calm_jax.training import ledger
 
 Record = Mapping[str, Any]
@@ -16,20 +16,23 @@ Record = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Account:
-  """What a workdir tells of its run.
+  """All that a workdir records of its run.
 
   Attributes:
-    directory: as the person named it. run: its settings. shown_as: how its stage is shown.
+    directory: the workdir, as given by the user.
+    run: its settings.
+    presentation: how its stage is shown.
     patch_size: K; None for a stage without patches.
-    train, evaluations: reports of the loop, in order of steps.
-    evaluation: evaluation.json, or None. tradeoff: temperature.json, or None.
-    samples: written texts.
+    train, evaluations: reports of the training loop, in order of steps.
+    evaluation: contents of evaluation.json, or None.
+    tradeoff: contents of temperature.json, or None.
+    samples: generated texts.
     notes: sentences on what is missing, unfinished or broken.
   """
 
   directory: str
   run: Any
-  shown_as: presentation.Presentation
+  presentation: presentation_lib.Presentation
   patch_size: int | None
   train: Sequence[Record]
   evaluations: Sequence[Record]
@@ -55,7 +58,7 @@ class Account:
 
 
 def column(records: Sequence[Record], name: str) -> np.ndarray:
-  """Returns one figure of all records as float64, NaN where it is missing or beyond float32."""
+  """Returns one figure of all records as float64, NaN for those missing or beyond float32."""
   values = [record.get(name) for record in records]
   return np.array([x if _is_number(x) else np.nan for x in values], np.float64)
 
@@ -67,33 +70,33 @@ def tokens_per_second(account: Account) -> float:
   return float(np.median(values)) if len(values) else float("nan")
 
 
-def read(directory: str, run: Any, shown_as: presentation.Presentation) -> Account:
+def read(directory: str, run: Any, presentation: presentation_lib.Presentation) -> Account:
   """Returns the account of a workdir.
 
   Args:
-    run: its settings. shown_as: how its stage is shown.
+    run: its settings. presentation: how its stage is shown.
 
   Raises:
-    CalmError: if it is none, has no training report yet or can't be read.
+    CalmError: if it is not a workdir, has no training report yet or can't be read.
   """
   path = epath.Path(directory)
-  metrics, broken = _read_lines(path / workdir.METRICS, _is_report)
+  metrics, broken_metrics = _read_lines(path / workdir.METRICS, _is_report)
   samples, broken_samples = _read_lines(path / workdir.SAMPLES, _is_sample)
-  evaluation, no_evaluation = _readable_evaluation(directory, workdir.EVALUATION)
-  tradeoff, no_tradeoff = _readable_evaluation(directory, workdir.TRADEOFF)
+  evaluation, evaluation_notes = _readable_evaluation(directory, workdir.EVALUATION)
+  tradeoff, tradeoff_notes = _readable_evaluation(directory, workdir.TRADEOFF)
   train = [record for record in metrics if record["kind"] == "train"]
   origin = path / "origin.json"
   if not train and origin.exists() and not workdir.read_origin(directory).store_hash:
     raise errors.CalmError(f"{directory} holds imported weights: there is no training to report on")
   if not train:
     raise errors.CalmError(
-      f"{directory} has no figures yet: {workdir.METRICS} holds no training report, the first "
-      f"comes after {run.training.log_every} steps"
+      f"{directory} has no figures yet: {workdir.METRICS} holds no training report; the first is "
+      f"written after {run.training.log_every} steps"
     )
   account = Account(
     directory=directory,
     run=run,
-    shown_as=shown_as,
+    presentation=presentation,
     patch_size=getattr(getattr(run, "model", None), "patch_size", None),
     train=train,
     evaluations=[record for record in metrics if record["kind"] == "evaluation"],
@@ -102,37 +105,36 @@ def read(directory: str, run: Any, shown_as: presentation.Presentation) -> Accou
     samples=samples,
     notes=(),
   )
-  broken_lines = {workdir.METRICS: broken, workdir.SAMPLES: broken_samples}
-  books = ledger.unreadable(path)
-  no_books = [f"Attempts whose seconds can't be read and are left out: {books}."] if books else []
-  return dataclasses.replace(
-    account,
-    notes=[*_state(account), *_broken(broken_lines), *no_evaluation, *no_tradeoff, *no_books],
-  )
+  broken = {workdir.METRICS: broken_metrics, workdir.SAMPLES: broken_samples}
+  notes = [*_state(account), *_broken(broken), *evaluation_notes, *tradeoff_notes]
+  attempts = ledger.unreadable(path)
+  if attempts:
+    notes.append(f"Attempts whose seconds can't be read and are left out: {attempts}.")
+  return dataclasses.replace(account, notes=notes)
 
 
-def _read_lines(path: epath.Path, is_good: Callable[[Record], bool]) -> tuple[list[Record], int]:
-  """Returns the records of a JSON lines file and how many lines are broken.
+def _read_lines(path: epath.Path, is_valid: Callable[[Record], bool]) -> tuple[list[Record], int]:
+  """Returns the records of a JSON lines file and the number of broken lines.
 
-  The last line does not count as broken: it may be in the course of writing, or
-  was cut by a kill.
+  An unreadable last line does not count as broken: it may be only partly written, or was cut
+  short by a kill.
   """
   if not path.exists():
     return [], 0
   lines = [line for line in files.read(path).splitlines() if line.strip()]
-  records = [_parse(line, is_good) for line in lines]
+  records = [_parse(line, is_valid) for line in lines]
   if records and records[-1] is None:
     records.pop()
-  good = [record for record in records if record is not None]
-  return good, len(records) - len(good)
+  readable = [record for record in records if record is not None]
+  return readable, len(records) - len(readable)
 
 
-def _parse(line: bytes, is_good: Callable[[Record], bool]) -> Record | None:
+def _parse(line: bytes, is_valid: Callable[[Record], bool]) -> Record | None:
   try:
     record = files.parse_json(line, "")
   except errors.CalmError:
     return None
-  return record if is_good(record) else None
+  return record if is_valid(record) else None
 
 
 def _is_report(record: Record) -> bool:
@@ -150,10 +152,10 @@ def _is_sample(record: Record) -> bool:
 
 
 def read_evaluation(directory: str, name: str = workdir.EVALUATION) -> Record | None:
-  """Returns the figures in a file that evaluate writes, None where there is none.
+  """Returns the figures in a file that evaluate writes, None if it does not exist.
 
   Raises:
-    CalmError: if it can't be read, or one of them can't be a figure.
+    CalmError: if it can't be read, or one of its values can't be a figure.
   """
   path = epath.Path(directory) / name
   if not path.exists():
@@ -168,20 +170,20 @@ def read_evaluation(directory: str, name: str = workdir.EVALUATION) -> Record | 
 
 
 def _readable_evaluation(directory: str, name: str) -> tuple[Record | None, list[str]]:
-  """Returns `read_evaluation`, and a note in place of figures that can't be read."""
+  """Returns the result of `read_evaluation`, or None and a note if it can't be read."""
   try:
     return read_evaluation(directory, name), []
   except errors.CalmError as error:
     return None, [f"Figures that are left out: {error}."]
 
 
-# Of a report or an evaluation, what is neither a number nor missing.
+# Entries of a report or an evaluation that are strings, and those that are lists of numbers.
 _TEXTS = ("kind", "stage", "data", "store_hash")
 _LISTS = ("posterior_std_by_dimension", "kl_by_dimension")
 
 
 def _is_number(value: Any) -> bool:
-  """Tells whether a value is a number that can be drawn: of float32, in which all are computed."""
+  """Returns whether a value can be drawn: a finite number within float32, the computed type."""
   return type(value) in (int, float) and abs(value) <= config.FLOATS[1]
 
 
@@ -190,7 +192,7 @@ def _is_numbers(value: Any) -> bool:
 
 
 def _wrong_figure(record: Record) -> str:
-  """Returns the name of a value that is no figure, "" where all are; NaN and inf may be."""
+  """Returns the name of a value that can't be a figure, "" if all can. NaN and inf are figures."""
 
   def is_figure(name: str, value: Any) -> bool:
     if name in _TEXTS:
@@ -203,7 +205,7 @@ def _wrong_figure(record: Record) -> str:
 
 
 def _wrong_tradeoff(record: Record) -> str:
-  """Returns the name of a list whose rows are not those of `generation.tradeoff`, "" if none is."""
+  """Returns the name of a list whose rows `generation.tradeoff` did not write, "" if none is."""
 
   def is_row(row: Any) -> bool:
     return (
@@ -221,32 +223,32 @@ def _wrong_tradeoff(record: Record) -> str:
 
 
 def _state(account: Account) -> list[str]:
-  """Returns sentences on how far the run is."""
+  """Returns notes on the progress of the run and on what is missing."""
   notes, steps = [], account.run.training.steps
   if account.step < steps:
     notes.append(f"The run is not finished: {account.step:,} of {steps:,} steps are reported.")
   skipped = np.nanmax([0.0, *column(account.train, "skipped")])
   if skipped:
     notes.append(
-      f"Skipped steps: {skipped:,.0f}. Their loss or gradient was not finite and they changed "
-      "no weight; figures that are not finite are gaps in the pictures."
+      f"Skipped steps: {skipped:,.0f}. Their loss or gradient was not finite, and they changed "
+      "no weights; figures that are not finite are gaps in the pictures."
     )
   evaluation = account.best_evaluation
   if evaluation is None:
-    notes.append(f"There is no evaluation yet; this makes one: {account.evaluate_command}")
+    notes.append(f"There is no evaluation yet; this command makes one: {account.evaluate_command}")
   elif account.evaluation is None:
     notes.append(
-      f"The evaluation is the loop's own, on {account.run.training.eval_blocks} blocks at most; "
-      f"this makes the full one: {account.evaluate_command}"
+      f"The evaluation is the training loop's, on at most {account.run.training.eval_blocks} "
+      f"blocks; this command makes the full one: {account.evaluate_command}"
     )
   elif evaluation.get("step") != account.step:
     notes.append(
       f"The evaluation is of step {evaluation.get('step', 'unknown')}, "
-      f"the last report of step {account.step}."
+      f"but the last report is of step {account.step}."
     )
-  if account.shown_as.writes and not account.samples:
+  if account.presentation.writes and not account.samples:
     notes.append(
-      "There is no text yet; this writes one: python -m calm_jax.generate "
+      "There is no text yet; this command writes one: python -m calm_jax.generate "
       f"--workdir={account.directory}"
     )
   return notes

@@ -1,4 +1,4 @@
-"""Accounts of both stages -> one mapping of their final figures."""
+"""Accounts of a model and its parents -> one mapping of their final figures."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,19 +10,19 @@ from calm_jax import config, errors, files, workdir
 from calm_jax.reporting import provenance, records
 
 FILE = "summary.json"
-_SHOWN_LETTERS = 80
+_SHOWN_CHARACTERS = 80
 
 
 def summarize(accounts: Sequence[records.Account], seconds_total: float | None) -> dict[str, Any]:
-  """Returns the final figures of a model and of its parents, None where one does not exist.
+  """Returns the final figures of a model and its parents; None for one that does not exist.
 
   Scores of language models are in percent, the accuracies of an autoencoder are shares.
 
   Args:
-    accounts: of the parents, then of the model itself, whose texts are taken.
+    accounts: accounts of the parents, followed by that of the model, whose texts are included.
 
   Raises:
-    CalmError: if one was not evaluated, or `seconds_total` is not finite.
+    CalmError: if one of them was not evaluated, or `seconds_total` is not finite.
   """
   config.require(
     seconds_total is None or math.isfinite(seconds_total),
@@ -35,7 +35,7 @@ def summarize(accounts: Sequence[records.Account], seconds_total: float | None) 
         f"{account.directory} has no {workdir.EVALUATION}, which the summary needs: run "
         f"{account.evaluate_command}"
       )
-    shown = account.shown_as.summary
+    shown = account.presentation.summary
     scores |= {name: account.evaluation.get(figure) for name, figure in shown.items()}
   speeds = {account.run.stage: records.tokens_per_second(account) for account in accounts}
   return {
@@ -49,7 +49,7 @@ def summarize(accounts: Sequence[records.Account], seconds_total: float | None) 
 
 
 def table(summary: Mapping[str, Any]) -> str:
-  """Returns the summary as aligned lines for a person; of the texts, the start of the first."""
+  """Returns the summary as aligned lines for people, with the start of the first text."""
   rows = []
   for name, value in summary.items():
     if isinstance(value, dict) and name != "versions":
@@ -73,7 +73,8 @@ def _shown(value: Any) -> str:
 def _shown_texts(texts: Sequence[str]) -> str:
   if not texts:
     return "-"
-  start = repr(texts[0][:_SHOWN_LETTERS]) + ("..." if len(texts[0]) > _SHOWN_LETTERS else "")
+  is_cut = len(texts[0]) > _SHOWN_CHARACTERS
+  start = repr(texts[0][:_SHOWN_CHARACTERS]) + ("..." if is_cut else "")
   return f"{len(texts)}, the first: {start}"
 
 

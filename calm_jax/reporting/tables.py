@@ -1,4 +1,4 @@
-"""An account -> the rows of its tables: settings, totals, evaluation figures."""
+"""An account -> rows of its tables: settings, totals, evaluation figures."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ _COMMON_SETTINGS = (
 
 
 def settings(run: config.Run, names: Sequence[str]) -> list[tuple[str, str]]:
-  """Returns names and values of the settings that shape a run: its stage's, and the common ones."""
+  """Returns names and values of a run's settings: those in `names`, then those of all stages."""
   rows = []
   for name in (*names, *_COMMON_SETTINGS):
     value = resolve.at(run, name)
@@ -35,7 +35,7 @@ def settings(run: config.Run, names: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def totals(account: records.Account) -> list[tuple[str, str]]:
-  """Returns names and values of what the run took so far."""
+  """Returns names and values of the run's totals: steps, tokens, time, FLOPs, speed."""
   run, step = account.run, account.step
   seconds = float(np.nansum(records.column(account.train, "seconds")))
   rows = [
@@ -56,7 +56,7 @@ def totals(account: records.Account) -> list[tuple[str, str]]:
 
 
 def goodput(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
-  """Returns names and values of `training.ledger.goodput`, each kind with its share."""
+  """Returns names and values of `training.ledger.goodput`, with each kind's share of the time."""
   rows = [
     ("Goodput", f"{figures['goodput']:.1%}"),
     ("From the first start", _duration(figures["total"])),
@@ -64,7 +64,7 @@ def goodput(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
   ]
   kinds = (
     ("productive", "Steps that count"),
-    ("lost", "Steps taken again"),
+    ("lost", "Repeated steps"),
     ("down", "Between attempts"),
   )
   for name, label in (
@@ -92,7 +92,7 @@ def _duration(seconds: float) -> str:
 def evaluation(
   shown: Sequence[figures_lib.Figure], figures: Mapping[str, Any]
 ) -> list[tuple[str, str, str, str]]:
-  """Returns label, value ± standard error, unit and direction of each figure that is there."""
+  """Returns label, value ± standard error, unit and direction of each figure that exists."""
   return [
     (figure.label, _with_stderr(figure, figures), figure.unit, figure.direction)
     for figure in shown
@@ -112,12 +112,17 @@ def _with_stderr(score: figures_lib.Figure, figures: Mapping[str, Any]) -> str:
 
 
 def conditions(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
-  """Returns names and values of what the evaluation figures depend on."""
+  """Returns names and values of the conditions that the evaluation figures depend on."""
   names: Sequence[tuple[str, str]] = (
-    ("step", "step"), ("context_tokens", "context in tokens"), ("blocks", "held-out blocks"),
-    ("tokens", "tokens"), ("samples", "samples N"), ("seed", "seed"),
-    ("data", "data"), ("store_hash", "store"),
-  )  # fmt: skip
+    ("step", "step"),
+    ("context_tokens", "context in tokens"),
+    ("blocks", "held-out blocks"),
+    ("tokens", "tokens"),
+    ("samples", "samples N"),
+    ("seed", "seed"),
+    ("data", "data"),
+    ("store_hash", "store"),
+  )
   rows = []
   for name, label in names:
     if name in figures:

@@ -1,4 +1,4 @@
-"""What temperature makes of a language model: accuracy against collision."""
+"""An account of a language model -> a picture of accuracy against collision by temperature."""
 
 from collections.abc import Sequence
 
@@ -8,13 +8,12 @@ from calm_jax.reporting import drawing, records
 
 _COLORS = (drawing.BLUE, drawing.VERMILLION, drawing.GREEN, drawing.PURPLE, drawing.ORANGE)
 
-
-# Where a curve's temperatures stand beside its dots, in points.
+# Offsets of a curve's temperature labels from its dots, in points.
 _PLACES = ((5, -11), (5, 5), (-18, 5), (-18, -11), (-6, 9))
 
 
 def _curve(axes, rows: Sequence[records.Record], label: str, number: int, style: str) -> None:
-  """Draws a curve over falling temperature, the dot of T = 1 unlabelled: all have it."""
+  """Draws a curve over falling temperature; the dot at T = 1, shared by all, has no label."""
   rows = sorted(rows, key=lambda row: -row["temperature"])
   color = _COLORS[number % len(_COLORS)]
   collision, accuracy = ([row[name][0] for row in rows] for name in ("collision", "accuracy"))
@@ -24,32 +23,41 @@ def _curve(axes, rows: Sequence[records.Record], label: str, number: int, style:
   for x, y, row in zip(collision, accuracy, rows, strict=True):
     if row["temperature"] != 1:
       axes.annotate(
-        f"{row['temperature']:.2g}", (x, y), textcoords="offset points",
-        xytext=_PLACES[number % len(_PLACES)], fontsize=7, color=color,
-      )  # fmt: skip
+        f"{row['temperature']:.2g}",
+        (x, y),
+        textcoords="offset points",
+        xytext=_PLACES[number % len(_PLACES)],
+        fontsize=7,
+        color=color,
+      )
 
 
 def _tradeoff(figure: Figure, account: records.Account) -> None:
   assert account.tradeoff is not None
   axes, rows = figure.subplots(), account.tradeoff["rows"]
   start = [row for row in rows if row["temperature"] == 1][:1]
-  ways: dict[tuple[str, str, int], list[records.Record]] = {}
+  samplers: dict[tuple[str, str, int], list[records.Record]] = {}
   for row in rows:
     if row["temperature"] != 1 or len(rows) == 1:
-      ways.setdefault((row["rule"], row["at_limit"], row["num_candidates"]), []).append(row)
-  for number, ((rule, at_limit, n), own) in enumerate(ways.items()):
-    draws = [row["draws"] for row in own]
-    told = f"{min(draws):.0f} to {max(draws):.0f}" if max(draws) >= min(draws) + 1 else f"{n}"
-    _curve(axes, [*start, *own], f"{rule}:{at_limit}, N = {n}: {told} draws", number, "-")
+      samplers.setdefault((row["rule"], row["at_limit"], row["num_candidates"]), []).append(row)
+  for number, ((rule, at_limit, n), curve) in enumerate(samplers.items()):
+    draws = [row["draws"] for row in curve]
+    spread = f"{min(draws):.0f} to {max(draws):.0f}" if max(draws) >= min(draws) + 1 else f"{n}"
+    _curve(axes, [*start, *curve], f"{rule}:{at_limit}, N = {n}: {spread} draws", number, "-")
   baseline = account.tradeoff.get("baseline")
   if baseline:
-    _curve(axes, baseline, "Transformer", len(ways), "--")
+    _curve(axes, baseline, "Transformer", len(samplers), "--")
   first = (start or rows)[0]
   axes.errorbar(
-    first["collision"][0], first["accuracy"][0], first["accuracy_error"][0],
-    color=drawing.BLACK, marker="o", markersize=5, elinewidth=1,
-    label="T = 1 ± 1 standard error, for all alike",
-  )  # fmt: skip
+    first["collision"][0],
+    first["accuracy"][0],
+    first["accuracy_error"][0],
+    color=drawing.BLACK,
+    marker="o",
+    markersize=5,
+    elinewidth=1,
+    label="T = 1 ± 1 standard error, shared by all",
+  )
   axes.set_xlabel("collision of two first tokens (%)")
   axes.set_ylabel("accuracy of the first token (%)")
   figure.legend(loc="outside upper center", ncols=2)
@@ -57,9 +65,12 @@ def _tradeoff(figure: Figure, account: records.Account) -> None:
 
 PICTURES = (
   drawing.Picture(
-    "Temperature", "tradeoff", "rows",
-    "What is gained in accuracy and lost in diversity as the temperature falls; figures at the "
-    "dots are temperatures. Higher and further left is better.",
-    _tradeoff, flags="--temperatures=1,0.7,0.5,0.333",
+    "Temperature",
+    "tradeoff",
+    "rows",
+    "Accuracy gained and diversity lost as the temperature falls; the numbers at the dots are "
+    "temperatures. Higher and further left is better.",
+    _tradeoff,
+    flags="--temperatures=1,0.7,0.5,0.333",
   ),
-)  # fmt: skip
+)

@@ -1,4 +1,4 @@
-"""Pictures of any stage's training: loss, learning rate, norms, speed."""
+"""An account of any stage -> pictures of its training: loss, learning rate, norms, speed."""
 
 from matplotlib.figure import Figure
 
@@ -9,7 +9,7 @@ def _loss(figure: Figure, account: records.Account) -> None:
   axes = figure.subplots()
   drawing.trace(axes, account, "loss", "training loss", drawing.BLUE)
   drawing.log_y(axes, only_if_wide=True)
-  axes.set_ylabel(f"loss ({account.shown_as.loss_unit(account.run)})")
+  axes.set_ylabel(f"loss ({account.presentation.loss_unit(account.run)})")
   axes.legend()
   drawing.step_axis(axes)
 
@@ -18,9 +18,13 @@ def _learning_rate(figure: Figure, account: records.Account) -> None:
   axes = figure.subplots()
   steps, rates = (records.column(account.train, name) for name in ("step", "learning_rate"))
   axes.plot(
-    steps, rates, color=drawing.BLUE, marker=drawing.marker(account.train), markersize=2,
+    steps,
+    rates,
+    color=drawing.BLUE,
+    marker=drawing.marker(account.train),
+    markersize=2,
     label=f"{account.run.optimizer.schedule} schedule",
-  )  # fmt: skip
+  )
   axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
   axes.set_ylim(bottom=0)
   axes.set_ylabel("learning rate")
@@ -31,8 +35,10 @@ def _learning_rate(figure: Figure, account: records.Account) -> None:
 def _norms(figure: Figure, account: records.Account) -> None:
   axes = figure.subplots()
   for name, color in (
-    ("parameter", drawing.BLACK), ("gradient", drawing.BLUE), ("update", drawing.ORANGE),
-  ):  # fmt: skip
+    ("parameter", drawing.BLACK),
+    ("gradient", drawing.BLUE),
+    ("update", drawing.ORANGE),
+  ):
     drawing.trace(axes, account, f"{name}_norm", name, color)
   clip = account.run.optimizer.clip_norm
   axes.axhline(clip, color=drawing.GREY, linestyle=":", label=f"gradients are clipped to {clip:g}")
@@ -58,25 +64,34 @@ def _speed(figure: Figure, account: records.Account) -> None:
 
 PICTURES = (
   drawing.Picture(
-    "Training loss", "train", "loss",
-    "Lower is better. A loss that rises or jumps points at the learning rate or the data.",
+    "Training loss",
+    "train",
+    "loss",
+    "Lower is better. A loss that rises or jumps suggests a problem with the learning rate or the "
+    "data.",
     _loss,
   ),
   drawing.Picture(
-    "Learning rate", "train", "learning_rate",
-    "The schedule as it was applied.",
+    "Learning rate",
+    "train",
+    "learning_rate",
+    "The schedule as applied.",
     _learning_rate,
   ),
   drawing.Picture(
-    "Gradient, update and parameter norms", "train", "gradient_norm",
+    "Gradient, update and parameter norms",
+    "train",
+    "gradient_norm",
     "The gradient is measured before clipping. A healthy update is a small, steady share of the "
     "parameters.",
     _norms,
   ),
   drawing.Picture(
-    "Speed and waiting for data", "train", "tokens_per_second",
+    "Speed and waiting for data",
+    "train",
+    "tokens_per_second",
     "Higher is better; compiling, evaluating and saving are left out. A data wait far above 0 % "
-    "means that reading, not computing, sets the pace.",
+    "means that reading limits the speed, not computing.",
     _speed,
   ),
-)  # fmt: skip
+)

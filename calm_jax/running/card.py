@@ -1,4 +1,4 @@
-"""What lies beside exported weights: the tokenizer, and a card that tells what they are."""
+"""A trained stage -> the tokenizer and the model card of an exported folder."""
 
 import pathlib
 import shutil
@@ -9,11 +9,12 @@ import jax
 import calm_jax
 from calm_jax import files, workdir
 from calm_jax.data import tokenizer as tokenizer_lib
-from calm_jax.reporting import presentation, records, tables
+from calm_jax.reporting import presentation as presentation_lib
+from calm_jax.reporting import records, tables
 from calm_jax.training import figures
 from calm_jax.training import trained as trained_lib
 
-# Names under which loaders look for a tokenizer, by what kind of file it is.
+# File ending of a tokenizer -> the name under which loaders look for it.
 _TOKENIZER_NAMES = {".json": "tokenizer.json", ".model": "tokenizer.model"}
 
 
@@ -22,13 +23,14 @@ def write(
   trained: trained_lib.Trained,
   source: str,
   use: str,
-  shown_as: presentation.Presentation,
+  presentation: presentation_lib.Presentation,
 ) -> None:
   """Writes tokenizer and card into an exported folder.
 
   Args:
     source: the workdir.
-    use: Markdown on how the folder is opened.
+    use: Markdown on how to open the folder.
+    presentation: how the stage is shown.
   """
   tokenizer = workdir.tokenizer(source, trained.origin)
   ending = pathlib.PurePath(tokenizer.path).suffix
@@ -37,7 +39,7 @@ def write(
     eos = tokenizer.piece(tokenizer.eos_id)
     values = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos}
     files.write(folder / "tokenizer_config.json", files.to_json(values))
-  files.write(folder / "README.md", card(trained, source, tokenizer, use, shown_as))
+  files.write(folder / "README.md", card(trained, source, tokenizer, use, presentation))
 
 
 def card(
@@ -45,25 +47,25 @@ def card(
   source: str,
   tokenizer: tokenizer_lib.Tokenizer,
   use: str,
-  shown_as: presentation.Presentation,
+  presentation: presentation_lib.Presentation,
 ) -> str:
-  """Returns the model card: what the model is, how it is opened, what was measured."""
+  """Returns the model card: what the model is, how to open it, and its evaluation."""
   run, origin = trained.run, trained.origin
   count = sum(x.size for x in jax.tree.leaves(trained.params))
-  shown = tables.settings(run, shown_as.settings)
+  settings = tables.settings(run, presentation.settings)
   facts = [
     ("parameters", f"{count:,}"),
     ("vocabulary", f"{origin.vocab_size:,}"),
     ("steps trained", f"{trained.step:,}" if origin.store_hash else "imported"),
     ("EOS", f"token {origin.eos_id}, {tokenizer.piece(origin.eos_id)!r}"),
     ("documents begin after", f"tokens {list(origin.start_patch)}" if origin.start_patch else "-"),
-    *((name, value) for name, value in shown if _describes_model(name)),
-    *shown_as.facts(run, {name: parent.run for name, parent in trained.parents.items()}),
+    *((name, value) for name, value in settings if _describes_model(name)),
+    *presentation.facts(run, {name: parent.run for name, parent in trained.parents.items()}),
   ]
   return f"""---
 tags: [calm]
 ---
-# {shown_as.title}
+# {presentation.title}
 Continuous autoregressive language models, [arXiv:2510.27688](https://arxiv.org/abs/2510.27688).
 Written by calm_jax {calm_jax.__version__}; float32.
 
@@ -73,7 +75,7 @@ Written by calm_jax {calm_jax.__version__}; float32.
 {_table(("", ""), facts)}
 
 ## Measured
-{_measured(shown_as.figures, source)}
+{_measured(presentation.figures, source)}
 """
 
 
@@ -82,6 +84,7 @@ def _describes_model(name: str) -> bool:
 
 
 def _measured(shown: Sequence[figures.Figure], source: str) -> str:
+  """Returns the evaluation of a workdir as Markdown: a table and its conditions."""
   values = records.read_evaluation(source)
   if values is None:
     return "Nothing yet: this folder was exported before its model was evaluated."

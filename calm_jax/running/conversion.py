@@ -1,4 +1,4 @@
-"""A workdir <-> a folder of another framework, whole or not at all."""
+"""A workdir <-> a folder of another framework, written completely or not at all."""
 
 import pathlib
 
@@ -14,7 +14,7 @@ WORKDIR = "workdir"
 
 
 def formats() -> tuple[str, ...]:
-  """Returns the names of all formats, those that any stage can be written in and our own."""
+  """Returns the names of all formats: `workdir`, and those that any stage is exported to."""
   return (WORKDIR, *dict.fromkeys(name for spec in table.STAGES.values() for name in spec.writers))
 
 
@@ -26,14 +26,14 @@ def convert(
   tokenizer: str = "",
   allow_nonfinite: bool = False,
 ) -> None:
-  """Writes the model in `source` as the folder `output`, whole or not at all.
+  """Writes the model in `source` as the folder `output`, completely or not at all.
 
   Args:
-    kind: one of `formats`. `workdir` takes another framework's folder, the others a workdir.
+    kind: one of `formats`. `workdir` converts another framework's folder, the others a workdir.
     autoencoder, tokenizer, allow_nonfinite: see `to_workdir.write`.
 
   Raises:
-    CalmError: if the source can't be read, its stage does not exist in that format, or the
+    CalmError: if the source can't be read, its stage can't be written in that format, or the
       output can't be written.
   """
   if kind not in formats():
@@ -49,7 +49,7 @@ def convert(
   if not is_workdir and kind != WORKDIR and workdir.exists(source):
     raise errors.CalmError(
       f"{source} is a folder of another framework: convert it with --format=workdir first, and "
-      f"that to --format={kind}"
+      f"the result with --format={kind}"
     )
   if kind == WORKDIR:
     to_workdir.write(source, output, autoencoder, tokenizer, allow_nonfinite, run_of=_run_of)
@@ -57,7 +57,7 @@ def convert(
   flags = {"autoencoder": autoencoder, "tokenizer": tokenizer, "allow_nonfinite": allow_nonfinite}
   for name, value in flags.items():
     if value:
-      raise errors.CalmError(f"--{name} is for --format=workdir alone; a workdir has its own")
+      raise errors.CalmError(f"--{name} is only for --format=workdir; a workdir has its own")
   _require_format(source, kind)
   with destination.new_folder(output) as folder:
     _write(loading.load(source, dtype="float32"), folder, source, output, kind)
@@ -85,10 +85,9 @@ def _write(
   """Fills a folder with a trained stage, its tokenizer, its model card and its checksums."""
 
   def write_parent(name: str) -> None:
-    inner = folder / name
-    inner.mkdir()
-    own_source, own_output = (str(pathlib.Path(place) / name) for place in (source, output))
-    _write(trained.parents[name], inner, own_source, own_output, kind)
+    (folder / name).mkdir()
+    parent_source, parent_output = (str(pathlib.Path(path) / name) for path in (source, output))
+    _write(trained.parents[name], folder / name, parent_source, parent_output, kind)
 
   spec = table.of(trained.run)
   use = spec.writers[kind](export.Export(trained, folder, output, write_parent))

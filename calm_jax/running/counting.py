@@ -1,4 +1,4 @@
-"""Settings of any stage -> FLOPs of training, a token."""
+"""Settings of any stage -> training FLOPs a token."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ def train_parts(run: Any, parents: Mapping[str, Any], vocab_size: int) -> dict[s
   """Returns training FLOPs a token of each part, as the paper counts them.
 
   Args:
-    parents: settings of the run that each parent comes from, by the parent's name.
+    parents: settings of each parent's run, by the parent's name.
   """
   spec = table.of(run)
   parts = spec.flops(run, parents, vocab_size)
@@ -23,11 +23,11 @@ def train_per_token(run: Any, parents: Mapping[str, Any], vocab_size: int) -> fl
 
 
 def program_per_token(run: Any, parents: Mapping[str, Any], vocab_size: int) -> float:
-  """Returns FLOPs a token that our program computes where only the kernel recomputes.
+  """Returns FLOPs a token that our program computes if only the attention kernel recomputes.
 
-  It differs from `train_per_token`, the published count, where the reference computes more
-  (the hidden state's part of the head, once a sample) and where the kernel of attention does
-  (its backward pass has five products and not four).
+  This differs from `train_per_token`, the published count, in two ways. The reference computes
+  the head's part of the hidden state once a sample, our program once. The attention kernel's
+  backward pass has five products instead of four.
   """
   spec = table.of(run)
   return spec.program_flops(run, parents, vocab_size) / spec.patch_size(run)

@@ -1,4 +1,4 @@
-"""Trained weights of any stage -> what their scores are computed with."""
+"""A trained stage -> the functions that score it."""
 
 from typing import Any
 
@@ -9,11 +9,11 @@ from calm_jax.training import trained as trained_lib
 
 
 def functions(trained: trained_lib.Trained, samples: int = 0) -> tuple[stage.Stage, dict[str, Any]]:
-  """Returns a trained stage's functions, and what else its figures depend on.
+  """Returns a trained stage's functions, and the settings that its figures depend on.
 
   Args:
-    samples: N, samples a patch in evaluation, of a stage that has them; 0 for as many as in
-      training.
+    samples: N, samples a patch in evaluation; 0 for as many as in training. Ignored for a stage
+      that draws no samples.
   """
   run, spec = trained.run, table.of(trained.run)
   conditions = {}

@@ -22,14 +22,14 @@ def load(directory: str, stage: str = "", dtype: str = "") -> trained_lib.Traine
   """Returns the newest readable weights of a workdir, ready to use, and those of its parents.
 
   Args:
-    stage: that the workdir must be of; "" for any.
-    dtype: that the model computes in; by default that of training.
+    stage: stage that the workdir must hold; "" for any.
+    dtype: compute type of the model; by default that of training.
 
   Raises:
     CalmError: if there are none, they are not of `stage`, or a part of the workdir is not the
-      run's own.
+      one that the run wrote.
   """
-  workdir.require_whole(directory)
+  workdir.require_intact(directory)
   run, origin = read_run(directory), workdir.read_origin(directory)
   spec = table.of(run)
   if stage and run.stage != stage:

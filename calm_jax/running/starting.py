@@ -1,4 +1,4 @@
-"""Settings and a workdir -> a run that may begin there or resume: everything checked and built."""
+"""Settings and a workdir -> a run ready to start or resume there, with all inputs checked."""
 
 import dataclasses
 import shlex
@@ -19,13 +19,14 @@ from calm_jax.training import trained as trained_lib
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-  """A run made ready over its data, nothing written yet.
+  """A run that is ready to start; nothing is written yet.
 
   Attributes:
-    functions: its stage's. positions: P, of an example.
-    parents: loaded. parent_sources: the folders that they were loaded from.
-    initial: parameters that replace the stage's own initial values; None for those.
-    has_begun: whether the workdir has been started before.
+    functions: functions of its stage for the loop.
+    positions: P, positions an example.
+    parents: the loaded parents.
+    parent_sources: the folders that they were loaded from.
+    initial: parameters to start from; None for the stage's initial values.
   """
 
   run: Any
@@ -36,7 +37,6 @@ class Start:
   parents: Mapping[str, trained_lib.Trained]
   parent_sources: Mapping[str, str]
   initial: Any
-  has_begun: bool
 
   @property
   def tokenizer(self) -> epath.Path:
@@ -58,7 +58,7 @@ class Start:
 
 
 def prepare(run: Any, directory: str, allow_config_change: bool) -> Start:
-  """Returns a run and its data, found to fit each other on all processes.
+  """Returns a run with its data and parents, checked to fit each other on all processes.
 
   Raises:
     CalmError: for settings, data, parents or a workdir that don't fit each other.
@@ -66,40 +66,40 @@ def prepare(run: Any, directory: str, allow_config_change: bool) -> Start:
   store = distributed.together("input", lambda: _store(run, directory, allow_config_change))
   distributed.require_same("config", resolve.digest(run))
   distributed.require_same("data", store.hash)
-  has_begun = workdir.exists(directory)
-  state = "begun" if has_begun else "new"
+  is_started = workdir.exists(directory)
+  state = "started" if is_started else "new"
   distributed.require_same("--workdir", f"{directory} ({state})")
-  start = _built(run, store, directory, has_begun)
+  start = _build(run, store, directory, is_started)
   _require_fitting(start)
-  if has_begun:
+  if is_started:
     workdir.require_same_data(directory, start.origin)
   return start
 
 
 def _store(run: Any, directory: str, allow_config_change: bool) -> store_lib.TokenStore:
-  """Returns the data of a run that may begin, or resume, in a workdir."""
+  """Returns the data of a run, after checking that it may start or resume in the workdir."""
   files.require_reachable(directory)
   checkpoint.require_writable_name(directory)
   if workdir.exists(directory):
-    workdir.require_whole(directory)
+    workdir.require_intact(directory)
     workdir.require_trainable(directory)
     resuming.require_checkpoints(directory)
     _require_same_config(run, directory, allow_config_change)
   elif checkpoint.steps_in(directory):
     raise errors.CalmError(
-      f"{directory} holds checkpoints, but no config.json: put it back, or give a new --workdir"
+      f"{directory} holds checkpoints, but no config.json: restore it, or give a new --workdir"
     )
   config.require(
     bool(run.data.path),
     "config.data.path is empty: give --config.data.path=DIR, written by calm_jax.prepare",
   )
   store = synthetic.open_store(run.data.path)
-  store.require_tokenizer()  # It is copied, and texts are written with it from then on.
+  store.require_tokenizer()  # Its copy in the workdir is used from then on.
   return store
 
 
 def _require_same_config(run: Any, directory: str, allow_change: bool) -> None:
-  """Raises CalmError where `run` may not resume in a workdir."""
+  """Raises CalmError if `run` differs from the workdir's run in settings that must not change."""
   differing = {
     name: values
     for name, values in resolve.differences(loading.read_run(directory), run).items()
@@ -116,24 +116,26 @@ def _require_same_config(run: Any, directory: str, allow_change: bool) -> None:
   )
 
 
-def _built(run: Any, store: store_lib.TokenStore, directory: str, has_begun: bool) -> Start:
-  """Returns a run over its data, its parents and the weights that it starts from."""
-  spec, begun = table.of(run), workdir.read_origin(directory) if has_begun else None
+def _build(run: Any, store: store_lib.TokenStore, directory: str, is_started: bool) -> Start:
+  """Returns a run with its data, its parents and the weights that it starts from."""
+  spec, own_origin = table.of(run), workdir.read_origin(directory) if is_started else None
   source = None
-  if run.start_from and not (has_begun and trained_lib.has_checkpoint(directory)):
+  if run.start_from and not (is_started and trained_lib.has_checkpoint(directory)):
     source = _weights_to_start_from(run, store)
-  places = {name: _parent_source(run, name, directory, has_begun, source) for name in spec.parents}
+  folders = {
+    name: _parent_source(run, name, directory, is_started, source) for name in spec.parents
+  }
   parents = {}
-  for name, place in places.items():
-    parents[name] = loading.load(place, spec.parents[name], run.training.compute_dtype)
-    workdir.require_same_tokenizer(parents[name].origin, store, place)
-  # Of the model: that of the weights it starts from, which may have been padded.
-  before = begun or (source.origin if source else None)
-  origins = [before, *(parent.origin for parent in parents.values())]
+  for name, folder in folders.items():
+    parents[name] = loading.load(folder, spec.parents[name], run.training.compute_dtype)
+    workdir.require_same_tokenizer(parents[name].origin, store, folder)
+  # Loaded weights keep their vocabulary, which may be padded above the tokenizer's.
+  loaded_origin = own_origin or (source.origin if source else None)
+  origins = [loaded_origin, *(parent.origin for parent in parents.values())]
   sizes = [origin.vocab_size for origin in origins if origin]
   vocab_size = sizes[0] if sizes else store.manifest.tokenizer.vocab_size
-  named = {name: (f"the {name} in {place}", f"--config.{name}") for name, place in places.items()}
-  spec.check(run, {name: parent.run for name, parent in parents.items()}, vocab_size, named)
+  labels = {name: (f"the {name} in {path}", f"--config.{name}") for name, path in folders.items()}
+  spec.check(run, {name: parent.run for name, parent in parents.items()}, vocab_size, labels)
   patch_size = spec.patch_size(run)
   fingerprints = {name: parent.fingerprint for name, parent in parents.items()}
   model = spec.model(run, parents, vocab_size, run.training.compute_dtype)
@@ -144,39 +146,38 @@ def _built(run: Any, store: store_lib.TokenStore, directory: str, has_begun: boo
     functions=spec.stage(run, model, parents),
     positions=run.data.context // patch_size,
     parents=parents,
-    parent_sources=places,
+    parent_sources=folders,
     initial=source.params if source else None,
-    has_begun=has_begun,
   )
 
 
 def _weights_to_start_from(run: Any, store: store_lib.TokenStore) -> trained_lib.Trained:
-  """Returns what `start_from` holds; CalmError where `run` can't start from it."""
+  """Returns the trained stage in `start_from`; CalmError if `run` can't start from it."""
   source = loading.load(run.start_from, run.stage)
   workdir.require_same_tokenizer(source.origin, store, run.start_from)
-  unshaped, wrong = table.of(run).unshaped(run), {}
+  unshaped, needed = table.of(run).unshaped(run), {}
   for name, (stored, _) in resolve.differences(source.run, run).items():
     if name.partition(".")[0] in ("model", "head") and name not in unshaped:
-      wrong[name] = stored
+      needed[name] = stored
   config.require(
-    not wrong,
+    not needed,
     f"the weights in {run.start_from} are of another size: give "
-    + " ".join(f"--config.{name}={stored}" for name, stored in wrong.items()),
+    + " ".join(f"--config.{name}={stored}" for name, stored in needed.items()),
   )
   return source
 
 
 def _parent_source(
-  run: Any, name: str, directory: str, has_begun: bool, source: trained_lib.Trained | None
+  run: Any, name: str, directory: str, is_started: bool, source: trained_lib.Trained | None
 ) -> str:
   """Returns the folder that a parent is loaded from."""
   setting = getattr(run, name)
   config.require(
     not (run.start_from and setting),
-    f"config.{name} is {setting!r} beside config.start_from, whose own {name} is used: leave it "
-    "out",
+    f"config.{name} is {setting!r}, but config.start_from is set and its own {name} is used: "
+    f"leave config.{name} out",
   )
-  if has_begun:
+  if is_started:
     return str(epath.Path(directory) / name)
   if source:
     return str(epath.Path(run.start_from) / name)
@@ -190,6 +191,7 @@ def _parent_source(
 
 
 def _require_fitting(start: Start) -> None:
+  """Raises CalmError unless context, schedule, mesh and data fit the settings."""
   run, spec = start.run, table.of(start.run)
   evaluation.require_context(run.data.context, spec.patch_size(run), "config.data.context")
   optimizer.schedule(run.optimizer, run.training.steps)
@@ -200,7 +202,7 @@ def _require_fitting(start: Start) -> None:
 
 
 def remarks(run: Any, store: store_lib.TokenStore) -> list[str]:
-  """Returns lines on what the owner of a run may not have meant about its length and data."""
+  """Returns warnings about a length or an amount of data that may be unintended."""
   settings, warmup = run.training, run.optimizer.warmup_steps
   lines, blocks = [], store.num_tokens("train") // run.data.context
   if settings.steps < warmup:
@@ -212,35 +214,35 @@ def remarks(run: Any, store: store_lib.TokenStore) -> list[str]:
   if epochs > 1 and not run.data.reuse_batch:
     lines.append(
       f"{settings.steps:,} steps of {settings.batch:,} examples are {epochs:.2f} epochs: the data "
-      f"hold {blocks:,} examples of {run.data.context:,} tokens"
+      f"holds {blocks:,} examples of {run.data.context:,} tokens"
     )
   return lines + list(pipeline.of_few_blocks(store, run.data.context, bool(settings.eval_every)))
 
 
 def next_command(run: Any, directory: str, size: str) -> str:
-  """Returns the command that a finished run is used with, for people.
+  """Returns a line for people: the command to run after training.
 
   Args:
-    size: of the config file of the stage that is trained on this one.
+    size: size in the config file of the stage that is trained on this one.
   """
-  place = shlex.quote(directory)
+  path = shlex.quote(directory)
   if table.of(run).writing:
     return (
-      f"next: python -m calm_jax.evaluate --workdir={place}\n"
-      f"      python -m calm_jax.generate --workdir={place} --prompt=TEXT"
+      f"next: python -m calm_jax.evaluate --workdir={path}\n"
+      f"      python -m calm_jax.generate --workdir={path} --prompt=TEXT"
     )
   for stage_name, spec in table.STAGES.items():
     for name, parent_stage in spec.parents.items():
       if parent_stage == run.stage:
         return (
-          f"next: python -m calm_jax.main --config=configs/{stage_name}.py:{size} "
-          f"--config.data.path={shlex.quote(run.data.path)} --config.{name}={place}"
-          f"{_other_patches(run, spec)} --workdir=DIR"
+          f"next: python -m calm_jax.main --config={stage_name}.py:{size} "
+          f"--config.data.path={shlex.quote(run.data.path)} --config.{name}={path}"
+          f"{_patch_size_flag(run, spec)} --workdir=DIR"
         )
-  return f"next: python -m calm_jax.evaluate --workdir={place}"
+  return f"next: python -m calm_jax.evaluate --workdir={path}"
 
 
-def _other_patches(run: Any, child: Any) -> str:
-  """Returns the flag for a child of the same K as its parent, where that is not the default."""
+def _patch_size_flag(run: Any, child: Any) -> str:
+  """Returns the flag that gives a child stage the K of its parent, "" if K is the default."""
   k = table.of(run).patch_size(run)
   return "" if k == child.patch_size(child.run()) else f" --config.model.patch_size={k}"

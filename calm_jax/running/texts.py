@@ -1,4 +1,4 @@
-"""A trained stage -> what writes text with it."""
+"""A trained stage -> its decoder, which generates text."""
 
 from collections.abc import Callable
 
@@ -9,27 +9,27 @@ from calm_jax.training import trained as trained_lib
 
 
 def require_writing(run, name: str, advice: str = "") -> writing.Writing:
-  """Returns how a run's stage writes text.
+  """Returns how a run's stage generates text.
 
   Args:
-    name: of what is asked, for the message. advice: its end.
+    name: start of the error message, such as "W holds". advice: its end.
 
   Raises:
-    CalmError: for a stage that writes none.
+    CalmError: for a stage that generates none.
   """
   spec = table.of(run)
   if spec.writing is None:
-    raise errors.CalmError(f"{name} {spec.title}, which writes no text by itself{advice}")
+    raise errors.CalmError(f"{name} {spec.title}, which writes no text{advice}")
   return spec.writing
 
 
 def decoder(
   trained: trained_lib.Trained, sampler: requests.Sampler, report: Callable[[str], None]
 ) -> decode.Decoder:
-  """Returns what writes texts with a trained stage.
+  """Returns the decoder of a trained stage.
 
   Raises:
-    CalmError: for a stage that writes none.
+    CalmError: for a stage that generates no text.
   """
   law = require_writing(trained.run, "this is").law(trained, sampler)
   return decode.Decoder(trained, law, sampler, report)

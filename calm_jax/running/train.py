@@ -1,4 +1,4 @@
-"""Trains a run in a workdir: one job at a time, begun or resumed."""
+"""Trains a run in a workdir, new or resumed; one job at a time."""
 
 import contextlib
 import dataclasses
@@ -21,7 +21,7 @@ from calm_jax.training import guard as guard_lib
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """What is asked of a run besides its settings: the flags of the same names."""
+  """Options of a run that are not settings; main's flags of the same names."""
 
   allow_config_change: bool = False
   dry_run: bool = False
@@ -34,36 +34,36 @@ def train_run(
   options: Options = Options(),
   guard: guard_lib.Guard | None = None,
 ) -> None:
-  """Trains `run` in a workdir, new or to be resumed.
+  """Trains `run` in a workdir, which is created, or resumed if it exists.
 
   Raises:
-    CalmError: for settings, data, devices or a workdir that don't fit each other, or while
-      another process trains there; nothing is written then.
+    CalmError: if settings, data, devices and workdir don't fit each other, or another job
+      trains there; nothing is written in these cases.
     Interrupted: after Ctrl-C or SIGTERM, once the state is saved.
   """
   guarded = contextlib.nullcontext(guard) if guard else guard_lib.Guard(run.limits)
   leased = contextlib.nullcontext() if options.dry_run else _leased(directory)
-  with guarded as guard, jax.set_mesh(mesh_lib.build(run.mesh)), leased as held:
-    _train_on_mesh(run, directory, options, guard, held)
+  with guarded as guard, jax.set_mesh(mesh_lib.build(run.mesh)), leased as workdir_lease:
+    _train_on_mesh(run, directory, options, guard, workdir_lease)
 
 
 @contextlib.contextmanager
 def _leased(directory: str) -> Iterator[lease.Lease]:
-  """Keeps other jobs out of a workdir; process 0 does it for all processes of this one."""
-  held = lease.Lease(lease.of_folder(directory), f"--workdir={directory}")
+  """Keeps other jobs out of a workdir; process 0 holds the lease for all processes of this job."""
+  workdir_lease = lease.Lease(lease.of_folder(directory), f"--workdir={directory}")
 
-  def take() -> float:
+  def attempt() -> float:
     files.require_reachable(directory)
-    return held.attempt()
+    return workdir_lease.attempt()
 
   try:
-    # In turns, so that no process waits for long without hearing from the others.
-    while wait := distributed.first_number("lease", take):
+    # Short waits between exchanges, so that the processes keep hearing from each other.
+    while wait := distributed.first_number("lease", attempt):
       time.sleep(wait)
-    with distributed.before_exit(held.release):
-      yield held
+    with distributed.before_exit(workdir_lease.release):
+      yield workdir_lease
   finally:
-    held.release()
+    workdir_lease.release()
 
 
 def _train_on_mesh(
@@ -71,24 +71,25 @@ def _train_on_mesh(
   directory: str,
   options: Options,
   guard: guard_lib.Guard,
-  held: lease.Lease | None,
+  workdir_lease: lease.Lease | None,
 ) -> None:
+  """Trains on the mesh that is set; without a lease, only checks and compiles."""
   start = starting.prepare(run, directory, options.allow_config_change)
   source = _source(start)
-  made = program.TrainProgram(run, start.functions, mesh_lib.current(), source.fields)
-  _describe(start, made, options.print_shardings)
+  train_program = program.TrainProgram(run, start.functions, mesh_lib.current(), source.fields)
+  _describe(start, train_program, options.print_shardings)
   for line in starting.remarks(run, start.store):
     metrics.show(line)
   guard.ledger.part("read input")
-  if held is None:
-    metrics.show(program.memory_line(made.compiled_step()))
-    metrics.show(f"dry run: nothing was trained or written; {run.training.steps} steps would be")
+  if workdir_lease is None:
+    metrics.show(program.memory_line(train_program.compiled_step()))
+    metrics.show(f"dry run: nothing was written; {run.training.steps} steps would be trained")
     return
-  training = _training(start, made, source)
-  start = dataclasses.replace(start, initial=None)  # The trainer alone holds it until it begins.
-  _begin(start, directory)
+  training = _training(start, train_program, source)
+  start = dataclasses.replace(start, initial=None)  # The trainer alone keeps them in memory.
+  _write_workdir(start, directory)
   distributed.together("workdir seen", lambda: _require_shared(directory))
-  trainer.Trainer(training, directory, guard, held).train()
+  trainer.Trainer(training, directory, guard, workdir_lease).train()
 
 
 def _source(start: starting.Start) -> pipeline.Source:
@@ -104,12 +105,13 @@ def _source(start: starting.Start) -> pipeline.Source:
 
 
 def _training(
-  start: starting.Start, made: program.TrainProgram, source: pipeline.Source
+  start: starting.Start, train_program: program.TrainProgram, source: pipeline.Source
 ) -> trainer.Training:
+  """Returns the trainer's inputs."""
   run, spec = start.run, table.of(start.run)
   blocks = run.training.eval_blocks
   return trainer.Training(
-    program=made,
+    program=train_program,
     source=source,
     evaluate=evaluation.Evaluator(
       start.functions,
@@ -127,10 +129,12 @@ def _training(
   )
 
 
-def _describe(start: starting.Start, made: program.TrainProgram, print_shardings: bool) -> None:
-  """Says on what the run is computed, and refuses parameters that are not divided."""
-  run, mesh, params = start.run, made.mesh, made.state.params
-  whole = rules.require_sharded(params, mesh)
+def _describe(
+  start: starting.Start, train_program: program.TrainProgram, print_shardings: bool
+) -> None:
+  """Prints mesh, kernels and parameter count; CalmError if the parameters are not sharded."""
+  run, mesh, params = start.run, train_program.mesh, train_program.state.params
+  replicated = rules.require_sharded(params, mesh)
   count = sum(x.size for x in jax.tree.leaves(params))
   axes = " ".join(f"{name}={size}" for name, size in mesh.shape.items())
   kernel = "none"
@@ -138,28 +142,28 @@ def _describe(start: starting.Start, made: program.TrainProgram, print_shardings
     kernel = attention.choose(run.execution.attention, start.positions, run.training.compute_dtype)
   metrics.show(
     f"mesh {axes}, {mesh.size} of {jax.device_count()} devices; attention {kernel}, remat "
-    f"{run.execution.remat}; {count:,} parameters, {whole:.2%} of their bytes whole on each device"
+    f"{run.execution.remat}; {count:,} parameters, {replicated:.2%} of their bytes replicated"
   )
   if print_shardings:
     metrics.show(rules.table(rules.placed(params, mesh)))
 
 
-def _begin(start: starting.Start, directory: str) -> None:
-  """Makes a new workdir, or gives one that has begun the settings that it resumes with."""
+def _write_workdir(start: starting.Start, directory: str) -> None:
+  """Creates a new workdir, or updates the settings of an existing one."""
   run = start.run
   if workdir.exists(directory):
     distributed.on_first("workdir", lambda: workdir.change_config(directory, run))
     return
   start.copy_parents(directory)
-  made = workdir.sealed(directory, run, start.origin, start.tokenizer)
+  new_seal = workdir.sealed(directory, run, start.origin, start.tokenizer)
   distributed.on_first(
-    "workdir", lambda: workdir.create(directory, run, start.origin, start.tokenizer, made)
+    "workdir", lambda: workdir.create(directory, run, start.origin, start.tokenizer, new_seal)
   )
 
 
 def _require_shared(directory: str) -> None:
   config.require(
     workdir.exists(directory),
-    f"--workdir={directory}, which process 0 has written, can't be seen from here: give a folder "
-    "that all machines share, or a bucket",
+    f"--workdir={directory} was written by process 0, but is not visible to this process: give a "
+    "folder that all machines share, or a bucket",
   )

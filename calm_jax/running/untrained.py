@@ -1,4 +1,4 @@
-"""Settings -> a stage that has no workdir yet: to plan and to measure."""
+"""Settings -> a stage without a workdir, for planning and benchmarks."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,18 +11,18 @@ from calm_jax.training import stage as stage_lib
 from calm_jax.training import trained as trained_lib
 
 Params = Any
-# Makes parameters with the function of a key that gives initial ones.
+# (key -> initial parameters) -> parameters, such as `abstract`.
 Make = Callable[[Callable[[jax.Array], Params]], Params]
 
 
-def parent_runs(run: Any, known: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the settings of a run's parents: those that are known, else their stage's default."""
+def parent_runs(run: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the settings of a run's parents: those of `overrides`, else their stage's default."""
   parents = table.of(run).parents
-  return {name: known.get(name) or table.STAGES[stage].run() for name, stage in parents.items()}
+  return {name: overrides.get(name) or table.STAGES[stage].run() for name, stage in parents.items()}
 
 
 def abstract(initial: Callable[[jax.Array], Params]) -> Params:
-  """Returns the shapes of initial parameters; no array is made."""
+  """Returns the shapes of initial parameters, without creating arrays."""
   return jax.eval_shape(lambda: initial(jax.random.key(0)))
 
 
@@ -32,8 +32,8 @@ def trained(
   """Returns a stage as if it were trained, with parameters from `make`.
 
   Args:
-    parent_runs: settings of its parents, by their names.
-    dtype: that the model computes in; by default that of training.
+    parent_runs: settings of its parents, by name.
+    dtype: compute type of the model; by default that of training.
   """
   dtype = dtype or run.training.compute_dtype
   spec = table.of(run)
@@ -46,7 +46,7 @@ def trained(
 def functions(
   run: Any, parent_runs: Mapping[str, Any], vocab_size: int, make: Make
 ) -> stage_lib.Stage:
-  """Returns a stage's functions for the loop, over parents with parameters from `make`."""
+  """Returns a stage's functions for the loop, with parents whose parameters come from `make`."""
   spec, dtype = table.of(run), run.training.compute_dtype
   parents = {name: trained(parent_runs[name], {}, vocab_size, make, dtype) for name in spec.parents}
   return spec.stage(run, spec.model(run, parents, vocab_size, dtype), parents)

@@ -1,1 +1,1 @@
-"""Stages of training: one file and one row of `table.STAGES` a stage; all else asks the table."""
+"""Stages of training: a stage is one file here and one row of `table.STAGES`."""

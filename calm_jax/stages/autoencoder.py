@@ -37,7 +37,7 @@ class _Functions:
   settings: config.AutoencodingLoss
 
   def _encode(self, params, token_BPK):
-    """Returns the posteriors of patches, mean and log of the std: [B, P, Z] each."""
+    """Returns the posteriors of patches: mean and log of the std, [B, P, Z] each."""
 
     def encode_example(token_PK):
       return layers.apply(self.model, params, token_PK, method="encode")
@@ -50,7 +50,7 @@ class _Functions:
     return draw(key_B, mean_BPZ, log_std_BPZ, 1)[:, 0]
 
   def _score(self, params, z_BPZ, target_BPK) -> cross_entropy.Scores:
-    """Returns how well latents are decoded, [B, P, K] each; the loss is the mean."""
+    """Returns the scores of decoding latents, [B, P, K] each; the loss is their mean."""
 
     def decode_example(z_PZ):
       return layers.apply(self.model, params, z_PZ, method="features")
@@ -67,7 +67,7 @@ class _Functions:
     )
 
   def loss(self, params, frozen, batch, key):
-    """Returns K * cross-entropy + kl_weight * KL, nats a patch, and metrics."""
+    """Returns the loss K * cross-entropy + kl_weight * KL, nats a patch, and metrics."""
     settings, size = self.settings, self.model.sizes.patch_size
     target_BPK = stage.patches(batch["tokens"], size)
     token_key_B, noise_key_B, latent_key_B = jax.vmap(
@@ -91,7 +91,7 @@ class _Functions:
     return size * scores.loss + settings.kl_weight * kl, metrics
 
   def evaluate(self, params, frozen, batch, key):
-    """Returns scores of each example, with one draw of each posterior and nothing dropped."""
+    """Returns scores of each example, with one draw of each posterior and no dropout."""
     target_BPK = stage.patches(batch["tokens"], self.model.sizes.patch_size)
     mean_BPZ, log_std_BPZ = self._encode(params, target_BPK)
     z_BPZ = self._draw(mean_BPZ, log_std_BPZ, stage.example_keys(key, batch["index"]))
@@ -127,7 +127,7 @@ def _model(run: Run, parents: spec.Parents, vocab_size: int, dtype: Any) -> auto
   return autoencoder.Autoencoder(run.model, vocab_size, jnp.dtype(dtype))
 
 
-def _check(run: Run, parents: spec.ParentRuns, vocab_size: int, places: spec.Places) -> None:
+def _check(run: Run, parents: spec.ParentRuns, vocab_size: int, labels: spec.ParentLabels) -> None:
   replacement = run.loss.drop_token_id
   config.require(
     0 <= replacement < vocab_size,

@@ -28,9 +28,9 @@ class Run(config.Run):
   """Stage two: the language model over the latents of a trained autoencoder.
 
   Attributes:
-    autoencoder: stage one's workdir. Its weights are copied into this run's own workdir at the
-      start, which needs the other one no longer. Empty with `start_from`, whose autoencoder is
-      used.
+    autoencoder: stage one's workdir. Its weights are copied into this run's workdir at the
+      start; the original is not needed after that. Empty with `start_from`, whose autoencoder
+      is used.
   """
 
   stage: Literal["calm"] = "calm"
@@ -45,9 +45,10 @@ class _Text:
   """A batch as stage two reads it.
 
   Attributes:
-    token_BPK: patches. posterior_BPZ: mean and log of the std of their latents.
-    latent_BPZ: draws of the posteriors, where the backbone reads latents, else None.
-    key_B: a key an example.
+    token_BPK: patches.
+    posterior_BPZ: mean and log of the std of their latents.
+    latent_BPZ: draws of the posteriors; None if the backbone reads no latents.
+    key_B: one key an example.
   """
 
   token_BPK: jax.Array
@@ -84,7 +85,7 @@ class _Functions:
     return _Text(token_BPK, posterior_BPZ, latent_BPZ, key_B)
 
   def loss(self, params, frozen, batch, key):
-    """Returns the head's loss, mean over the patches that have a next one, and metrics."""
+    """Returns the head's loss, averaged over the patches that have a next one, and metrics."""
     text = self._read(frozen, batch, key)
     hidden_BPD, _ = self.model.hidden(params, text.token_BPK, text.latent_BPZ)
 
@@ -102,7 +103,7 @@ class _Functions:
     return stage.mean_with_next(loss_BP), metrics | jax.tree.map(stage.mean_with_next, figures)
 
   def _samples(self, params, frozen, hidden_BPD, key_B):
-    """Returns N latents of every patch [B, N, P, Z], and their tokens [B, N, P, K]."""
+    """Returns N sampled latents of every patch [B, N, P, Z] and their tokens [B, N, P, K]."""
 
     def sample_example(hidden_PD, key):
       return self.model.sample(params, hidden_PD, key, self.run.loss.samples)
@@ -116,16 +117,16 @@ class _Functions:
     return sample_BNPZ, mesh.map_examples(decode_example)(sample_BNPZ)
 
   def evaluate(self, params, frozen, batch, key):
-    """Returns scores of each example: Brier's terms, the energy score, the conditioning gap."""
+    """Returns scores of each example: BrierLM's terms, energy score and conditioning gap."""
     text, spanned = self._read(frozen, batch, key), brier.patches_spanned(self._patch_size)
     count = text.token_BPK.shape[1] - 1
     cache = memory.Cache.empty(count) if spanned > 1 else None
-    # All patches but the last, which predict all but the first.
+    # The last patch predicts nothing, and the first is not predicted.
     latent_BPZ = None if text.latent_BPZ is None else text.latent_BPZ[:, :-1]
     hidden_BPD, cache = self.model.hidden(params, text.token_BPK[:, :-1], latent_BPZ, cache)
     keys = stage.purpose_keys(text.key_B, 2)
     sample_BNPZ, token_BNPK = self._samples(params, frozen, hidden_BPD, keys)
-    starts = count - spanned + 1  # Predicted patches that begin 4 tokens of text.
+    starts = count - spanned + 1  # Predicted patches from which 4 tokens of the text follow.
     start_samples = (sample_BNPZ[:, :, :starts], token_BNPK[:, :, :starts])
     terms = self._collisions(params, frozen, cache, start_samples, text.key_B, spanned)
     energy_BP, gap_BP = self._energy(sample_BNPZ, text.posterior_BPZ)
@@ -138,13 +139,13 @@ class _Functions:
     }
 
   def _accuracy(self, token_BNPK, target_BPK, starts: int, spanned: int) -> jax.Array:
-    """Returns the shares of samples that equal the text's first 1 to 4 tokens: [B, P, n]."""
+    """Returns the shares of samples whose first n tokens are the text's, n = 1 to 4: [B, P, n]."""
     share_BPK = jax.vmap(brier.accuracy)(token_BNPK, target_BPK)
     within = [share_BPK[:, patch : patch + starts] for patch in range(spanned)]
     return brier.chain(within, [patch_BPK[..., -1] for patch_BPK in within[:-1]])
 
   def _collisions(self, params, frozen, cache, start_samples, key_B, spanned: int):
-    """Collisions within each patch along the first sample's path, from all starts at once.
+    """Returns the collision terms along the first sample's path, from all starts at once.
 
     Args:
       start_samples: latents [B, N, P, Z] and tokens [B, N, P, K] of the first patch.
@@ -165,7 +166,11 @@ class _Functions:
     return within, whole
 
   def _energy(self, sample_BNPZ, posterior_BPZ) -> tuple[jax.Array, jax.Array]:
-    """Returns the energy score [B, P] and by how much the next position's targets worsen it."""
+    """Returns the energy score [B, P] and the conditioning gap [B, P-1], latent unit^alpha.
+
+    The gap is the rise of the score if each sample is scored on the next position's target.
+    Lower scores and larger gaps are better.
+    """
     alpha, (mean_BPZ, log_std_BPZ) = self.run.loss.alpha, posterior_BPZ
 
     def distance(sample_BNPZ, mean_BPZ, log_std_BPZ):
@@ -178,7 +183,7 @@ class _Functions:
     return 2 * true_BP - repulsion_BP, 2 * (shifted_BP - true_BP[:, :-1])
 
   def summarize(self, scores: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Returns the figures of all examples' scores."""
+    """Returns the figures from the scores of all examples."""
     result = brier.summary(scores["accuracy"], scores["collision"])
     return result | stage.with_stderr(scores, "energy", "conditioning_gap")
 
@@ -196,16 +201,16 @@ def _model(run: Run, parents: spec.Parents, vocab_size: int, dtype: Any) -> calm
   return calm.Calm.build(run.model, run.head, sizes, vocab_size, jnp.dtype(dtype), run.execution)
 
 
-def _check(run: Run, parents: spec.ParentRuns, vocab_size: int, places: spec.Places) -> None:
-  """Raises CalmError unless the settings are written for the K of the autoencoder."""
-  ours, theirs = run.model.patch_size, parents["autoencoder"].model.patch_size
-  if ours == theirs:
+def _check(run: Run, parents: spec.ParentRuns, vocab_size: int, labels: spec.ParentLabels) -> None:
+  """Raises CalmError unless the model and its autoencoder have the same K."""
+  own_k, parent_k = run.model.patch_size, parents["autoencoder"].model.patch_size
+  if own_k == parent_k:
     return
-  (name, flag), context = places["autoencoder"], run.data.context // ours * theirs
+  (name, flag), context = labels["autoencoder"], run.data.context // own_k * parent_k
   raise errors.CalmError(
-    f"config.model.patch_size is {ours}, but {name} has K = {theirs} tokens a patch: give another "
-    f"{flag}, or --config.model.patch_size={theirs} --config.data.context={context}, which keeps "
-    "the patches an example"
+    f"config.model.patch_size is {own_k}, but {name} has K = {parent_k} tokens a patch: give "
+    f"another {flag}, or --config.model.patch_size={parent_k} --config.data.context={context}, "
+    "which keeps the number of patches an example"
   )
 
 

@@ -1,4 +1,4 @@
-"""What a stage is to everything else."""
+"""The description of a stage, which acts, planning and benchmarks read."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -13,38 +13,38 @@ from calm_jax.training import stage, trained
 Params = Any
 Parents = Mapping[str, trained.Trained]
 ParentRuns = Mapping[str, Any]
-# What messages call each parent, and the flag that gives another one: by the parent's name.
-Places = Mapping[str, tuple[str, str]]
+# Parent's name -> (its description in messages, the flag that sets it).
+ParentLabels = Mapping[str, tuple[str, str]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-  """The description of a stage: acts, planning and benchmarks ask it, and know no stage's name.
+  """A stage of training. No other module branches on a stage's name; they read this instead.
 
   Attributes:
-    run: class of its settings, whose `stage` has the stage's name as default.
-    title: for messages, as "a CALM language model".
-    parents: what it is trained on: name -> stage. The setting of that name is the parent's
-      workdir. Parents are loaded, copied into the run's own workdir, and fingerprinted.
+    run: class of its settings; the default of its `stage` is the stage's name.
+    title: name in messages, such as "a CALM language model".
+    parents: models that it is trained on: name -> stage. The setting with that name is the
+      parent's workdir. Parents are loaded, copied into the run's workdir and fingerprinted.
     patch_size: settings -> K, tokens a position.
     model: (settings, parents, vocabulary, dtype) -> its `trained.Model`.
     stage: (settings, model, parents) -> its functions for the loop.
     flops: (settings, parents' settings, vocabulary) -> training FLOPs a position of each part,
       as the paper counts them.
-    program_flops: the same arguments -> training FLOPs a position that our program computes
-      where nothing but attention is recomputed.
+    program_flops: same arguments -> training FLOPs a position that our program computes if
+      nothing but attention is recomputed.
     presentation: how reports and model cards show it.
-    check: (settings, parents' settings, vocabulary, places) -> None; raises CalmError where
-      they don't fit each other. See `Places`.
+    check: (settings, parents' settings, vocabulary, labels) -> None; raises CalmError if they
+      don't fit each other. See `ParentLabels`.
     transformer: settings -> sizes of the Transformer over its positions; None for a stage
       without attention.
-    unshaped: settings -> names of those in `model` and `head` that leave the shapes of
-      parameters and their meaning as they are.
-    samples: the setting that is the number of samples in evaluation; "" for none.
+    unshaped: settings -> names of the settings in `model` and `head` that change neither the
+      shapes nor the meaning of parameters.
+    samples: name of the setting that is the number of samples in evaluation; "" for none.
     source: (settings, store, parents, rows) -> a `data.pipeline.Source` of training batches;
       None for blocks of tokens.
-    writing: how it writes text; None for a stage that writes none.
-    writers: the formats it is exported to.
+    writing: how it generates text; None for a stage that generates none.
+    writers: format -> function that exports to it.
   """
 
   run: type[config.Run]
@@ -56,7 +56,7 @@ class Spec:
   program_flops: Callable[[Any, ParentRuns, int], float]
   presentation: presentation.Presentation
   parents: Mapping[str, str] = dataclasses.field(default_factory=dict)
-  check: Callable[[Any, ParentRuns, int, Places], None] = lambda *arguments: None
+  check: Callable[[Any, ParentRuns, int, ParentLabels], None] = lambda *arguments: None
   transformer: Callable[[Any], config.Transformer | None] = lambda run: None
   unshaped: Callable[[Any], frozenset[str]] = lambda run: frozenset()
   samples: str = ""

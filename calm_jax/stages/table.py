@@ -1,4 +1,4 @@
-"""The one table of stages: a stage is a file of this folder and a row here."""
+"""The table of stages: name -> description."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -24,4 +24,4 @@ def run_from(values: Mapping[str, Any]) -> Any:
   Raises:
     CalmError: see `resolve.run_from`.
   """
-  return resolve.run_from(values, {name: one.run for name, one in STAGES.items()})
+  return resolve.run_from(values, {name: row.run for name, row in STAGES.items()})

@@ -35,12 +35,13 @@ class Run(config.Run):
 
 
 class _Law(NamedTuple):
-  """What evaluation needs of the laws of next tokens, [...] each.
+  """Figures of next-token distributions that evaluation needs, [...] each.
 
   Attributes:
     log_target: log probability of the text's token, nats.
     square: Σ p², the probability that two draws are equal.
-    draw: a token drawn from the law. drawn: its probability.
+    draw: a token drawn from the distribution.
+    drawn: probability of `draw`.
   """
 
   log_target: jax.Array
@@ -50,7 +51,7 @@ class _Law(NamedTuple):
 
 
 def _law(log_p_V: jax.Array, target: jax.Array, key: jax.Array) -> _Law:
-  """Returns what evaluation needs of one law, from its log probabilities."""
+  """Returns the figures of one distribution, from its log probabilities."""
   draw = jax.random.categorical(key, log_p_V)
   square = jnp.sum(jnp.exp(2 * log_p_V))
   return _Law(log_p_V[target], square, draw.astype(jnp.int32), jnp.exp(log_p_V[draw]))
@@ -80,7 +81,7 @@ class _Functions:
     return scores.loss, metrics
 
   def _laws(self, params, hidden_BSD, target_BS, key_B) -> _Law:
-    """Returns the law after each position, computed for a chunk of positions at a time."""
+    """Returns the next-token distribution of each position, a chunk of positions at a time."""
     key_BS = jax.vmap(lambda key: jax.random.split(key, target_BS.shape[1]))(key_B)
 
     def chunk_laws(positions):
@@ -97,7 +98,7 @@ class _Functions:
     return mesh.map_examples(example_laws)(hidden_BSD, target_BS, key_BS)
 
   def evaluate(self, params, frozen, batch, key):
-    """Returns scores of each example: Brier's terms and the cross-entropy."""
+    """Returns scores of each example: BrierLM's terms and the cross-entropy."""
     token_BS, key_B = batch["tokens"], stage.example_keys(key, batch["index"])
     count = token_BS.shape[1] - 1
     hidden_BSD, cache = self._hidden(params, token_BS[:, :-1], memory.Cache.empty(count))
@@ -126,7 +127,7 @@ class _Functions:
     return within, whole
 
   def summarize(self, scores: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Returns the figures of all examples' scores."""
+    """Returns the figures from the scores of all examples."""
     result = brier.summary(scores["accuracy"], scores["collision"])
     return result | stage.with_stderr(scores, "cross_entropy")
 
@@ -162,7 +163,7 @@ def _pictures():
   )
 
 
-# The figures that every language model has, and the settings of every Transformer.
+# Figures of every language model, and settings of every Transformer.
 BRIER = (
   Figure("brier_lm", "BrierLM", "%", HIGHER, console="value and error"),
   Figure("brier_lm_marginal", "BrierLM of the marginal", "%", "reached without any context"),

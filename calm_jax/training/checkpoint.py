@@ -1,4 +1,4 @@
-"""Checkpoints through Orbax: the one module that knows how a state lies on disk.
+"""Train state <-> checkpoints, by Orbax: the one module that knows their layout on disk.
 
 A checkpoint holds `params`, `rest` (optimizer and counters) and `meta` (step, data
 position, config, hashes, fingerprints, and a hash over all of these). Parameters can be
@@ -24,42 +24,42 @@ from calm_jax.training import failures, fingerprint, meta, metrics, reread
 
 DIRECTORY = "checkpoints"
 UNREADABLE = "checkpoints_unreadable"
-# Processes may read their shares at different speeds.
+# Timeout of `prove`: processes may read their shares at different speeds.
 PROOF_SECONDS = 1800
 
-# Marks a problem for which no older checkpoint is taken.
+# Marks a problem for which no older checkpoint is used.
 _REFUSED = "refused: "
 
 Tree = Any
 Report = Callable[[str], None]
 
-# What Orbax looks for files by, so that in a path it means other names.
+# Characters that Orbax reads as a pattern when it looks for files.
 GLOB = re.compile(r"[][*?\\]")
 
 
 @jax.jit
 def _all_finite(leaves: list[jax.Array]) -> jax.Array:
-  found = [jnp.all(jnp.isfinite(x)) for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
-  return jnp.all(jnp.stack(found)) if found else jnp.bool_(True)
+  finite = [jnp.all(jnp.isfinite(x)) for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
+  return jnp.all(jnp.stack(finite)) if finite else jnp.bool_(True)
 
 
 def all_finite(tree: Tree) -> bool:
-  """Tells whether a tree holds neither NaN nor infinities, on any process's devices."""
+  """Returns whether a tree holds neither NaN nor infinities, on the devices of any process."""
   return bool(_all_finite(jax.tree.leaves(tree)))
 
 
 @functools.cache
 def _ignore_stragglers() -> None:
-  """Silences the reads and writes that are still under way when Orbax gives up on others.
+  """Silences reads and writes that are still in progress when Orbax gives up on another.
 
-  Each would print that its event loop is closed, that it was never awaited, or the
-  error that has been told already.
+  Each would print that its event loop is closed, that it was never awaited, or an error
+  that has already been reported.
   """
   previous = sys.unraisablehook
   warnings.filterwarnings("ignore", message="coroutine .* was never awaited")
 
   def hook(unraisable):
-    code = getattr(unraisable.object, "cr_code", None)  # Where the coroutine was written.
+    code = getattr(unraisable.object, "cr_code", None)  # Of the coroutine.
     late = code is not None and "orbax" in code.co_filename
     if not late and str(unraisable.exc_value) != "Event loop is closed":
       previous(unraisable)
@@ -68,13 +68,13 @@ def _ignore_stragglers() -> None:
 
 
 def few_gb(tree: Tree) -> int:
-  """Returns the least `concurrent_gb` that every leaf fits, for where memory is short."""
+  """Returns the smallest `concurrent_gb` that fits every leaf, for use when memory is short."""
   return 1 + max(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) // 2**30
 
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-  """A checkpoint read back. `rest` is None where only the parameters were asked for."""
+  """A checkpoint that was read. `rest` is None if only the parameters were requested."""
 
   step: int
   params: Tree
@@ -83,7 +83,7 @@ class Restored:
 
 
 class Checkpoints:
-  """The checkpoints of one workdir: saved in the background, whole or not at all."""
+  """The checkpoints of one workdir, saved in the background, completely or not at all."""
 
   def __init__(
     self,
@@ -93,19 +93,21 @@ class Checkpoints:
     report: Report = metrics.show,
     concurrent_gb: int = 96,
   ):
-    """Opens them to be read, or, given `keep_latest`, to be written.
+    """Opens checkpoints for reading, or for writing if `keep_latest` is given.
 
-    A reader changes nothing, so that a run can be looked at while it trains.
+    A reader changes nothing, so that a run can be inspected while it trains.
 
     Args:
-      concurrent_gb: what may be under way at once, in memory beside the state; see
-        `few_gb`.
+      keep_latest: number of the latest checkpoints that are kept.
+      keep_every: a checkpoint is also kept if its step is a multiple of this; 0 for none.
+      concurrent_gb: gigabytes that may be in transfer at once, in addition to the state;
+        see `few_gb`.
 
     Raises:
       CalmError: if they can't be written there.
     """
     _ignore_stragglers()
-    self._workdir = epath.Path(files.absolute(workdir))  # Orbax reads no other.
+    self._workdir = epath.Path(files.absolute(workdir))  # Orbax reads absolute paths only.
     self._last: tuple[int, dict[str, dict[str, str]]] = (0, {})
     self._report = report
     reads = keep_latest is None
@@ -137,22 +139,22 @@ class Checkpoints:
       raise errors.CalmError(f"can't open the checkpoints of {workdir}: {reason}") from error
 
   def steps(self) -> list[int]:
-    """Returns the steps of whole checkpoints, oldest first."""
+    """Returns the steps of complete checkpoints, oldest first."""
     return sorted(self._manager.all_steps())
 
   def save(self, step: int, params: Tree, rest: Tree | None, record: dict[str, Any]) -> bool:
-    """Starts saving and returns at once. Returns False, and says why, if saving fails.
+    """Starts saving, and returns False, with a report of the reason, if that fails.
 
-    A failure of the save before this one is told here. Older checkpoints stay as
-    they were; newer ones, of a run that went another way, are set aside.
+    A failure of the save before this one is reported too. Older checkpoints stay
+    unchanged; newer ones, which a different course of the run left, are set aside.
 
     Args:
-      rest: None for parameters that are never trained on.
-      record: goes into its meta.
+      rest: None for parameters that are not trained further.
+      record: is stored in `meta`.
     """
     trees = {"params": params} if rest is None else {"params": params, "rest": rest}
     lines = {name: fingerprint.lines(tree) for name, tree in trees.items()}
-    prints = {f"{name}_fingerprint": fingerprint.digest(found) for name, found in lines.items()}
+    prints = {f"{name}_fingerprint": fingerprint.digest(x) for name, x in lines.items()}
     args = ocp.args.Composite(
       meta=ocp.args.JsonSave(sealed_json.sealed({**record, "step": step, **prints})),
       **{name: ocp.args.StandardSave(tree) for name, tree in trees.items()},
@@ -169,13 +171,13 @@ class Checkpoints:
     return self._attempt(f"step {step}", start)
 
   def wait(self) -> bool:
-    """Waits for the save under way; returns False, and says why, if it failed."""
+    """Waits for the save in progress; returns False, with a report, if it failed."""
     return self._attempt("the last step", self._manager.wait_until_finished)
 
   def _attempt(self, what: str, action: Callable[[], Any]) -> bool:
     try:
       action()
-    except Exception as error:  # Orbax passes on whatever the file system raised.
+    except Exception as error:  # Orbax passes on any error of the file system.
       self._manager.reload()
       good = self.steps()
       self._report(
@@ -188,24 +190,23 @@ class Checkpoints:
   def prove(self) -> None:
     """Reads the last checkpoint, whose save has ended, and compares it with what was saved.
 
-    Each process reads a share of the arrays, on the host and a few at a time.
+    Each process reads a share of the arrays, on the host, a few at a time.
 
     Raises:
-      CalmError: if it does not read back as it was saved; it is set aside then.
+      CalmError: if it does not read back as it was saved; it is then set aside.
     """
     step, lines = self._last
     try:
       for name, expected in lines.items():
-        mine = sorted(expected)[distributed.index() :: distributed.count()]
-        found = reread.lines(self._place(step) / name, mine)
-        wrong = [leaf for leaf in mine if found.get(leaf) != expected[leaf]]
+        share = sorted(expected)[distributed.index() :: distributed.count()]
+        read = reread.lines(self._place(step) / name, share)
+        wrong = [leaf for leaf in share if read.get(leaf) != expected[leaf]]
         if wrong:
           raise ValueError(f"{name} {wrong[0]} is not what was saved")
       problem = ""
     except Exception as error:
       problem = failures.first_line(error)
-    told = distributed.exchange("proved", problem, PROOF_SECONDS)
-    problem = next(filter(None, told), "")
+    problem = next(filter(None, distributed.exchange("proved", problem, PROOF_SECONDS)), "")
     if problem:
       self.set_aside_after(step - 1)
       raise errors.CalmError(
@@ -217,29 +218,30 @@ class Checkpoints:
     return self._workdir / DIRECTORY / str(step)
 
   def restore(self, params: Tree, rest: Tree = None, bound: str = "") -> Restored | None:
-    """Returns the newest checkpoint that reads back whole, None where there is none at all.
+    """Returns the newest checkpoint that is intact; None if there are no checkpoints.
 
-    Where checkpoints came or went while one was read, the newest is looked for again.
+    A damaged checkpoint is reported and the previous one is used. If checkpoints were
+    added or removed while one was read, the search starts again.
 
     Args:
-      params, rest: abstract trees; without `rest` only parameters are read.
-      bound: of the workdir's seal, which a checkpoint must hold; empty for any.
+      params, rest: abstract trees; without `rest`, only parameters are read.
+      bound: `bound` of the workdir's seal, which a checkpoint must hold; empty for any.
 
     Raises:
-      CalmError: if there are checkpoints and none of them can be read, or the newest is
-        of another run, or can't be read now and may be whole.
+      CalmError: if there are checkpoints and all are damaged, or if the newest belongs to
+        another run, or can't be read now and may be intact.
     """
     steps, damaged = self._shared_steps(), []
     for step in steps_in(str(self._workdir)):
-      if self._place(step).is_file():  # Orbax passes it by without a word.
+      if self._place(step).is_file():  # Orbax ignores it silently.
         self._report(f"{self._place(step)} is a file, and no checkpoint")
     while left := [step for step in steps if step not in damaged]:
-      found, problem = None, ""
+      restored, problem = None, ""
       try:
-        found = self._read(left[-1], params, rest, bound)
+        restored = self._read(left[-1], params, rest, bound)
       except errors.CalmError as error:
         problem = f"{_REFUSED}{error}"
-      except Exception as error:  # Damage shows as any error of Orbax or TensorStore.
+      except Exception as error:  # Damage can raise any error in Orbax or TensorStore.
         problem = failures.first_line(error)
         if failures.is_unreachable(error):
           problem = (
@@ -249,8 +251,8 @@ class Checkpoints:
           )
       problem = next(filter(None, distributed.exchange("restored", problem)), "")
       if not problem:
-        return found
-      found = None
+        return restored
+      restored = None
       self._manager.reload()
       before, steps = steps, self._shared_steps()
       if steps != before:
@@ -270,7 +272,7 @@ class Checkpoints:
     return None
 
   def _shared_steps(self) -> list[int]:
-    """Returns `steps` as process 0 sees them, on all processes."""
+    """Returns `steps` of process 0, on all processes."""
     return json.loads(distributed.from_first("steps", json.dumps(self.steps())))
 
   def _read(self, step: int, params: Tree, rest: Tree, bound: str) -> Restored:
@@ -278,16 +280,16 @@ class Checkpoints:
     if rest is not None:
       items["rest"] = ocp.args.StandardRestore(rest)
     only_meta = ocp.args.Composite(meta=ocp.args.JsonRestore())
-    found = self._manager.restore(step, args=only_meta)["meta"]
-    meta.require(found, self._place(step), bound)
+    values = self._manager.restore(step, args=only_meta)["meta"]
+    meta.require(values, self._place(step), bound)
     read = self._manager.restore(step, args=ocp.args.Composite(**items))
-    for name in sorted(items):  # The order is the same on all processes.
-      meta.require_fingerprint(found, name, fingerprint.of(read[name]))
-    return Restored(step, read["params"], None if rest is None else read["rest"], found)
+    for name in sorted(items):  # In the same order on all processes.
+      meta.require_fingerprint(values, name, fingerprint.of(read[name]))
+    return Restored(step, read["params"], None if rest is None else read["rest"], values)
 
   def set_aside_after(self, step: int) -> None:
-    """Moves checkpoints newer than `step` out of the way, so that the run can write them anew."""
-    newer = [other for other in self.steps() if other > step]
+    """Sets checkpoints newer than `step` aside, so that the run can write them again."""
+    newer = [saved for saved in self.steps() if saved > step]
     distributed.on_first("set aside", lambda: self._set_aside(newer))
     self._manager.reload()
 
@@ -302,15 +304,15 @@ class Checkpoints:
       self._report(f"moved the checkpoint of step {step} to {target}")
 
   def close(self) -> None:
-    """Ends the background threads; call `wait` first."""
+    """Stops the background threads; call `wait` first."""
     self._manager.close()
 
 
 def steps_in(workdir: str) -> list[int]:
-  """Returns the steps that a workdir has folders of, oldest first.
+  """Returns the steps for which a workdir has folders, oldest first.
 
   Raises:
-    CalmError: if there is something else in the place of the checkpoints.
+    CalmError: if the folder of checkpoints is a file.
   """
   folder = epath.Path(workdir) / DIRECTORY
   if not folder.exists():
@@ -318,19 +320,19 @@ def steps_in(workdir: str) -> list[int]:
   if not folder.is_dir():
     raise errors.CalmError(f"{folder} is a file, where checkpoints should be: put the folder back")
 
-  def begun_only(place: epath.Path) -> bool:
-    """In a bucket a step has its name from the first file on, and a mark when it is whole."""
+  def is_incomplete(place: epath.Path) -> bool:
+    """In a bucket, a step's folder exists from its first file on; a mark file completes it."""
     return not files.is_local(place) and not (place / "commit_success.txt").exists()
 
   named = [place for place in folder.iterdir() if place.name.isdecimal()]
-  return sorted(int(place.name) for place in named if not begun_only(place))
+  return sorted(int(place.name) for place in named if not is_incomplete(place))
 
 
 def require_writable_name(path: epath.PathLike) -> None:
-  """Raises CalmError where no checkpoint under `path` could be read back."""
-  whole = files.absolute(path)
-  if GLOB.search(whole):
+  """Raises CalmError if no checkpoint under `path` could be read back."""
+  absolute = files.absolute(path)
+  if GLOB.search(absolute):
     raise errors.CalmError(
-      f"checkpoints can't be kept in {whole}: a path that holds one of [ ] * ? \\ is read as a "
+      f"checkpoints can't be kept in {absolute}: a path that holds one of [ ] * ? \\ is read as a "
       "pattern; give another"
     )

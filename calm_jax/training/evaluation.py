@@ -1,4 +1,4 @@
-"""Scores of a model on held-out blocks, for the loop and for the command alike."""
+"""A stage and held-out blocks -> its figures, for the training loop and for evaluate."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +17,7 @@ from calm_jax.training import stage as stage_lib
 
 
 def require_context(context: int, patch_size: int, name: str) -> None:
-  """Raises CalmError unless blocks of `context` tokens can be scored; `name` is the setting's."""
+  """Raises CalmError, naming the setting, unless blocks of `context` tokens can be scored."""
   fewest = patch_size * (brier.patches_spanned(patch_size) + 2)
   config.require(
     context % patch_size == 0 and context >= fewest,
@@ -26,7 +26,7 @@ def require_context(context: int, patch_size: int, name: str) -> None:
 
 
 class Evaluator:
-  """Evaluates a stage on `limit` held-out blocks of a store, from all over it; 0 for all."""
+  """Evaluates a stage on held-out blocks of a token store."""
 
   def __init__(
     self,
@@ -37,10 +37,14 @@ class Evaluator:
     limit: int,
     seed: int,
   ):
-    """Takes what to evaluate. `batch` is rounded up to what the mesh divides evenly.
+    """Prepares the evaluation of `stage`; nothing is compiled yet.
 
     Args:
-      store: None to compile only.
+      store: the token store; None to compile only.
+      context: tokens a block.
+      batch: blocks scored at once, rounded up to a multiple that the mesh divides evenly.
+      limit: number of blocks, spread evenly over the held-out text; 0 for all.
+      seed: seed of all noise.
     """
     self._mesh = mesh_lib.current()
     parts = mesh_lib.row_parts(self._mesh)
@@ -51,14 +55,14 @@ class Evaluator:
 
   @property
   def rows(self) -> int:
-    """Examples of a batch."""
+    """Number of examples in a batch."""
     return self._heldout[2]
 
   def _key(self) -> jax.Array:
     return jax.random.key(self._seed)
 
   def lowered(self, params: Any, frozen: Any) -> jax.stages.Lowered:
-    """Returns the program that scores a batch, before it is compiled, for abstract trees."""
+    """Returns the program that scores a batch, lowered for abstract trees but not compiled."""
     batch = feed.abstract_batch(pipeline.fields(self._heldout[1]), self._mesh, self.rows)
     devices = mesh_lib.on_each(self._mesh)
     stop = jax.ShapeDtypeStruct((self._mesh.size,), np.int32, sharding=devices)
@@ -69,22 +73,22 @@ class Evaluator:
     everywhere = NamedSharding(self._mesh, PartitionSpec())
     jitted = jax.jit(evaluate, out_shardings=everywhere)
     with jax.set_mesh(self._mesh):
-      key = jax.eval_shape(self._key)  # No array: the devices may not be there.
+      key = jax.eval_shape(self._key)  # Abstract, since the devices may not be attached.
       return jitted.lower(params, frozen, batch, key, stop)
 
   def compile(self, params: Any) -> None:
-    """Compiles for parameters of these shapes and places, which may be abstract."""
+    """Compiles for parameters of these shapes and shardings, which may be abstract."""
     if self._compiled is None:
       self._compiled = self.lowered(params, self._stage.frozen).compile()
 
   def __call__(
     self, params: Any, stopped: Callable[[], bool] = lambda: False
   ) -> dict[str, Any] | None:
-    """Returns the stage's figures, with the context and the counts they rest on.
+    """Returns the stage's figures, with the context, seed and counts that they depend on.
 
     Args:
-      stopped: asked before every batch. Once it says so on any process, all give up,
-        and None is returned.
+      stopped: called before every batch. Once it returns True on any process, all processes
+        stop and return None.
     """
     store, context, batch_size, limit = self._heldout
     self.compile(params)
@@ -94,10 +98,10 @@ class Evaluator:
     for batch, rows in pipeline.heldout_batches(store, context, batch_size, limit, own):
       batch = mesh_lib.place_rows(self._mesh, batch, own, batch_size)
       stop = mesh_lib.place_on_each(self._mesh, np.asarray(stopped(), np.int32))
-      scores, given_up = jax.device_get(
+      scores, is_stopped = jax.device_get(
         self._compiled(params, self._stage.frozen, batch, key, stop)
       )
-      if given_up:
+      if is_stopped:
         return None
       parts.append(jax.tree.map(lambda x, rows=rows: x[:rows], scores))
     scores = jax.tree.map(lambda *x: np.concatenate(x), *parts)

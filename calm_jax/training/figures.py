@@ -1,4 +1,4 @@
-"""What a figure is called, measured in and compared with: for consoles, reports and documents."""
+"""Names, units and directions of figures, for consoles, reports and documents."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -9,13 +9,15 @@ HIGHER, LOWER = "higher is better", "lower is better"
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-  """A figure of training or of evaluation; `name`_stderr is its standard error if there is one.
+  """A figure of training or of evaluation; its standard error, if any, is stored as NAME_stderr.
 
   Attributes:
-    name: under which it is stored. label: for people.
-    direction: which way is better, or what the figure is compared with.
-    scale: factor from the stored figure to one in `unit`.
-    console: what of it the line of a report shows.
+    name: name under which it is stored.
+    label: name for people.
+    unit: unit of the shown value.
+    direction: whether higher or lower is better, or what to compare the figure with.
+    scale: factor from the stored value to one in `unit`.
+    console: what console lines show of it.
   """
 
   name: str
@@ -27,7 +29,7 @@ class Figure:
 
 
 def on_console(figures: Iterable[Figure]) -> list[str]:
-  """Returns the names under which a report's line finds what it shows."""
+  """Returns the stored names of the values that console lines show."""
   names = []
   for figure in figures:
     names += [figure.name] * bool(figure.console)

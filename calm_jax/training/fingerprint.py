@@ -1,4 +1,4 @@
-"""Arrays -> 16 hex digits over their bits, on the devices or on the host, equal on both."""
+"""Arrays -> 16 hex digits over their bits, computed on devices or on the host, equal on both."""
 
 import hashlib
 import math
@@ -11,16 +11,16 @@ from jax import numpy as jnp
 
 Tree = Any
 
-# Odd constants of 32 bits that spread positions and bits (MurmurHash3's, and the golden ratio).
+# Odd 32-bit constants that spread positions and bits: the golden ratio and MurmurHash3's.
 _POSITION, _FIRST, _SECOND, _THIRD = 0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35, 0x2C1B3C6D
-# Elements that the host works on at once.
+# Elements that the host processes at once.
 _CHUNK = 2**18
 
 
 def _mix(bits: Any, position: Any, number: Any) -> tuple[Any, Any]:
-  """Returns two uint32 an element, from its bits and its position in the leaf.
+  """Returns two uint32 for each element, from its bits and its position in the leaf.
 
-  Not linear, so that neither two swapped elements nor a pair of changes cancel in a sum.
+  The mix is not linear, so that neither swapped elements nor pairs of changes cancel in a sum.
   """
   h = bits ^ (position * number(_POSITION))
   h = (h ^ (h >> number(16))) * number(_FIRST)
@@ -31,12 +31,12 @@ def _mix(bits: Any, position: Any, number: Any) -> tuple[Any, Any]:
 
 @jax.jit
 def _sums(leaves: list[jax.Array]) -> list[tuple[jax.Array, jax.Array]]:
-  """Two uint32 a leaf, wrapping: the same for every sharding.
+  """Returns two uint32 for each leaf: wrapping sums, equal for every sharding.
 
-  In one program: many with sums over devices, all on their way at once, can block each other.
+  One program computes all: many programs with sums over devices can block each other.
   """
 
-  def one(leaf):
+  def leaf_sums(leaf):
     unsigned = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
     bits = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
     position = jnp.zeros(leaf.shape, jnp.uint32)
@@ -44,12 +44,12 @@ def _sums(leaves: list[jax.Array]) -> list[tuple[jax.Array, jax.Array]]:
       stride = math.prod(leaf.shape[axis + 1 :]) % 2**32
       along = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
       position += along * jnp.uint32(stride)
-    # Both sums in one pass: as two, what they share was written out, a copy of all parameters.
+    # One pass for both sums: in two, their shared input, as large as the leaf, is stored.
     zeros, axes = (jnp.uint32(0), jnp.uint32(0)), tuple(range(leaf.ndim))
     mixed = _mix(bits, position, jnp.uint32)
     return jax.lax.reduce(mixed, zeros, lambda a, b: (a[0] + b[0], a[1] + b[1]), axes)
 
-  return [one(leaf) for leaf in leaves]
+  return [leaf_sums(leaf) for leaf in leaves]
 
 
 def _line(leaf: Any, sums: Any) -> str:
@@ -57,7 +57,7 @@ def _line(leaf: Any, sums: Any) -> str:
 
 
 def name(path: Any) -> str:
-  """Returns a leaf's name from its path, the same for a tree and for what Orbax makes of it."""
+  """Returns a leaf's name from its path, equal for a tree and for Orbax's form of it."""
   return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
@@ -66,17 +66,17 @@ def _names(tree: Tree) -> list[str]:
 
 
 def lines(tree: Tree) -> dict[str, str]:
-  """Returns a line a leaf, by its name: shape, type and 64 bits over what it holds."""
+  """Returns a line for each leaf, by name: shape, type and a 64-bit hash of its elements."""
   leaves = jax.tree.leaves(tree)
-  found = jax.device_get(_sums(leaves))
-  return dict(zip(_names(tree), map(_line, leaves, found), strict=True))
+  sums = jax.device_get(_sums(leaves))
+  return dict(zip(_names(tree), map(_line, leaves, sums), strict=True))
 
 
 def host_lines(tree: Tree) -> dict[str, str]:
   """Returns `lines` of a tree of NumPy arrays, computed without a device."""
   return {
-    called: _line(leaf, _host_sums(leaf))
-    for called, leaf in zip(_names(tree), jax.tree.leaves(tree), strict=True)
+    leaf_name: _line(leaf, _host_sums(leaf))
+    for leaf_name, leaf in zip(_names(tree), jax.tree.leaves(tree), strict=True)
   }
 
 
@@ -93,13 +93,13 @@ def _host_sums(leaf: np.ndarray) -> tuple[int, int]:
 
 def digest(lines: Mapping[str, str]) -> str:
   """Returns 16 hex digits over the lines of all leaves."""
-  text = "\n".join(f"{called} {lines[called]}" for called in sorted(lines))
+  text = "\n".join(f"{leaf} {lines[leaf]}" for leaf in sorted(lines))
   return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def of(tree: Tree) -> str:
-  """Returns 16 hex digits over the bits, places, names and shapes of all leaves.
+  """Returns 16 hex digits over the bits, positions, names and shapes of all leaves.
 
-  The same for every sharding and mesh. It finds damage and mistakes, not malice.
+  They are equal for every sharding and mesh. They detect damage and mistakes, not malice.
   """
   return digest(lines(tree))

@@ -1,4 +1,4 @@
-"""What stands around a run from its first second: signals, clocks and the book of its time."""
+"""Signals, watchdog and time accounting for one run, from its first second."""
 
 from calm_jax import config
 from calm_jax.training import ledger, stopping, watchdog
@@ -8,8 +8,9 @@ class Guard:
   """A context for one attempt at a run.
 
   Attributes:
-    stop: the signal that came, if one did. watchdog: limits of each phase. ledger: where
-    the seconds went.
+    stop: the stop signal that was received, if any.
+    watchdog: enforces the time limits of each phase.
+    ledger: records how the seconds were spent.
   """
 
   def __init__(self, limits: config.Limits):

@@ -1,6 +1,7 @@
-"""Where a run's wall-clock time went, attempt by attempt: its goodput.
+"""Wall-clock time of a run, attempt by attempt -> its goodput.
 
-A book that can't be read is left out, and by the next attempt put aside.
+Each attempt writes a file of its own. A file that can't be read is left out, and the next
+attempt moves it aside.
 """
 
 import contextlib
@@ -15,16 +16,16 @@ from calm_jax import errors, files
 from calm_jax.training import metrics
 
 FOLDER = "ledger"
-# Kinds of time beside the steps themselves.
+# Kinds of time other than the steps themselves.
 KINDS = ("startup", "data_wait", "evaluation", "save", "shutdown")
-# Seconds between writes of the book.
+# Seconds between writes of the file.
 WRITE_SECONDS = 10
 
 
 class Ledger:
-  """Books the seconds of one attempt, from the start of its process.
+  """Accounts for the seconds of one attempt, from the start of its process.
 
-  What is booked nowhere is time of steps.
+  Time that is recorded under no kind counts as time of steps.
   """
 
   def __init__(self):
@@ -38,13 +39,13 @@ class Ledger:
     self._saved = 0
 
   def part(self, name: str) -> None:
-    """Books the time since the last call as a part of the startup."""
+    """Records the time since the last call as a part of the startup."""
     now = time.time()
     self._parts[name] = self._parts.get(name, 0.0) + now - self._mark
     self._mark = now
 
   def first_step(self) -> str:
-    """Ends the startup; returns what a person is told of it."""
+    """Ends the startup; returns a line that lists its parts in seconds."""
     self.part("first step")
     total = sum(self._parts.values())
     parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self._parts.items())
@@ -52,17 +53,17 @@ class Ledger:
     return f"first step after {total:.1f} s: {parts}"
 
   @contextlib.contextmanager
-  def timed(self, kind: str, *books: Callable[[float], None]) -> Iterator[None]:
-    """Books the time of a block, here and in `books`."""
+  def timed(self, kind: str, *listeners: Callable[[float], None]) -> Iterator[None]:
+    """Records the time of a block as of a kind, and passes it to `listeners`."""
     start = time.perf_counter()
     yield
     seconds = time.perf_counter() - start
     self._seconds[kind] += seconds
-    for book in books:
-      book(seconds)
+    for listener in listeners:
+      listener(seconds)
 
   def open(self, directory: epath.Path, first_step: int) -> None:
-    """Gives the attempt its file in a workdir's ledger: a number after the last one's."""
+    """Creates the attempt's file in a workdir's ledger, under the next free number."""
     folder = directory / FOLDER
     if folder.exists() and not folder.is_dir():
       _set_aside(folder)
@@ -76,12 +77,12 @@ class Ledger:
     self.write(first_step)
 
   def saved(self, step: int) -> None:
-    """Books that there is a whole checkpoint of a step."""
+    """Records that a complete checkpoint of a step exists."""
     self._saved = step
     self.write(max(step, self._steps[1]))
 
   def write(self, step: int, now: bool = True) -> None:
-    """Writes the book with the last step taken; without `now`, only every WRITE_SECONDS."""
+    """Writes the file with the last step; without `now`, only every WRITE_SECONDS."""
     if self._path is None or not (now or time.time() - self._written > WRITE_SECONDS):
       return
     self._written, self._steps = time.time(), (self._steps[0], step)
@@ -109,12 +110,12 @@ def _paths(directory: epath.Path) -> list[epath.Path]:
   folder = directory / FOLDER
   if not folder.is_dir():
     return []
-  books = [path for path in folder.iterdir() if path.suffix == ".json" and path.stem.isdecimal()]
-  return sorted(books, key=lambda path: int(path.stem))
+  paths = [path for path in folder.iterdir() if path.suffix == ".json" and path.stem.isdecimal()]
+  return sorted(paths, key=lambda path: int(path.stem))
 
 
 def _read(path: epath.Path) -> dict[str, Any] | None:
-  """Returns the book of an attempt, None where it is damaged."""
+  """Returns the record of an attempt; None if it is damaged."""
   try:
     record = files.read_json(path)
   except errors.CalmError:
@@ -125,48 +126,48 @@ def _read(path: epath.Path) -> dict[str, Any] | None:
   if not isinstance(seconds, Mapping):
     return None
   times += [seconds.get(kind) for kind in KINDS]
-  whole = all(type(x) is int and 0 <= x < 2**63 for x in steps) and all(
+  valid = all(type(x) is int and 0 <= x < 2**63 for x in steps) and all(
     isinstance(x, int | float) and 0 <= x < 1e15 for x in times
   )
-  return record if whole else None
+  return record if valid else None
 
 
 def attempts(directory: epath.Path) -> list[dict[str, Any]]:
-  """Returns the books of all attempts that can be read, in order."""
-  return [book for path in _paths(directory) if (book := _read(path)) is not None]
+  """Returns the records of all attempts that can be read, in order."""
+  return [record for path in _paths(directory) if (record := _read(path)) is not None]
 
 
 def unreadable(directory: epath.Path) -> int:
-  """Returns how many books of attempts can't be read."""
+  """Returns the number of attempts whose record can't be read."""
   return sum(_read(path) is None for path in _paths(directory))
 
 
 def goodput(directory: epath.Path) -> dict[str, Any] | None:
-  """Returns how all attempts at a run spent the time from the first one's start, in seconds.
+  """Returns how a run spent the seconds since its first attempt started; None without a ledger.
 
-  `productive` is the time of steps that count; `lost` that of steps which a later
-  attempt took again; `down` the time between attempts. `goodput` is the productive
-  share of all. None where there is no ledger.
+  `productive` is the time of steps that count, `lost` the time of steps that a later
+  attempt repeated, and `down` the time between attempts. `goodput` is the productive
+  share of the total.
   """
-  books = attempts(directory)
-  if not books:
+  records = attempts(directory)
+  if not records:
     return None
   result = dict.fromkeys(("productive", "lost", "down", *KINDS), 0.0)
-  for attempt, after in zip(books, [*books[1:], None], strict=True):
-    whole = attempt["written"] - attempt["started"]
+  for attempt, after in zip(records, [*records[1:], None], strict=True):
+    duration = attempt["written"] - attempt["started"]
     steps = attempt["last_step"] - attempt["first_step"]
-    stepping = max(0.0, whole - sum(attempt["seconds"].values()))
+    stepping = max(0.0, duration - sum(attempt["seconds"].values()))
     kept = steps if after is None else min(steps, after["first_step"] - attempt["first_step"])
     if steps:
       result["productive"] += stepping * kept / steps
       result["lost"] += stepping * (1 - kept / steps)
     else:
-      result["startup"] += stepping  # It did not come further.
+      result["startup"] += stepping  # It took no step.
     for kind in KINDS:
       result[kind] += attempt["seconds"][kind]
     if after is not None:
       result["down"] += max(0.0, after["started"] - attempt["written"])
   total = sum(result.values())
   seconds = {name: round(x, 3) for name, x in result.items()}
-  return {"attempts": len(books), "total": round(total, 3), **seconds,
-          "goodput": round(result["productive"] / total, 4) if total else 0.0}  # fmt: skip
+  share = round(result["productive"] / total, 4) if total else 0.0
+  return {"attempts": len(records), "total": round(total, 3), **seconds, "goodput": share}

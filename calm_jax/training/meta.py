@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself: step, run, data position, fingerprints, and a hash."""
+"""Metadata of a checkpoint: step, run, data position, fingerprints, and a hash over them."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -10,15 +10,15 @@ from calm_jax import errors, sealed_json
 
 
 def require(values: Any, place: epath.Path, bound: str = "") -> None:
-  """Raises unless a checkpoint's meta is the one that was saved there.
+  """Raises unless a checkpoint's metadata is what was saved there.
 
   Args:
     place: the checkpoint's folder, named after its step.
-    bound: of the workdir's seal; empty for any.
+    bound: `bound` of the workdir's seal; empty to accept any.
 
   Raises:
     ValueError: if it was changed.
-    CalmError: if it is whole, but of another run or another step.
+    CalmError: if it is intact, but belongs to another run or another step.
   """
   if not isinstance(values, dict):
     raise ValueError("its meta holds no object")
@@ -34,51 +34,53 @@ def require(values: Any, place: epath.Path, bound: str = "") -> None:
     )
 
 
-def require_fingerprint(values: Mapping[str, Any], name: str, found: str) -> None:
-  """Raises ValueError unless `params` or `rest` that were read are those that were saved."""
+def require_fingerprint(values: Mapping[str, Any], name: str, actual: str) -> None:
+  """Raises ValueError unless the `params` or `rest` that were read are what was saved."""
   expected = values[f"{name}_fingerprint"]
-  if found != expected:
-    raise ValueError(f"{name} have fingerprint {found}, {expected} was saved: damaged")
+  if actual != expected:
+    raise ValueError(f"{name} have fingerprint {actual}, {expected} was saved: damaged")
 
 
 @dataclasses.dataclass(frozen=True)
 class Taken:
-  """The steps of a run so far: how many, and how many examples of the stream each took.
+  """Number of steps of a run so far, and how many examples of the stream each took.
 
-  The batch may be another one in every attempt. A step that takes its batch again takes
-  no example.
+  The batch size may differ between attempts. A step that reuses its batch takes no example.
+
+  Attributes:
+    parts: (steps, examples a step) of consecutive steps with one batch size.
   """
 
   parts: tuple[tuple[int, int], ...] = ()
 
   def after(self, steps: int, examples: int) -> "Taken":
-    """Returns these and `steps` more of `examples` each."""
+    """Returns the record after `steps` more steps of `examples` examples each."""
     if not steps:
       return self
-    *before, (last, each) = self.parts or ((0, examples),)
-    if each == examples:
-      return Taken((*before, (last + steps, each)))
+    *before, (last, per_step) = self.parts or ((0, examples),)
+    if per_step == examples:
+      return Taken((*before, (last + steps, examples)))
     return Taken((*self.parts, (steps, examples)))
 
   def to_json(self) -> list[list[int]]:
-    """Returns what a checkpoint keeps of it, beside the position of the data."""
+    """Returns the value that a checkpoint stores next to the data position."""
     return [list(part) for part in self.parts]
 
   @classmethod
   def of(cls, data: Mapping[str, Any], step: int) -> "Taken":
-    """Returns what a checkpoint kept.
+    """Returns what a checkpoint stored.
 
     Raises:
       CalmError: if its data position does not follow from its steps.
     """
-    found = cls(tuple((steps, examples) for steps, examples in data["taken"]))
-    steps, position = sum(steps for steps, _ in found.parts), data["global_next_index"]
-    if (steps, found._examples) != (step, position):
+    taken = cls(tuple((steps, examples) for steps, examples in data["taken"]))
+    steps, position = sum(steps for steps, _ in taken.parts), data["global_next_index"]
+    if (steps, taken._examples) != (step, position):
       raise errors.CalmError(
         f"the checkpoint of step {step} has data position {position}, but {steps} steps with "
-        f"batches {found.to_json()} end at {found._examples}: put back the one that was saved"
+        f"batches {taken.to_json()} end at {taken._examples}: put back the one that was saved"
       )
-    return found
+    return taken
 
   @property
   def _examples(self) -> int:

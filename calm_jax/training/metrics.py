@@ -1,7 +1,7 @@
-"""Figures of a run: a line a report, metrics.jsonl always, TensorBoard where it is installed.
+"""Figures of a run -> printed lines, metrics.jsonl, and TensorBoard where it is installed.
 
-A run that goes on forgets what came after its checkpoint, puts lines that can't be read
-aside, and writes TensorBoard's last minutes again, which a kill may have cost.
+A resumed run drops the reports after its checkpoint, moves lines that can't be read to a
+file of their own, and writes TensorBoard's last minutes again, which a kill may have lost.
 """
 
 import importlib
@@ -17,16 +17,16 @@ from tqdm import tqdm
 
 from calm_jax import config, distributed, errors, files
 
-# What is put aside is named so.
+# Suffix of what is set aside.
 UNREADABLE = ".unreadable"
-# Seconds of reports that TensorBoard gets again: more than its writer ever keeps to itself.
+# Seconds of reports that TensorBoard receives again: more than its writer ever buffers.
 REPLAY_SECONDS = 600
 
 Record = dict[str, Any]
 
 
 def show(line: str) -> None:
-  """Prints a line for a person, on standard error, past a progress bar; by process 0 alone."""
+  """Prints a line on standard error, above a progress bar; on process 0 only."""
   if not distributed.is_first():
     return
   tqdm.write(line, file=sys.stderr)
@@ -34,11 +34,11 @@ def show(line: str) -> None:
 
 
 class Pace:
-  """Seconds that a step of this attempt takes: its first one and pauses do not count."""
+  """Mean seconds of a step of this attempt, without the first step and without pauses."""
 
   def __init__(self, clock: Callable[[], float]):
     self._clock, self._paused, self._steps = clock, 0.0, 0
-    self.begun: float | None = None  # When the first step was over.
+    self.begun: float | None = None  # When the first step ended.
     self._last = 0.0
 
   def advance(self, steps: int) -> None:
@@ -50,12 +50,12 @@ class Pace:
       self._steps += steps
 
   def pause(self, seconds: float) -> None:
-    """Takes out seconds that were not training."""
+    """Excludes seconds that were not training."""
     if self.begun is not None:
       self._paused += seconds
 
   def left(self, steps: int) -> str:
-    """Returns the time of so many more steps, for people; "" before it is known."""
+    """Returns the time that `steps` more steps take, as `2h05m`; "" before it is known."""
     if self.begun is None or not self._steps:
       return ""
     spent = max(0.0, self._last - self.begun - self._paused)
@@ -67,19 +67,18 @@ class Pace:
 
 
 def parse_lines(content: bytes) -> tuple[list[Record], list[bytes]]:
-  """Returns the reports that metrics.jsonl holds, and the lines that are none."""
+  """Returns the reports in metrics.jsonl, and the lines that are not reports."""
   good, bad = [], []
   for line in content.split(b"\n"):
     if not line.strip():
       continue
     try:
       record = files.parse_json(line, "a report")
-      time_ = record.get("time", 0.0)
-      whole = type(record.get("step")) is int and isinstance(record.get("kind"), str)
-      whole = whole and isinstance(time_, int | float)
+      valid = type(record.get("step")) is int and isinstance(record.get("kind"), str)
+      valid = valid and isinstance(record.get("time", 0.0), int | float)
     except errors.CalmError:
-      record, whole = {}, False
-    if whole:
+      record, valid = {}, False
+    if valid:
       good.append(record)
     else:
       bad.append(line)
@@ -87,16 +86,16 @@ def parse_lines(content: bytes) -> tuple[list[Record], list[bytes]]:
 
 
 def last_step(path: epath.Path) -> int:
-  """Returns the last step that metrics.jsonl tells of, 0 for none."""
+  """Returns the last step that metrics.jsonl reports; 0 if there is none."""
   records = parse_lines(files.read(path))[0] if path.exists() else []
   return max((record["step"] for record in records), default=0)
 
 
 class Writer:
-  """Writes figures as they come, process-wide once, by process 0 alone.
+  """Writes reports as they come, on process 0 only.
 
-  On a terminal a progress bar shows rate and time left; elsewhere each report is
-  a plain line.
+  On a terminal, a progress bar shows rate and time left; elsewhere each report is a plain
+  line.
   """
 
   def __init__(
@@ -118,7 +117,7 @@ class Writer:
       self._open_board(kept)
 
   def _drop_after(self, step: int) -> list[Record]:
-    """Forgets reports after `step`, which a resumed run writes again; returns what is kept."""
+    """Removes reports after `step`, which a resumed run writes again; returns the others."""
     if not self._path.exists():
       return []
     content = files.read(self._path)
@@ -126,8 +125,8 @@ class Writer:
     kept = [record for record in kept if record["step"] <= step]
     if bad:
       aside = self._path.parent / f"{self._path.name}{UNREADABLE}"
-      before = files.read(aside) if aside.exists() else b""
-      files.write(aside, before + b"".join(line + b"\n" for line in bad))
+      earlier = files.read(aside) if aside.exists() else b""
+      files.write(aside, earlier + b"".join(line + b"\n" for line in bad))
       show(f"{self._path} holds {len(bad)} line(s) that can't be read: moved to {aside}")
     text = "".join(json.dumps(record) + "\n" for record in kept)
     if text.encode() != content:
@@ -135,13 +134,13 @@ class Writer:
     return kept
 
   def _open_board(self, kept: Sequence[Record]) -> None:
-    """Opens TensorBoard's writer and makes its history whole."""
+    """Opens TensorBoard's writer and completes its history."""
     folder = self._path.parent / "tensorboard"
     since = kept[-1].get("time", 0.0) - REPLAY_SECONDS if kept and folder.exists() else 0.0
-    late = (record["step"] for record in kept if record.get("time", 0.0) >= since)
-    first = min([self._first_step + 1, *late])
+    recent = (record["step"] for record in kept if record.get("time", 0.0) >= since)
+    first = min([self._first_step + 1, *recent])
     board = importlib.import_module("tensorboardX")
-    # From `first` on, what other attempts wrote does not count.
+    # TensorBoard ignores what earlier attempts wrote from step `first` on.
     self._board = board.SummaryWriter(str(folder), purge_step=first)
     for record in kept:
       if record["step"] < first:
@@ -150,14 +149,14 @@ class Writer:
       self._add_scalars(record["kind"], record["step"], values, record.get("time"))
 
   def _add_scalars(
-    self, kind: str, step: int, values: Mapping[str, Any], time_: float | None = None
+    self, kind: str, step: int, values: Mapping[str, Any], walltime: float | None = None
   ) -> None:
     for name, value in values.items():
       if isinstance(value, (int, float)) and not abs(value) > config.FLOATS[1]:
-        self._board.add_scalar(f"{kind}/{name}", value, step, time_)
+        self._board.add_scalar(f"{kind}/{name}", value, step, walltime)
 
   def has(self, kind: str, step: int) -> bool:
-    """Tells, on every process, whether the run wrote this report before it was resumed."""
+    """Returns, on every process, whether an earlier attempt of the run wrote this report."""
     return distributed.from_first("has", str((kind, step) in self._kept)) == "True"
 
   def write(
@@ -166,7 +165,7 @@ class Writer:
     """Writes one report: {"kind", "step", "time", ...}; `step` counts finished steps.
 
     Args:
-      shown: the figures that the printed line names.
+      shown: names of the figures in the printed line.
 
     Raises:
       CalmError: if it can't be written.
@@ -185,12 +184,12 @@ class Writer:
   def advance(self, steps: int) -> None:
     """Counts finished steps and moves the progress bar."""
     if self._pace.begun is None:
-      self._bar.unpause()  # What came before, compiling too, is no step's time.
+      self._bar.unpause()  # Excludes the time before, such as compiling.
     self._pace.advance(steps)
     self._bar.update(steps)
 
   def pause(self, seconds: float) -> None:
-    """Takes seconds that were not training, and have just passed, out of the time of steps."""
+    """Excludes the last `seconds`, which were not training, from the time of steps."""
     self._pace.pause(seconds)
     self._bar.unpause()
 

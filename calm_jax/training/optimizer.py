@@ -1,4 +1,4 @@
-"""AdamW as the paper trains with it, and learning-rate schedules as rows of a table."""
+"""AdamW as in the paper, and learning-rate schedules, one row of SCHEDULES each."""
 
 from collections.abc import Callable
 from typing import Any
@@ -27,21 +27,21 @@ def _warmup_stable_decay(settings: config.Optimizer, steps: int, step: jax.Array
   return 1 - (1 - settings.final_share) * jnp.clip(done, 0, 1)
 
 
-# Share of the peak rate at a step, warmup aside.
+# (settings, steps, step) -> share of the peak rate at a step, without warmup.
 SCHEDULES = {"constant": _constant, "cosine": _cosine, "wsd": _warmup_stable_decay}
 
 
 def schedule(settings: config.Optimizer, steps: int) -> Schedule:
   """Returns step -> learning rate: linear warmup times the named schedule.
 
-  Step 0 has peak / warmup_steps, not 0, and step warmup_steps − 1 the peak.
+  The rate is peak / warmup_steps at step 0, and the peak at step warmup_steps − 1.
 
   Raises:
-    CalmError: for an unknown schedule or a warmup and decay longer than the run.
+    CalmError: for an unknown schedule, or if warmup and decay are longer than the run.
   """
   if settings.schedule not in SCHEDULES:
-    known = config.nearest(settings.schedule, SCHEDULES)
-    raise errors.CalmError(f"optimizer.schedule is {settings.schedule!r}: {known}")
+    nearest = config.nearest(settings.schedule, SCHEDULES)
+    raise errors.CalmError(f"optimizer.schedule is {settings.schedule!r}: {nearest}")
   if settings.schedule == "wsd" and settings.warmup_steps + settings.decay_steps > steps:
     raise errors.CalmError(
       f"optimizer.warmup_steps + decay_steps = {settings.warmup_steps + settings.decay_steps} "
@@ -56,12 +56,12 @@ def schedule(settings: config.Optimizer, steps: int) -> Schedule:
 
 
 def decay_mask(params: Any) -> Any:
-  """Returns a tree of booleans: weight decay is for matrices, not for biases and norms."""
+  """Returns a tree of booleans, true for what decays: matrices, not biases and norms."""
   return jax.tree.map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)
 
 
 def transformation(settings: config.Optimizer) -> optax.GradientTransformation:
-  """Returns clipping, Adam and decoupled decay, before the learning rate and its sign."""
+  """Returns clipping, Adam and decoupled weight decay, without learning rate and sign."""
   return optax.chain(
     optax.clip_by_global_norm(settings.clip_norm),
     optax.scale_by_adam(settings.b1, settings.b2, settings.eps),

@@ -1,4 +1,4 @@
-"""A window of steps for a profiler, and a server for one that asks."""
+"""Steps -> a profile: a trace of a window of steps, or a server that a profiler connects to."""
 
 import jax
 from etils import epath
@@ -10,9 +10,10 @@ FOLDER = "profile"
 
 
 class Window:
-  """Traces `steps` steps after the first `skip` of an attempt; see `config.Profile`.
+  """Traces `steps` steps after the first `skip` steps of an attempt; see `config.Profile`.
 
-  Every process writes its own trace; process 0's memory is looked at after the last step.
+  Every process writes its own trace; process 0 also writes a memory profile after the
+  last step of the window.
   """
 
   def __init__(self, settings: config.Profile, directory: epath.Path):
@@ -22,12 +23,12 @@ class Window:
       jax.profiler.start_server(settings.port)
 
   def before_step(self) -> None:
-    """Opens the window if this is its first step."""
+    """Starts the trace if this is the window's first step."""
     if self._settings.steps and self._taken == self._settings.skip:
       jax.profiler.start_trace(str(self._folder))
 
   def after_step(self, figures: dict[str, jax.Array]) -> None:
-    """Closes the window if this was its last step: `figures` are what it waits for."""
+    """Stops the trace if this was the window's last step, once `figures` are computed."""
     self._taken += 1
     if self._settings.steps and self._taken == self._settings.skip + self._settings.steps:
       jax.block_until_ready(figures)
@@ -37,6 +38,6 @@ class Window:
       metrics.show(f"wrote the profile of {self._settings.steps} steps to {self._folder}")
 
   def close(self) -> None:
-    """Ends a trace that is still open, as where a run stops inside the window."""
+    """Stops a trace that is still running, because the run ended inside the window."""
     if self._settings.skip < self._taken < self._settings.skip + self._settings.steps:
       jax.profiler.stop_trace()

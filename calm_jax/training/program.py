@@ -1,4 +1,4 @@
-"""A stage on a mesh: what is compiled, and where every argument and result lies."""
+"""A stage and a mesh -> the compiled train step, with the sharding of its arguments and results."""
 
 import dataclasses
 import functools
@@ -21,16 +21,16 @@ Tree = Any
 
 
 def memory_line(compiled: jax.stages.Compiled) -> str:
-  """Returns what a compiled step takes of each device's memory, for people."""
-  found = compiled.memory_analysis()
-  if found is None:
-    return "this platform does not tell a program's memory"
-  giga = {
-    "arguments": found.argument_size_in_bytes,
-    "temporaries": found.temp_size_in_bytes,
-    "results in place of arguments": found.alias_size_in_bytes,
+  """Returns a line for people: the memory that a compiled step needs on each device."""
+  analysis = compiled.memory_analysis()
+  if analysis is None:
+    return "this platform does not report a program's memory"
+  sizes = {
+    "arguments": analysis.argument_size_in_bytes,
+    "temporaries": analysis.temp_size_in_bytes,
+    "results in place of arguments": analysis.alias_size_in_bytes,
   }
-  return "memory a device: " + ", ".join(f"{name} {x / 2**30:.3f} GiB" for name, x in giga.items())
+  return "memory a device: " + ", ".join(f"{name} {x / 2**30:.3f} GiB" for name, x in sizes.items())
 
 
 def require_divisible(
@@ -42,7 +42,7 @@ def require_divisible(
   """Raises CalmError unless the mesh divides a run's batch, positions and heads evenly.
 
   Args:
-    positions: P, of an example.
+    positions: P, positions an example.
     transformer: sizes of the stage's Transformer, if it has one.
   """
   rows, parts = run.training.batch, run.training.accumulation * mesh_lib.row_parts(mesh)
@@ -65,13 +65,13 @@ def require_divisible(
 
 @dataclasses.dataclass(frozen=True)
 class TrainProgram:
-  """A stage's functions on a mesh, compiled once.
+  """A stage's functions on a mesh.
 
   `state` and `batch` are abstract, with the sharding of every array. The step donates its
   state.
 
   Attributes:
-    fields: of an example of a training batch; None for those of `pipeline.fields`.
+    fields: fields of an example of a training batch; None for those of `pipeline.fields`.
   """
 
   run: config.Run
@@ -88,9 +88,9 @@ class TrainProgram:
 
   @functools.cached_property
   def state(self) -> step.TrainState:
-    # No array is made: the mesh may be of devices that are not there.
-    made = jax.eval_shape(lambda: self._new(self.stage.init(jax.random.key(0))))
-    return rules.abstract(made, self.mesh)
+    # Abstract, since the mesh may consist of devices that are not attached.
+    state = jax.eval_shape(lambda: self._new(self.stage.init(jax.random.key(0))))
+    return rules.abstract(state, self.mesh)
 
   @functools.cached_property
   def frozen(self) -> Tree:
@@ -110,7 +110,7 @@ class TrainProgram:
     return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=mesh_lib.on_each(self.mesh))
 
   def place_signals(self, raised: Collection[str] = ()) -> jax.Array:
-    """Returns the signals array with those that this process raises."""
+    """Returns the array of signals, with `raised` set on this process's devices."""
     return mesh_lib.place_on_each(
       self.mesh, np.array([name in raised for name in step.SIGNALS], np.int32)
     )
@@ -121,30 +121,30 @@ class TrainProgram:
 
   def initial(self, params: Tree = None) -> step.TrainState:
     """Returns the state before the first step, from `params` or the stage's initial values."""
-    places = jax.tree.map(lambda x: x.sharding, self.state)
+    shardings = jax.tree.map(lambda x: x.sharding, self.state)
     if params is not None:
-      return jax.jit(self._new, out_shardings=places)(params)
+      return jax.jit(self._new, out_shardings=shardings)(params)
     key = jax.random.key(self.run.training.seed)
-    made = jax.jit(lambda key: self._new(self.stage.init(key)), out_shardings=places)
-    return made(key)
+    init = jax.jit(lambda key: self._new(self.stage.init(key)), out_shardings=shardings)
+    return init(key)
 
   def compiled_step(self) -> jax.stages.Compiled:
     """Returns the loop's step: (state, frozen, batch, signals) -> (state, metrics)."""
     return self.lowered_step().compile()
 
   def lowered_step(self) -> jax.stages.Lowered:
-    """Returns the loop's step before it is compiled."""
-    take = step.with_signals(self._take)
-    return self._jitted(take).lower(self.state, self.frozen, self.batch, self.signals)
+    """Returns the loop's step, lowered but not compiled."""
+    take_step = step.with_signals(self._take_step)
+    return self._jitted(take_step).lower(self.state, self.frozen, self.batch, self.signals)
 
   def compiled_plain_step(self) -> jax.stages.Compiled:
     """Returns the step without signals: (state, frozen, batch) -> (state, metrics)."""
-    return self._jitted(self._take).lower(self.state, self.frozen, self.batch).compile()
+    return self._jitted(self._take_step).lower(self.state, self.frozen, self.batch).compile()
 
   @property
-  def _take(self) -> step.Step:
+  def _take_step(self) -> step.Step:
     return step.make_step(self.stage.loss, self.run.optimizer, self.run.training)
 
-  def _jitted(self, take: Callable[..., Any]) -> jax.stages.Wrapped:
-    places = jax.tree.map(lambda x: x.sharding, self.state)
-    return jax.jit(take, out_shardings=(places, self._everywhere), donate_argnums=0)
+  def _jitted(self, take_step: Callable[..., Any]) -> jax.stages.Wrapped:
+    shardings = jax.tree.map(lambda x: x.sharding, self.state)
+    return jax.jit(take_step, out_shardings=(shardings, self._everywhere), donate_argnums=0)

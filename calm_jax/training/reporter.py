@@ -1,4 +1,4 @@
-"""Figures of finished steps: read one step late, checked, written now and then."""
+"""Metrics of steps -> reports: read one step late, checked, and written every few steps."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -13,12 +13,12 @@ from calm_jax.training import metrics, resuming, step
 class Reporter:
   """Receives each step's figures while they are still being computed.
 
-  The step before is read when the next one has been dispatched, so reporting
+  Figures of a step are read once the next step has been dispatched, so that reporting
   never stalls the device.
 
   Attributes:
-    voids: steps of those read that were void: taken, but not counted.
-    skipped_in_a_row: of those read last, steps that were not finite.
+    voids: number of void steps among those read, which are not counted as steps.
+    skipped_in_a_row: number of non-finite steps since the last finite one, among those read.
   """
 
   def __init__(
@@ -42,18 +42,18 @@ class Reporter:
     self._paused = 0.0
 
   def wait_for_data(self, seconds: float) -> None:
-    """Books seconds that the loop waited for a batch."""
+    """Records seconds that the loop waited for a batch."""
     self._waited_for_data += seconds
 
   def pause(self, seconds: float) -> None:
-    """Books seconds that were not training: compiling, evaluating, saving."""
+    """Records seconds that were not training: compiling, evaluating, saving."""
     self._paused += seconds
     self._writer.pause(seconds)
 
   def push(
     self, done: int, figures: Mapping[str, jax.Array], indices: np.ndarray
   ) -> frozenset[str]:
-    """Takes step number `done` (from 1) and finishes the one before.
+    """Receives step number `done` (from 1) and finishes the step before it.
 
     Returns:
       The signals (see `step.SIGNALS`) that any process raised with the step before.
@@ -65,7 +65,7 @@ class Reporter:
     return self._finish(*pending) if pending else frozenset()
 
   def flush(self) -> None:
-    """Waits for the last step taken and finishes it.
+    """Waits for the last step that was received and finishes it.
 
     Raises:
       NonFinite: after training.max_skipped non-finite steps in a row.
@@ -79,12 +79,12 @@ class Reporter:
   ) -> frozenset[str]:
     """Reports a step; returns the signals raised with it."""
     values = {name: float(value) for name, value in jax.device_get(dict(figures)).items()}
-    told = frozenset(name for name in step.SIGNALS if values.pop(name))
-    if "void" in told:
+    signals = frozenset(name for name in step.SIGNALS if values.pop(name))
+    if "void" in signals:
       self.voids += 1
     else:
       self._report(done, values, indices)
-    return told
+    return signals
 
   def _report(self, done: int, values: dict[str, float], indices: np.ndarray) -> None:
     self._writer.advance(1)
@@ -110,18 +110,18 @@ class Reporter:
 
   def _skipped(self, done: int, values: Mapping[str, float], indices: np.ndarray) -> None:
     in_a_row = self.skipped_in_a_row
-    what = (
+    message = (
       f"step {done} was skipped: loss {values['loss']}, gradient norm {values['gradient_norm']}; "
       f"its batch holds examples {_ranges(indices)}"
     )
-    metrics.show(what)
+    metrics.show(message)
     if in_a_row >= self._run.training.max_skipped:
-      told = f"{in_a_row} non-finite steps in a row, training.max_skipped; {what}"
-      raise resuming.NonFinite(told, done - in_a_row)
+      message = f"{in_a_row} non-finite steps in a row, training.max_skipped; {message}"
+      raise resuming.NonFinite(message, done - in_a_row)
 
 
 def _ranges(indices: np.ndarray) -> str:
-  """Returns sorted indices as `3-6, 9`."""
+  """Returns indices as sorted ranges, such as `3-6, 9`."""
   ordered = np.unique(indices)
   runs = np.split(ordered, np.flatnonzero(np.diff(ordered) != 1) + 1)
   return ", ".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else f"{r[0]}" for r in runs)

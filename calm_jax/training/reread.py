@@ -1,4 +1,4 @@
-"""A saved tree -> lines of fingerprint, on the host and a few arrays at a time."""
+"""Saved tree -> fingerprint lines, read on the host, a few arrays at a time."""
 
 import math
 from collections.abc import Mapping
@@ -11,32 +11,32 @@ from etils import epath
 
 from calm_jax.training import fingerprint
 
-# Bytes that are read at once, where no single array is larger.
+# Bytes that are read at once, unless a single array is larger.
 BYTES = 2**28
 
 
 def lines(folder: epath.Path, leaves: list[str] | None = None) -> dict[str, str]:
-  """Returns `fingerprint.lines` of a saved tree, or of those of its leaves.
+  """Returns `fingerprint.lines` of a saved tree, or of `leaves` of it only.
 
-  Raises whatever Orbax and TensorStore raise at damage.
+  If the tree is damaged, errors of Orbax and TensorStore are raised.
   """
   handler = ocp.PyTreeCheckpointHandler()
   tree = handler.metadata(folder).tree
   saved = _leaves(tree)
-  found: dict[str, str] = {}
+  result: dict[str, str] = {}
   for group in _groups({name: saved[name] for name in (saved if leaves is None else leaves)}):
 
-    def wanted(path, leaf, group=group):
-      taken = fingerprint.name(path) in group
-      return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if taken else ocp.PLACEHOLDER
+    def abstract(path, leaf, group=group):
+      in_group = fingerprint.name(path) in group
+      return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if in_group else ocp.PLACEHOLDER
 
-    item = jax.tree_util.tree_map_with_path(wanted, tree)
-    how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-    read = handler.restore(folder, args=ocp.args.PyTreeRestore(item=item, restore_args=how))
-    found |= fingerprint.host_lines(
+    item = jax.tree_util.tree_map_with_path(abstract, tree)
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    read = handler.restore(folder, args=ocp.args.PyTreeRestore(item=item, restore_args=as_numpy))
+    result |= fingerprint.host_lines(
       jax.tree.map(lambda leaf: None if leaf is ocp.PLACEHOLDER else leaf, read)
     )
-  return found
+  return result
 
 
 def _leaves(tree: Any) -> dict[str, Any]:
@@ -44,13 +44,13 @@ def _leaves(tree: Any) -> dict[str, Any]:
 
 
 def _groups(leaves: Mapping[str, Any]) -> list[set[str]]:
-  """Returns the names in groups of up to BYTES."""
+  """Returns the names of the leaves in groups of up to BYTES."""
   groups, size = [], 0
   for name, leaf in leaves.items():
-    own = math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
-    if not groups or size + own > BYTES:
+    leaf_size = math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+    if not groups or size + leaf_size > BYTES:
       groups.append(set())
       size = 0
     groups[-1].add(name)
-    size += own
+    size += leaf_size
   return groups

@@ -1,4 +1,4 @@
-"""What a run goes on from: refused where it is gone, taken back where nothing good came after."""
+"""The checkpoint that a run resumes from: it must exist, and finite steps must follow it."""
 
 from etils import epath
 
@@ -7,7 +7,7 @@ from calm_jax.training import checkpoint, ledger, metrics
 
 
 class NonFinite(errors.CalmError):
-  """A run that can't go on; raised on all processes. `good` is its last finite step."""
+  """A run can't continue; raised on all processes. `good` is its last finite step."""
 
   def __init__(self, message: str, good: int):
     super().__init__(message)
@@ -15,28 +15,29 @@ class NonFinite(errors.CalmError):
 
 
 def require_checkpoints(directory: str) -> None:
-  """Raises CalmError where a workdir's checkpoints are gone, and not just still to come."""
+  """Raises CalmError if a workdir has saved checkpoints before and has none now."""
   folder = epath.Path(directory) / checkpoint.DIRECTORY
   if checkpoint.steps_in(directory):
     return
   attempts = ledger.attempts(epath.Path(directory))
-  saved = max((max(one["first_step"], one.get("saved", 0)) for one in attempts), default=0)
+  steps = (max(attempt["first_step"], attempt.get("saved", 0)) for attempt in attempts)
+  saved = max(steps, default=0)
   if not attempts:
     saved = metrics.last_step(epath.Path(directory) / workdir.METRICS)
   if saved:
     raise errors.CalmError(
       f"{directory} was trained to step {saved} or further, but its checkpoints are gone: put "
-      f"{folder} back, or give a new --workdir to begin again"
+      f"{folder} back, or give a new --workdir to start again"
     )
 
 
 def step_back(checkpoints: checkpoint.Checkpoints, error: NonFinite, rate: float) -> str:
-  """Returns what to do after `error`; sets a checkpoint aside that nothing finite came after.
+  """Returns advice after `error`; sets the newest checkpoint aside if no finite step follows it.
 
-  All processes must call it. An only checkpoint stays.
+  All processes must call it. A checkpoint that is the only one stays.
 
   Args:
-    rate: the learning rate that it was trained with.
+    rate: the learning rate of the run.
   """
   checkpoints.wait()
   steps = checkpoints.steps()
@@ -44,14 +45,14 @@ def step_back(checkpoints: checkpoint.Checkpoints, error: NonFinite, rate: float
   if not steps:
     return f"there is no checkpoint: run the same command again {advice}"
   if steps[-1] < error.good:
-    return f"the last good checkpoint is step {steps[-1]}: go on from it {advice}"
+    return f"the last good checkpoint is step {steps[-1]}: resume from it {advice}"
   if len(steps) == 1:
     return (
       f"the only checkpoint, step {steps[0]}, may be spoilt, as nothing finite came after it: try "
-      f"to go on from it {advice}, or give a new --workdir"
+      f"to resume from it {advice}, or give a new --workdir"
     )
   checkpoints.set_aside_after(steps[-2])
   return (
     f"the checkpoint of step {steps[-1]}, which nothing finite came after, is set aside; the last "
-    f"good one is step {steps[-2]}: go on from it {advice}"
+    f"good one is step {steps[-2]}: resume from it {advice}"
   )

@@ -1,4 +1,4 @@
-"""What the loop needs to know about a stage, as pure functions of arrays."""
+"""The functions of a stage that the training loop calls, pure functions of arrays."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ from calm_jax.training import step
 
 Params = Any
 Batch = Mapping[str, jax.Array]
-# One array a score, one row an example: [B, ...].
+# Score name -> one row an example, [B, ...].
 Scores = dict[str, jax.Array]
 
 
@@ -22,16 +22,16 @@ Scores = dict[str, jax.Array]
 class Stage:
   """A stage of training.
 
-  A batch has the fields of its source, by default those of `data.pipeline.fields`. All noise of
-  an example is keyed by its `index` in the global stream, so that neither accumulation nor the
-  number of hosts changes it.
+  A batch has the fields of its source, by default those of `data.pipeline.fields`. An example's
+  noise is keyed by its `index` in the global stream, so that neither accumulation nor the number
+  of hosts changes it.
 
   Attributes:
-    init: key -> trained parameters.
+    init: key -> initial values of the trained parameters.
     loss: (params, frozen, batch, key) -> (mean loss, metrics); see `step.Loss`.
     evaluate: (params, frozen, batch, key) -> scores of each example.
-    summarize: scores of all examples -> the figures that are reported.
-    frozen: parameters that the stage reads and never trains.
+    summarize: scores of all examples -> reported figures.
+    frozen: parameters that the stage reads but does not train.
   """
 
   init: Callable[[jax.Array], Params]
@@ -47,7 +47,7 @@ def example_keys(key: jax.Array, index_B: jax.Array) -> jax.Array:
 
 
 def purpose_keys(key_B: jax.Array, purpose: int) -> jax.Array:
-  """Returns each example's key for one of its kinds of noise, by the number of the kind: [B]."""
+  """Returns each example's key for one kind of noise, numbered by `purpose`: [B]."""
   return jax.vmap(jax.random.fold_in, in_axes=(0, None))(key_B, purpose)
 
 
@@ -66,7 +66,7 @@ def next_position(x_BP: jax.Array) -> jax.Array:
 
 
 def has_next(x_BP: jax.Array) -> jax.Array:
-  """Returns the float32 mask [B, P] of positions that have a next one: 0 at the last, else 1."""
+  """Returns the float32 mask [B, P] of positions that have a next one: 1, and 0 at the last."""
   mask_P = jnp.arange(x_BP.shape[1]) < x_BP.shape[1] - 1
   return jnp.broadcast_to(mask_P[None], x_BP.shape).astype(jnp.float32)
 
@@ -78,7 +78,7 @@ def mean_with_next(x_BP: jax.Array) -> jax.Array:
 
 
 def with_stderr(scores: Mapping[str, np.ndarray], *names: str) -> dict[str, float]:
-  """Returns the mean of each named score over all examples, and its standard error."""
+  """Returns the mean of each named score over all examples, with its standard error."""
   result = {}
   for name in names:
     result[name] = float(scores[name].mean())

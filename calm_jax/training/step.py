@@ -1,4 +1,4 @@
-"""One optimizer step: gradients, accumulation, the update, and refusing a bad one."""
+"""Batch -> new state: gradients, accumulation, the update, and skipping a non-finite one."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,8 +15,8 @@ from calm_jax.training import optimizer
 Params = Any
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
-# (params, frozen, batch, key) -> (mean loss, metrics). Metrics are means over the
-# batch, except `tokens`, the number of tokens that the loss is a mean over.
+# (params, frozen, batch, key) -> (mean loss, metrics). Metrics are means over the batch,
+# except `tokens`, the number of tokens that the loss is averaged over.
 Loss = Callable[[Params, Params, Batch, jax.Array], tuple[jax.Array, Metrics]]
 
 
@@ -25,8 +25,8 @@ class TrainState:
   """All that a resumed run needs besides the data position.
 
   Attributes:
-    step: optimizer steps taken or skipped. skipped: of them, those skipped;
-      skipped_in_a_row: at the end, without a good one between.
+    step: number of optimizer steps, skipped ones included.
+    skipped: number of skipped steps; skipped_in_a_row: those since the last good step.
   """
 
   params: Params
@@ -48,7 +48,7 @@ def new_state(params: Params, settings: config.Optimizer) -> TrainState:
 
 
 def _split(x_B: jax.Array, parts: int) -> jax.Array:
-  """[B, ...] -> [parts, B / parts, ...]."""
+  """Splits the batch axis, [B, ...] -> [parts, B / parts, ...]."""
   split = x_B.reshape(-1, parts, *x_B.shape[1:]).swapaxes(0, 1)
   return mesh.constrain(split, None, "batch", *(None,) * (x_B.ndim - 1))
 
@@ -56,11 +56,11 @@ def _split(x_B: jax.Array, parts: int) -> jax.Array:
 def accumulated_gradients(
   loss: Loss, params: Params, frozen: Params, batch: Batch, key: jax.Array, parts: int
 ) -> tuple[Params, Metrics]:
-  """Returns gradients and metrics of the batch, worked off in `parts` parts by a scan.
+  """Returns gradients and metrics of the batch, accumulated over `parts` parts by a scan.
 
   Part p takes rows p, p + parts, ..., so that every device works on rows of its own.
-  Parts are weighed by their `tokens`, so the result is that of the whole batch
-  even where parts hold different numbers of tokens. Metrics gain `loss`.
+  Parts are weighted by their `tokens`, so the result equals that of the full batch
+  even if parts hold different numbers of tokens. Metrics gain `loss`.
   """
 
   def gradients(part):
@@ -95,8 +95,8 @@ Step = Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]
 def make_step(loss: Loss, settings: config.Optimizer, training: config.Training) -> Step:
   """Returns the pure function that takes an optimizer step.
 
-  Where the loss or the gradient norm is not finite, parameters and optimizer state are
-  left unchanged; the step is counted as taken and as skipped.
+  If the loss or the gradient norm is not finite, parameters and optimizer state are left
+  unchanged; the step is counted, and counted as skipped.
   """
   tx = optimizer.transformation(settings)
   rate = optimizer.schedule(settings, training.steps)
@@ -133,20 +133,21 @@ def make_step(loss: Loss, settings: config.Optimizer, training: config.Training)
 
 
 def _where(condition: jax.Array, new: Any, old: Any) -> Any:
+  """Returns one of two trees."""
   return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
 
 
-# What a process can signal to all others with a step, in the order of the columns.
+# What a process can signal to all others with each step, in the order of the columns.
 SIGNALS = ("stop", "save", "void")
 
 
 def with_signals(take: Step) -> Callable[..., tuple[TrainState, Metrics]]:
   """Returns a step by which processes agree: (state, frozen, batch, signals) -> (state, metrics).
 
-  `signals` is int32 [devices, 3], with the columns SIGNALS: 1 where the process of a
-  device raises one. The maximum of each column is returned among the metrics, equal on
-  all processes. A void step leaves the state unchanged, so a process that has no batch
-  can take part in it; its other metrics have no meaning.
+  `signals` is int32 [devices, 3] with the columns SIGNALS: 1 where the device's process
+  raises the signal. The maximum of each column is returned among the metrics, equal on
+  all processes. A void step leaves the state unchanged, so that a process without a batch
+  can take part; its other metrics have no meaning.
   """
 
   def agree(
@@ -160,7 +161,7 @@ def with_signals(take: Step) -> Callable[..., tuple[TrainState, Metrics]]:
 
 
 def parts(state: TrainState) -> tuple[Params, dict[str, Any]]:
-  """Returns (parameters, all else): the two items of a checkpoint."""
+  """Returns (parameters, the rest): the two items of a checkpoint."""
   return state.params, {
     "optimizer": state.optimizer,
     "step": state.step,

@@ -16,7 +16,7 @@ Params = Any
 
 
 class Model(Protocol):
-  """What every stage's model can do; the rest is between a stage and its own functions."""
+  """Methods that every stage's model has; a stage's own functions may use others."""
 
   def initial(self, key: jax.Array) -> Params:
     """Returns initial parameters, float32."""
@@ -32,11 +32,14 @@ class Trained:
   """A trained stage, ready to use.
 
   Attributes:
-    run: its settings. model: a `Model`; its functions take `params`.
-    step: the optimizer step that the weights are of.
-    fingerprint: of the parameters.
-    parents: what it was trained on, by the names of the stage's description: stage two has
-      its frozen `autoencoder`.
+    run: its settings.
+    origin: the data that it was trained on.
+    params: its parameters.
+    step: optimizer step of the parameters.
+    model: a `Model`; its functions take `params`.
+    fingerprint: fingerprint of the parameters.
+    parents: trained stages that it was trained on, by the names in the stage's description:
+      stage two has its frozen `autoencoder`.
   """
 
   run: Any
@@ -65,7 +68,7 @@ def restore(directory: str, model: Model) -> checkpoint.Restored:
 
 
 def has_checkpoint(directory: str) -> bool:
-  """Says whether a run has saved anything yet."""
+  """Returns whether a run has saved a checkpoint."""
   checkpoints = checkpoint.Checkpoints(directory)
   steps = checkpoints.steps()
   checkpoints.close()
@@ -75,7 +78,7 @@ def has_checkpoint(directory: str) -> bool:
 def write(
   target: str, run: config.Run, origin: workdir.Origin, params: Params, step: int, tokenizer: Any
 ) -> None:
-  """Writes weights that are not trained on there as a workdir.
+  """Writes weights as a workdir that can be loaded, but not resumed.
 
   Args:
     tokenizer: path of the tokenizer's file, which is copied.
@@ -84,20 +87,20 @@ def write(
     CalmError: if the workdir can't be written.
   """
   checkpoint.require_writable_name(target)
-  few, path = checkpoint.few_gb(params), epath.Path(tokenizer)
-  made = workdir.sealed(target, run, origin, path)
-  checkpoints = checkpoint.Checkpoints(target, keep_latest=1, concurrent_gb=few)
-  saved = checkpoints.save(step, params, None, {"seal": made.bound})
+  concurrent_gb, path = checkpoint.few_gb(params), epath.Path(tokenizer)
+  new_seal = workdir.sealed(target, run, origin, path)
+  checkpoints = checkpoint.Checkpoints(target, keep_latest=1, concurrent_gb=concurrent_gb)
+  saved = checkpoints.save(step, params, None, {"seal": new_seal.bound})
   if not distributed.everywhere("weights saved", checkpoints.wait() and saved):
     checkpoints.close()
     raise errors.CalmError(f"can't write the weights to {target}")
   checkpoints.prove()
   checkpoints.close()
-  distributed.on_first("weights", lambda: workdir.create(target, run, origin, path, made))
+  distributed.on_first("weights", lambda: workdir.create(target, run, origin, path, new_seal))
 
 
 def copy_parent(trained: Trained, name: str, source: str, target: str) -> None:
-  """Writes a frozen parent as a workdir of its own, replacing what a cut start left there.
+  """Writes a frozen parent as a workdir, replacing the remains of an interrupted start.
 
   Raises:
     CalmError: if the copy can't be written, or `target` is a workdir of its own.
@@ -105,11 +108,10 @@ def copy_parent(trained: Trained, name: str, source: str, target: str) -> None:
 
   def clear() -> None:
     path = epath.Path(target)
-    trained_there = any((path / entry).exists() for entry in (workdir.METRICS, "ledger"))
-    if trained_there or os.path.realpath(source) == os.path.realpath(target):
+    is_trained_in = any((path / entry).exists() for entry in (workdir.METRICS, "ledger"))
+    if is_trained_in or os.path.realpath(source) == os.path.realpath(target):
       raise errors.CalmError(
-        f"{target}, where a copy of the {name} would lie, is a workdir of its own: give another "
-        "--workdir"
+        f"{target}, the place of the {name}'s copy, is a workdir of its own: give another --workdir"
       )
     if path.exists():
       path.rmtree()

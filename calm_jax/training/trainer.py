@@ -1,4 +1,4 @@
-"""The loop, one for all stages and any number of processes: read, step, report, evaluate, save."""
+"""The training loop of all stages and processes: read, step, report, evaluate, save."""
 
 import dataclasses
 import time
@@ -30,15 +30,18 @@ EVALUATION_BATCH = 16
 
 @dataclasses.dataclass
 class Training:
-  """What a run trains, and how it is reported.
+  """The inputs of a trainer.
 
   Attributes:
-    source: of its batches, for this process's rows.
-    initial: parameters to start from; None for the stage's initial values. They are dropped
-      once they are on the devices.
-    record: goes into every checkpoint.
-    flops_per_token: of training.
-    metrics, figures: names of what the lines of training reports and of evaluations show.
+    program: the train step.
+    source: source of batches, for this process's rows.
+    evaluate: scores held-out text.
+    initial: parameters to start from; None for the stage's initial values. The trainer drops
+      them once they are on the devices.
+    record: settings and origin, stored in every checkpoint.
+    flops_per_token: training FLOPs a token.
+    metrics, figures: names of the values that console lines of training reports and of
+      evaluations show.
   """
 
   program: program.TrainProgram
@@ -51,16 +54,46 @@ class Training:
   figures: Sequence[str]
 
 
-class Trainer:
-  """A run of one stage in one workdir, on the mesh that is set."""
+@dataclasses.dataclass
+class _Progress:
+  """Where the loop is.
 
-  def __init__(self, training: Training, directory: str, guard: guard_lib.Guard, held: lease.Lease):
-    """Takes what is trained, and where.
+  Attributes:
+    done: the last step that was dispatched.
+    positions: of the data after each step since the last flush.
+    agreed: signals that the processes agreed on with the last step.
+    is_running: whether a step of this attempt has ended.
+  """
+
+  state: step.TrainState
+  done: int
+  positions: dict[int, Mapping[str, Any]]
+  agreed: frozenset[str] = frozenset()
+  is_running: bool = False
+
+  @property
+  def position(self) -> Mapping[str, Any]:
+    """The position of the data after the last step."""
+    return self.positions[self.done]
+
+  def drop_voids(self, voids: int) -> None:
+    """Takes back the number of void steps, which do not count; forgets earlier positions."""
+    self.done -= voids
+    self.positions = {self.done: self.position}
+
+
+class Trainer:
+  """Trains one stage in one workdir, on the mesh that is set."""
+
+  def __init__(
+    self, training: Training, directory: str, guard: guard_lib.Guard, workdir_lease: lease.Lease
+  ):
+    """Prepares training in the workdir `directory`.
 
     Args:
-      held: the workdir's lease, which process 0 has taken.
+      workdir_lease: the workdir's lease, which process 0 holds.
     """
-    self._guard, self._held, self._training = guard, held, training
+    self._guard, self._lease, self._training = guard, workdir_lease, training
     self._program = training.program
     self._run, self._stage = self._program.run, self._program.stage
     self._flops_per_token = training.flops_per_token
@@ -70,15 +103,15 @@ class Trainer:
     self._batches, self._evaluate = training.source, training.evaluate
     self._record = training.record
     self._checkpoints = checkpoint.Checkpoints(directory, settings.keep_latest, settings.keep_every)
-    self._saved, self._saved_at = -1, time.monotonic()
-    self._begun, self._taken, self._proved = 0, meta.Taken(), False
+    self._saved_step, self._saved_at = -1, time.monotonic()
+    self._start, self._taken, self._is_proved = 0, meta.Taken(), False
 
   def train(self) -> None:
     """Trains to the last step, from the newest good checkpoint if there is one.
 
     Raises:
-      CalmError: after too many non-finite steps in a row, if the last steps or what is to
-        be saved are not finite, or if the last state can't be saved.
+      CalmError: after too many non-finite steps in a row, if the last steps or a state to be
+        saved are not finite, or if the last state can't be saved.
       Interrupted: after Ctrl-C or SIGTERM on any process, once the state is saved.
     """
     guard = self._guard
@@ -86,14 +119,17 @@ class Trainer:
     bound = distributed.together("seal", lambda: seal.read(str(self._directory)).bound)
     self._record = {**self._record, "seal": bound}
     state = self._restore_or_init(bound)
-    start = self._begun = int(state.step)
+    start = self._start = int(state.step)
     self._position = self._batches.get_state()
     guard.ledger.part("restore or init")
     writer = metrics.Writer(self._directory / workdir.METRICS, self._run.training.steps, start)
     batches = feed.Feed(
-      self._batches, self._program.mesh, self._run.training.batch, self._rows,
+      self._batches,
+      self._program.mesh,
+      self._run.training.batch,
+      self._rows,
       self._run.data.reuse_batch,
-    )  # fmt: skip
+    )
     try:
       distributed.on_first("ledger", lambda: guard.ledger.open(self._directory, start))
       self._loop(state, start, writer, batches)
@@ -103,14 +139,14 @@ class Trainer:
       raise errors.CalmError(f"{error}; {advice}") from error
     except errors.CalmError as error:
       self._checkpoints.wait()
-      good = self._checkpoints.steps()
-      where = f"step {good[-1]}" if good else "none"
-      raise errors.CalmError(f"{error}; the last good checkpoint is {where}") from error
+      steps = self._checkpoints.steps()
+      last_good = f"step {steps[-1]}" if steps else "none"
+      raise errors.CalmError(f"{error}; the last good checkpoint is {last_good}") from error
     finally:
       batches.close()
       writer.close()
       self._checkpoints.close()
-    metrics.show(f"saved step {self._saved} in {self._directory}")
+    metrics.show(f"saved step {self._saved_step} in {self._directory}")
 
   def _restore_or_init(self, bound: str) -> step.TrainState:
     restored = self._checkpoints.restore(*step.parts(self._program.state), bound)
@@ -120,103 +156,132 @@ class Trainer:
     self._taken = meta.Taken.of(restored.meta["data"], restored.step)
     self._checkpoints.set_aside_after(restored.step)
     self._batches.set_state(restored.meta["data"])
-    self._saved = restored.step
-    metrics.show(f"going on after step {restored.step}")
+    self._saved_step = restored.step
+    metrics.show(f"resuming after step {restored.step}")
     return step.TrainState(params=restored.params, **restored.rest)
 
   def _loop(
     self, state: step.TrainState, start: int, writer: metrics.Writer, batches: feed.Feed
   ) -> None:
-    settings, guard = self._run.training, self._guard
-    stop, ledger = guard.stop, guard.ledger
+    settings, ledger = self._run.training, self._guard.ledger
     if start and self._evaluation_is_due(start) and not writer.has("evaluation", start):
-      self._write_evaluation(start, state, writer)  # The run was cut before it came to that.
-      ledger.part("evaluation made up")
+      self._write_evaluation(start, state, writer)  # The run was interrupted before it.
+      ledger.part("missed evaluation")
     if start >= settings.steps:
       return
-    take = self._program.compiled_step()
-    ledger.part("compile")
-    if settings.eval_every:  # Now, so that a signal never has to wait for the compiler.
-      self._evaluate.compile(self._program.state.params)
-      ledger.part("compile evaluation")
+    take_step = self._compile()
     report = reporter.Reporter(
       self._run, writer, self._flops_per_token, start, self._training.metrics
     )
     profile = profiling.Window(self._run.profile, self._directory)
-    positions, done, agreed = {start: self._position}, start, frozenset()
-    while done < settings.steps and "stop" not in agreed:
-      with ledger.timed("data_wait", report.wait_for_data):
-        fed = batches.take(lambda: stop.signal is None)
-      raised = self._raised(fed is None)
-      stop.unsaved = True
-      arrays = self._program.blank_batch() if fed is None else fed.arrays
-      profile.before_step()
-      state, figures = take(state, self._stage.frozen, arrays, self._program.place_signals(raised))
-      done += 1
-      if distributed.is_first():  # Before figures are written.
-        self._held.require_held()
-      agreed = report.push(done, figures, self._rows[:0] if fed is None else fed.index)
-      if distributed.count() == 1:  # It need not wait to hear of itself.
-        agreed = raised | self._raised(no_batch=False)
-      if done == start + 1:
-        jax.block_until_ready(figures)
+    progress = _Progress(state, start, {start: self._position})
+    while progress.done < settings.steps and "stop" not in progress.agreed:
+      self._advance(progress, take_step, batches, report, profile)
+      if progress.done == start + 1:
         metrics.show(ledger.first_step())
-      profile.after_step(figures)
-      guard.watchdog.begin("step")
-      if fed is not None:
-        positions[done] = fed.position
-      stopping = "stop" in agreed
-      last = done == settings.steps or stopping
-      save = last or "save" in agreed or done % settings.checkpoint_every == 0
-      evaluate = self._evaluation_is_due(done) and not stopping
+      stopping = "stop" in progress.agreed
+      last = progress.done == settings.steps or stopping
+      at_checkpoint = progress.done % settings.checkpoint_every == 0
+      save = last or "save" in progress.agreed or at_checkpoint
+      evaluate = self._evaluation_is_due(progress.done) and not stopping
       if save or evaluate:
-        report.flush()  # What is scored or saved is known to be good.
-        done -= report.voids
-        position = positions[done]
+        report.flush()  # Raises if the state to be scored or saved is not finite.
+        progress.drop_voids(report.voids)
         skipping = report.skipped_in_a_row
-        if save and not skipping:
-          with ledger.timed("shutdown" if last else "save", report.pause):
-            self._save(done, state, position, wait=last)
+        if save and skipping:
+          self._leave_unsaved(progress.done, skipping, at_end=last and not stopping)
         elif save:
-          self._leave_unsaved(done, skipping, at_end=last and not stopping)
+          self._save_timed("shutdown" if last else "save", progress, report)
         if evaluate:
-          with ledger.timed("evaluation", report.pause):
-            agreed = self._write_evaluation(done, state, writer)
-          if "stop" in agreed and not skipping:
-            with ledger.timed("shutdown", report.pause):
-              self._save(done, state, position, wait=True)
-        positions = {done: position}
-      ledger.write(done, now=last or "stop" in agreed)
+          self._evaluate_timed(progress, report, writer)
+      ledger.write(progress.done, now=last or "stop" in progress.agreed)
     profile.close()
-    if "stop" in agreed:
-      raise self._interrupted(done)
+    if "stop" in progress.agreed:
+      raise self._interrupted(progress.done)
+
+  def _compile(self) -> jax.stages.Compiled:
+    """Returns the compiled step, and compiles the evaluation."""
+    take_step = self._program.compiled_step()
+    self._guard.ledger.part("compile")
+    if self._run.training.eval_every:  # Compiled here, so that a later signal need not wait for it.
+      self._evaluate.compile(self._program.state.params)
+      self._guard.ledger.part("compile evaluation")
+    return take_step
+
+  def _advance(
+    self,
+    progress: _Progress,
+    take_step: jax.stages.Compiled,
+    batches: feed.Feed,
+    report: reporter.Reporter,
+    profile: profiling.Window,
+  ) -> None:
+    """Dispatches one step, and reads the figures of the one before it."""
+    stop = self._guard.stop
+    with self._guard.ledger.timed("data_wait", report.wait_for_data):
+      batch = batches.take(lambda: stop.signal is None)
+    raised = self._raised_signals(batch is None)
+    stop.unsaved = True
+    arrays = self._program.blank_batch() if batch is None else batch.arrays
+    signals = self._program.place_signals(raised)
+    profile.before_step()
+    progress.state, figures = take_step(progress.state, self._stage.frozen, arrays, signals)
+    progress.done += 1
+    if distributed.is_first():  # Checked before figures are written.
+      self._lease.require_held()
+    index = self._rows[:0] if batch is None else batch.index
+    progress.agreed = report.push(progress.done, figures, index)
+    if distributed.count() == 1:  # A single process need not wait for the exchange.
+      progress.agreed = raised | self._raised_signals(no_batch=False)
+    if not progress.is_running:  # The first step's time is reported apart.
+      jax.block_until_ready(figures)
+      progress.is_running = True
+    profile.after_step(figures)
+    self._guard.watchdog.begin("step")
+    if batch is not None:
+      progress.positions[progress.done] = batch.position
+
+  def _save_timed(self, part: str, progress: _Progress, report: reporter.Reporter) -> None:
+    """Saves the state; the ledger books the time as `part`, and "shutdown" waits for the end."""
+    with self._guard.ledger.timed(part, report.pause):
+      self._save(progress.done, progress.state, progress.position, wait=part == "shutdown")
+
+  def _evaluate_timed(
+    self, progress: _Progress, report: reporter.Reporter, writer: metrics.Writer
+  ) -> None:
+    """Writes an evaluation, and saves the state if it was given up for a signal."""
+    with self._guard.ledger.timed("evaluation", report.pause):
+      progress.agreed = self._write_evaluation(progress.done, progress.state, writer)
+    if "stop" in progress.agreed and not report.skipped_in_a_row:
+      self._save_timed("shutdown", progress, report)
 
   @property
   def _examples_a_step(self) -> int:
-    """By how much a step moves the position of the data."""
+    """Number of examples by which a step advances the data."""
     return 0 if self._run.data.reuse_batch else self._run.training.batch
 
-  def _raised(self, no_batch: bool) -> frozenset[str]:
-    """Returns what this process tells the others with the next step."""
+  def _raised_signals(self, no_batch: bool) -> frozenset[str]:
+    """Returns the signals that this process sends to the others with the next step."""
     minutes = self._run.training.checkpoint_minutes
-    due = bool(minutes) and time.monotonic() - self._saved_at > 60 * minutes
-    told = {
+    is_save_due = bool(minutes) and time.monotonic() - self._saved_at > 60 * minutes
+    signals = {
       "stop": self._guard.stop.signal is not None,
-      "save": due and distributed.is_first(),
+      "save": is_save_due and distributed.is_first(),
       "void": no_batch,
     }
-    return frozenset(name for name, raised in told.items() if raised)
+    return frozenset(name for name, is_raised in signals.items() if is_raised)
 
   def _interrupted(self, done: int) -> errors.Interrupted:
-    stopped = self._guard.stop
-    name = stopped.signal.name if stopped.signal else "stopped as another process was"
-    message = f"{name}: saved step {done}; the same command goes on from it"
-    if self._saved != done:  # Its last steps were skipped.
+    """Returns the exception for a stopped run, after printing its message."""
+    stop = self._guard.stop
+    name = stop.signal.name if stop.signal else "stopped with another process"
+    message = f"{name}: saved step {done}; the same command resumes from it"
+    if self._saved_step != done:  # The last steps were skipped.
       self._checkpoints.wait()
-      from_step = max(self._checkpoints.steps(), default=0)
-      message = f"{name}: the same command goes on from step {from_step}"
+      newest = max(self._checkpoints.steps(), default=0)
+      message = f"{name}: the same command resumes from step {newest}"
     metrics.show(message)
-    return errors.Interrupted(message, stopped.code)
+    return errors.Interrupted(message, stop.code)
 
   def _evaluation_is_due(self, done: int) -> bool:
     settings = self._run.training
@@ -225,7 +290,7 @@ class Trainer:
   def _write_evaluation(
     self, done: int, state: step.TrainState, writer: metrics.Writer
   ) -> frozenset[str]:
-    """Returns what was agreed meanwhile: `stop` where the evaluation was given up for one."""
+    """Evaluates and returns the signals agreed on: `stop` if one ended the evaluation early."""
     run, guard = self._run, self._guard
 
     def stopped() -> bool:
@@ -241,40 +306,41 @@ class Trainer:
     return frozenset()
 
   def _leave_unsaved(self, done: int, skipping: int, at_end: bool) -> None:
-    """Says that a state after skipped steps is not saved: nothing may come of it any more.
+    """Reports that a state after skipped steps is not saved: it may never train again.
 
     Raises:
       NonFinite: at the end of the run.
     """
-    told = f"step {done} is not saved, as the {skipping} before it were skipped"
+    message = f"step {done} is not saved, as the {skipping} before it were skipped"
     if at_end:
-      raise resuming.NonFinite(told, done - skipping)
+      raise resuming.NonFinite(message, done - skipping)
     self._saved_at = time.monotonic()
-    metrics.show(told)
+    metrics.show(message)
 
   def _save(
     self, done: int, state: step.TrainState, position: Mapping[str, Any], wait: bool
   ) -> None:
+    """Saves the state after step `done`; with `wait`, returns once it is on disk."""
     self._guard.watchdog.begin("shutdown" if wait else "step")
-    saved = True
-    if done != self._saved:
-      distributed.on_first("lease held", self._held.require_held)
+    is_saved = True
+    if done != self._saved_step:
+      distributed.on_first("lease held", self._lease.require_held)
       params, rest = step.parts(state)
       if not checkpoint.all_finite((params, rest)):
-        raise resuming.NonFinite(f"the state after step {done} holds values not finite", done)
-      taken = self._taken.after(done - self._begun, self._examples_a_step)
+        raise resuming.NonFinite(f"the state after step {done} holds non-finite values", done)
+      taken = self._taken.after(done - self._start, self._examples_a_step)
       data = {**position, "taken": taken.to_json()}
-      saved = self._checkpoints.save(done, params, rest, {**self._record, "data": data})
+      is_saved = self._checkpoints.save(done, params, rest, {**self._record, "data": data})
       self._saved_at = time.monotonic()
-      if not self._proved:
-        saved = distributed.everywhere("saved", self._checkpoints.wait() and saved)
-        if saved:
+      if not self._is_proved:
+        is_saved = distributed.everywhere("saved", self._checkpoints.wait() and is_saved)
+        if is_saved:
           self._prove(done)
-      if saved:
-        self._saved = done
-    if wait and not (self._checkpoints.wait() and saved):
+      if is_saved:
+        self._saved_step = done
+    if wait and not (self._checkpoints.wait() and is_saved):
       raise errors.CalmError(
-        f"step {done} could not be saved in {self._directory}: make room there and run the same "
+        f"step {done} could not be saved in {self._directory}: free space there and run the same "
         "command again"
       )
     self._guard.stop.unsaved = not wait
@@ -282,5 +348,5 @@ class Trainer:
   def _prove(self, done: int) -> None:
     """Reads the first checkpoint of this attempt back before it counts as saved."""
     self._checkpoints.prove()
-    self._proved = True
+    self._is_proved = True
     distributed.on_first("proved", lambda: self._guard.ledger.saved(done))

@@ -1,4 +1,4 @@
-"""A clock over every phase of a run: what takes too long ends, to be started again."""
+"""Time limits for the phases of a run: a process that exceeds one exits, to be restarted."""
 
 import faulthandler
 import threading
@@ -8,9 +8,9 @@ from calm_jax import config, distributed, errors
 
 
 class Watchdog:
-  """Ends the process, with the stacks of all threads, when a phase outlasts its limit.
+  """Exits the process when a phase exceeds its limit, after printing the stacks of all threads.
 
-  The process exits with errors.EXIT_RESTART. A limit of 0 is none.
+  The exit code is errors.EXIT_RESTART. A limit of 0 means no limit.
   """
 
   def __init__(self, limits: config.Limits):
@@ -26,7 +26,7 @@ class Watchdog:
     self._thread.start()
 
   def begin(self, phase: str) -> None:
-    """Starts the clock of a phase anew: startup, step (of training or evaluation) or shutdown."""
+    """Starts timing a phase: startup, step (of training or of evaluation) or shutdown."""
     with self._lock:
       self._phase, self._since = phase, time.monotonic()
 
@@ -38,9 +38,9 @@ class Watchdog:
   def _watch(self) -> None:
     while not self._over.wait(0.5):
       with self._lock:
-        phase, taken = self._phase, time.monotonic() - self._since
+        phase, seconds = self._phase, time.monotonic() - self._since
       minutes = self._minutes[phase]
-      if minutes and taken > 60 * minutes:
+      if minutes and seconds > 60 * minutes:
         distributed.say(
           f"{phase} has taken more than config.limits.{phase}_minutes={minutes:g}: stopping, to be "
           "started again; what each thread was doing:"

@@ -1,1 +1,1 @@
-"""Toys, what harms them, and the acts that meet the harm: for damage.py and faults.py."""
+"""Toy specimens, damage to them, and the acts that read them, for damage.py and faults.py."""

@@ -1,4 +1,4 @@
-"""Seeded damage to one file of a specimen."""
+"""Random damage to one file of a specimen, from a seed."""
 
 import dataclasses
 import json
@@ -9,41 +9,48 @@ import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
-# JSON values that a reader may not expect where another stood.
-ODD = (
-  None, True, -1, 0, 0.5, 10**30, float("inf"), "", "x", "../x", [], [[]], [None], {}, {"x": 1},
-)  # fmt: skip
+# JSON values that a reader may not expect in place of the original value.
+ODD_NUMBERS = (True, -1, 0, 0.5, 10**30, float("inf"))
+ODD = (None, *ODD_NUMBERS, "", "x", "../x", [], [[]], [None], {}, {"x": 1})
 
 
 @dataclasses.dataclass
 class Blow:
-  """A damage that is about to happen; `choice` is what its details follow from."""
+  """Damage to a file, not inflicted yet.
+
+  Attributes:
+    specimen: name of the specimen.
+    place: path of the file in it.
+    damage: key of DAMAGES.
+    choice: random numbers that determine the details.
+    substitutes: files that `swap` may put in its place.
+  """
 
   specimen: str
   place: str
   damage: str
   choice: random.Random
-  others: Sequence[pathlib.Path]
+  substitutes: Sequence[pathlib.Path]
 
   @classmethod
   def choose(cls, root: pathlib.Path, seed: int, number: int, specimens: Sequence[str]) -> "Blow":
-    """Returns the damage of a number: every specimen and every file of one is as likely."""
+    """Returns the damage of a number; all specimens, and all files of one, are equally likely."""
     choice = random.Random(f"{seed}/{number}")
     specimen = choice.choice(specimens)
     folder = root / specimen
     path = choice.choice(_files(folder))
-    others = _of_its_kind(root, specimens, path)
-    damage = choice.choice([name for name in DAMAGES if others or name != "swap"])
-    return cls(specimen, str(path.relative_to(folder)), damage, choice, others)
+    substitutes = _of_its_kind(root, specimens, path)
+    damage = choice.choice([name for name in DAMAGES if substitutes or name != "swap"])
+    return cls(specimen, str(path.relative_to(folder)), damage, choice, substitutes)
 
   def strike(self, case: pathlib.Path) -> str:
-    """Damages a copy of the specimen and returns in words what was done."""
+    """Damages a copy of the specimen and returns a description of the damage."""
     path = case / self.place
     content = path.read_bytes()
     return DAMAGES[self.damage](self, path, content)
 
   def flip(self, path: pathlib.Path, content: bytes) -> str:
-    """Up to 8 bits are flipped."""
+    """Flips up to 8 bits."""
     if not content:
       return self.extend(path, content)
     changed, bits = bytearray(content), []
@@ -79,12 +86,12 @@ class Blow:
     return "removed"
 
   def swap(self, path: pathlib.Path, content: bytes) -> str:
-    other = self.choice.choice(self.others)
-    shutil.copyfile(other, path)
-    return f"{other} in its place"
+    substitute = self.choice.choice(self.substitutes)
+    shutil.copyfile(substitute, path)
+    return f"{substitute} in its place"
 
   def wrong_type(self, path: pathlib.Path, content: bytes) -> str:
-    """Another JSON value in place of one, of a line or of all; text or a folder for other files."""
+    """Replaces a JSON value, or a file that is not JSON, by one of another type."""
     if path.suffix == ".jsonl":
       lines = content.splitlines()
       number = self.choice.randrange(len(lines))
@@ -103,61 +110,66 @@ class Blow:
     return what
 
   def _odd(self, content: bytes) -> tuple[bytes, str]:
-    """Returns JSON with a value of another type somewhere; ValueError if it is none."""
+    """Returns JSON with one value replaced, and a description; raises ValueError if not JSON."""
     value = json.loads(content)
-    places = [()] if not isinstance(value, (dict, list)) else list(_places(value))
-    where, odd = self.choice.choice(places), self.choice.choice(ODD)
-    if not where:
+    paths = [()] if not isinstance(value, (dict, list)) else list(_paths(value))
+    path, odd = self.choice.choice(paths), self.choice.choice(ODD)
+    if not path:
       return json.dumps(odd).encode(), f"{odd!r} in place of all"
-    inside = value
-    for key in where[:-1]:
-      inside = inside[key]
-    before = inside[where[-1]]
-    inside[where[-1]] = odd
-    name = ".".join(map(str, where))
+    parent = value
+    for key in path[:-1]:
+      parent = parent[key]
+    before = parent[path[-1]]
+    parent[path[-1]] = odd
+    name = ".".join(map(str, path))
     return json.dumps(value).encode(), f"{name}: {str(before)[:40]!r} became {odd!r}"
 
 
 DAMAGES: dict[str, Callable[[Blow, pathlib.Path, bytes], str]] = {
-  "flip": Blow.flip, "cut": Blow.cut, "zero": Blow.zero, "empty": Blow.empty, "gone": Blow.gone,
-  "swap": Blow.swap, "type": Blow.wrong_type,
-}  # fmt: skip
+  "flip": Blow.flip,
+  "cut": Blow.cut,
+  "zero": Blow.zero,
+  "empty": Blow.empty,
+  "gone": Blow.gone,
+  "swap": Blow.swap,
+  "type": Blow.wrong_type,
+}
 
 
-def _places(value: Any, at: tuple = ()):
-  """Yields the way to every value inside a JSON value, and that to itself."""
-  yield at
+def _paths(value: Any, path: tuple = ()):
+  """Yields the path of a JSON value, and those of all values in it."""
+  yield path
   if isinstance(value, dict):
-    for key, inside in value.items():
-      yield from _places(inside, (*at, key))
+    for key, child in value.items():
+      yield from _paths(child, (*path, key))
   elif isinstance(value, list):
-    for number, inside in enumerate(value[:20]):
-      yield from _places(inside, (*at, number))
+    for number, child in enumerate(value[:20]):
+      yield from _paths(child, (*path, number))
 
 
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:
-  """Returns files in an order that random names have no part in."""
-  found = (pathlib.Path(base, name) for base, _, names in os.walk(folder) for name in names)
+  """Returns the files below a folder in an order that does not depend on random names."""
+  paths = (pathlib.Path(base, name) for base, _, names in os.walk(folder) for name in names)
 
   def key(path: pathlib.Path) -> tuple:
-    random_name = path.parent.name == "d"  # TensorStore's.
+    random_name = path.parent.name == "d"  # TensorStore chooses names at random.
     return path.parent, path.stat().st_size if random_name else 0, path.name
 
-  return sorted((path for path in found if not path.name.startswith("events.out")), key=key)
+  return sorted((path for path in paths if not path.name.startswith("events.out")), key=key)
 
 
 def _of_its_kind(
   root: pathlib.Path, specimens: Sequence[str], path: pathlib.Path
 ) -> list[pathlib.Path]:
-  """Returns files of other content with the same name, or in a folder of the same name."""
-  content, found = path.read_bytes(), []
+  """Returns files of other content with the same name, suffix or name of the folder."""
+  content, substitutes = path.read_bytes(), []
   for specimen in (*specimens, "other_autoencoder", "other_store"):
-    for other in _files(root / specimen):
-      same = (
-        other.name == path.name
-        or (other.suffix == path.suffix == "" and other.parent.name == path.parent.name)
-        or other.suffix == path.suffix != ""
+    for candidate in _files(root / specimen):
+      similar = (
+        candidate.name == path.name
+        or (candidate.suffix == path.suffix == "" and candidate.parent.name == path.parent.name)
+        or candidate.suffix == path.suffix != ""
       )
-      if same and other.read_bytes() != content:
-        found.append(other)
-  return found
+      if similar and candidate.read_bytes() != content:
+        substitutes.append(candidate)
+  return substitutes

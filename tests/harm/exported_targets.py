@@ -1,4 +1,4 @@
-"""Damages with a name to exported folders; those of other makers have no sums."""
+"""Named damage to exported folders; those of other frameworks have no checksums."""
 
 import json
 import pathlib
@@ -15,19 +15,23 @@ from harm.targets import Strike, edit, fifo, nested, replace, target
 
 
 def _foreign(place: specimens.Place) -> pathlib.Path:
+  """Removes the checksums, as in a folder of another framework, and returns the folder."""
   for path in place.case.rglob("SHA256SUMS"):
     path.unlink()
   return place.case
 
 
-def _reweigh(folder: pathlib.Path, change: Callable[[dict[str, np.ndarray]], None]) -> None:
+def _change_weights(folder: pathlib.Path, change: Callable[[dict[str, np.ndarray]], None]) -> None:
+  """Applies a function to the weights of a folder in place."""
   path = folder / tensors.SAFETENSORS
   weights = safetensors.load_file(path)
   change(weights)
   safetensors.save_file(weights, path, metadata={"format": "pt"})
 
 
-def _first(value: float) -> Callable[[dict[str, np.ndarray]], None]:
+def _set_one(value: float) -> Callable[[dict[str, np.ndarray]], None]:
+  """Returns a function that sets one weight."""
+
   def change(weights: dict[str, np.ndarray]) -> None:
     weights[max(weights)].flat[0] = value
 
@@ -37,19 +41,19 @@ def _first(value: float) -> Callable[[dict[str, np.ndarray]], None]:
 @target("llama", "import")
 @target("reference_calm", "import")
 def weights_nan(place):
-  """A weight of another maker's folder is NaN."""
-  _reweigh(_foreign(place), _first(np.nan))
+  """A weight of a foreign folder is NaN."""
+  _change_weights(_foreign(place), _set_one(np.nan))
 
 
 @target("llama", "import")
 def weights_inf(place):
-  """A weight of another maker's folder is infinite."""
-  _reweigh(_foreign(place), _first(np.inf))
+  """A weight of a foreign folder is infinite."""
+  _change_weights(_foreign(place), _set_one(np.inf))
 
 
 @target("llama_bin", "import")
 def bin_deflated(place):
-  """A .bin file was packed again, with compression."""
+  """A .bin file was repacked with compression."""
   path = place.case / tensors.PICKLE
   with zipfile.ZipFile(path) as old:
     content = {name: old.read(name) for name in old.namelist()}
@@ -60,7 +64,7 @@ def bin_deflated(place):
 
 @target("llama_bin", "import")
 def bin_data_changed(place):
-  """A byte of a tensor in a .bin file is another, and the archive's sum of it is not."""
+  """A byte of a tensor in a .bin file was changed, but not the archive's checksum."""
   path = place.case / tensors.PICKLE
   with zipfile.ZipFile(path) as old:
     entry = max(old.infolist(), key=lambda entry: entry.file_size)
@@ -73,24 +77,24 @@ def bin_data_changed(place):
 @target("llama", "import")
 @target("reference_calm", "import")
 def weights_swapped(place):
-  """Two tensors of one shape have each other's names in an export of ours."""
+  """Two tensors of the same shape in an export of ours were swapped."""
 
   def change(weights: dict[str, np.ndarray]) -> None:
     first, second = sorted(name for name in weights if name.endswith("mlp.up_proj.weight"))[:2]
     weights[first], weights[second] = weights[second], weights[first]
 
-  _reweigh(place.case, change)
+  _change_weights(place.case, change)
 
 
 @target("llama", "import")
 def weight_changed(place):
-  """A weight in an export of ours is another."""
-  _reweigh(place.case, _first(1.5))
+  """A weight in an export of ours was changed."""
+  _change_weights(place.case, _set_one(1.5))
 
 
 @target("llama_shards", "import")
 def shards_exchanged(place):
-  """Two shards have each other's names."""
+  """The names of two shards were swapped."""
   first, second = sorted(place.case.glob("model-*.safetensors"))[:2]
   first.rename(place.case / "x")
   second.rename(first)
@@ -151,7 +155,7 @@ for _name, _specimen, _doc, _changes in (
   ("rope_infinite", "llama", "rope_theta is infinite.", {"rope_theta": float("inf")}),
   ("rope_list", "llama", "rope_theta is a list.", {"rope_theta": [1]}),
   ("rope_parameters_list", "llama", "rope_parameters are a list.", {"rope_parameters": [1]}),
-  ("eos_beyond", "llama", "EOS is no token.", {"eos_token_id": 10**9}),
+  ("eos_beyond", "llama", "EOS is not a token.", {"eos_token_id": 10**9}),
   ("heads_text", "llama", "The number of heads is text.", {"num_attention_heads": "two"}),
   ("heads_odd", "llama", "The heads do not divide the width.", {"num_attention_heads": 3}),
   ("huge_blocks", "reference_calm", "The head has a million blocks.", {"num_mlp_layers": 10**6}),
@@ -161,18 +165,18 @@ for _name, _specimen, _doc, _changes in (
 ):
   _strike = _edit_config(**_changes)
   _strike.__name__, _strike.__doc__ = f"import_{_name}", _doc
-  target(_specimen, "import", taken=True)(_strike)
+  target(_specimen, "import", accepted=True)(_strike)
 
 
 @target("llama", "import")
 def export_config_edited(place):
-  """An export of ours says other numbers of heads, which change no shape."""
+  """config.json of an export of ours has other numbers of heads, which change no shape."""
   edit(place.case / "config.json", num_attention_heads=4, num_key_value_heads=2)
 
 
 @target("llama", "import")
 def export_rope_edited(place):
-  """An export of ours says another rope_theta."""
+  """config.json of an export of ours has another rope_theta."""
   edit(place.case / "config.json", rope_theta=500.0)
 
 
@@ -227,7 +231,7 @@ def table_of_width_zero(place):
     for name in [name for name in weights if "embed_tokens" in name]:
       weights[name] = np.zeros((len(weights[name]), 0), np.float32)
 
-  _reweigh(_foreign(place), change)
+  _change_weights(_foreign(place), change)
 
 
 @target("llama", "import")

@@ -1,14 +1,14 @@
-"""Acts of calm_jax, each in a process forked from one that has imported what they import.
+"""Runs acts of calm_jax, each in a fork of a process that has imported their modules.
 
-Such a process starts in milliseconds, can be killed where it hangs, and leaves nothing
-behind. Whoever imports this module must not have computed anything with JAX, whose
-threads a fork does not take along.
+A fork starts in milliseconds, can be killed if it hangs, and leaves nothing behind. A process that
+imports this module must not have computed anything with JAX, because threads do not survive a
+fork.
 """
 
 import json
 import os
 
-# Acts compile much and compute little, on one device: as in conftest.py.
+# Acts compile much and compute little, on one device; see conftest.py.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault(
   "XLA_FLAGS",
@@ -39,42 +39,52 @@ import calm_jax
 from calm_jax import cli, lease
 from calm_jax.reporting import provenance
 
-# What acts import: everything but the acts themselves, whose flags have the same names.
+# Imports the modules that acts import, but not the acts, whose flags have the same names.
 for _name in (
-  "run_flags", "workdir", "generation.decode", "generation.prompts", "generation.session",
-  "interchange.formats", "reporting.page", "reporting.summary", "training.program",
-  "training.reporter", "training.train",
-):  # fmt: skip
+  "run_flags",
+  "workdir",
+  "generation.decode",
+  "generation.prompts",
+  "generation.session",
+  "interchange.reading",
+  "reporting.page",
+  "reporting.summary",
+  "running.conversion",
+  "running.starting",
+  "running.texts",
+  "running.train",
+  "training.program",
+  "training.reporter",
+):
   importlib.import_module(f"calm_jax.{_name}")
 
 ROOT = pathlib.Path(__file__).parents[2]
-# How lines begin that come and go: those of progress, and what libtpu says where it finds no TPU.
-NO_WORD = (
-  "train ", "evaluation ", "first step",
-  "WARNING:", "E#", "Failed to find host", "===", "learning/",
-)  # fmt: skip
-NOT_BEGUN = 70  # The exit code where what comes before an act failed, which is a bug of the tool.
+# Prefixes of lines that vary between runs: progress, and libtpu's messages on a missing TPU.
+PROGRESS = ("train ", "evaluation ", "first step")
+LIBTPU = ("WARNING:", "E#", "Failed to find host", "===", "learning/")
+NOT_BEGUN = 70  # Exit code if the preparation of an act fails, which is a bug of the tool.
 
 
 @dataclasses.dataclass(frozen=True)
 class Ending:
-  """What became of an act.
+  """How an act ended.
 
   Attributes:
-    code: its exit code, negative for a signal, None where it was killed at its time limit.
-    said: standard error. result: what `result` returned, None unless the code is 0.
-    seconds: what it took.
+    code: its exit code, negative for a signal, None if it was killed at its time limit.
+    stderr: its standard error.
+    result: its result, None unless the code is 0.
+    seconds: its running time.
   """
 
   code: int | None
-  said: str
+  stderr: str
   result: Any
   seconds: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-  """The module of an act with its flags, or a function in place of both."""
+  """The module of an act with its flags, or a function to call instead."""
 
   words: Sequence[str] = ()
   call: Callable[[], None] | None = None
@@ -96,53 +106,55 @@ def run(
   """Runs an act and returns how it ended.
 
   Args:
-    folder: for its result; must exist.
-    result: called in the act's process after exit code 0, with standard output; returns
-      what JSON can hold. Where it fails, the result is {"unreadable": why}.
-    before: called there first, to change how things work.
-    limit: seconds after which it is killed.
+    command: the act.
+    folder: folder of its result; must exist.
+    result: called in the act's process after exit code 0, with standard output; returns JSON
+      values. If it fails, the result is {"unreadable": reason}.
+    before: called in the act's process first, for example to patch functions.
+    limit: seconds after which the act is killed.
   """
-  hear, tell = os.pipe()  # No file: files may be what fails.
+  read_end, write_end = os.pipe()  # Not a file, because files may fail.
   began, pid = time.monotonic(), os.fork()
   if not pid:
-    _child(command, folder, result, before, tell)
-  os.close(tell)
-  code, said = _wait(pid, began + limit, hear)
-  assert code != NOT_BEGUN, said
+    _child(command, folder, result, before, write_end)
+  os.close(write_end)
+  code, stderr = _wait(pid, began + limit, read_end)
+  assert code != NOT_BEGUN, stderr
   path = folder / "result"
-  found = json.loads(path.read_text()) if code == 0 and path.exists() else None
-  return Ending(code, said, found, time.monotonic() - began)
+  values = json.loads(path.read_text()) if code == 0 and path.exists() else None
+  return Ending(code, stderr, values, time.monotonic() - began)
 
 
-def tells_more(ending: Ending, undisturbed: Ending) -> bool:
-  """Whether an act said a line, or a page notes one, that an undisturbed one does not."""
+def reports_more(ending: Ending, undisturbed: Ending) -> bool:
+  """Returns whether an act prints a line, or a note, that the undisturbed act does not."""
 
-  def told(one: Ending) -> set[str]:
-    notes = one.result.get("notes", []) if isinstance(one.result, dict) else []
-    lines = [*one.said.splitlines(), *notes]
+  def lines_of(ending: Ending) -> set[str]:
+    notes = ending.result.get("notes", []) if isinstance(ending.result, dict) else []
+    lines = [*ending.stderr.splitlines(), *notes]
     return {re.sub(r"\b[0-9a-f]{8,}\b|[\d.,]+", "#", line) for line in lines}
 
-  return any(not line.startswith(NO_WORD) for line in told(ending) - told(undisturbed))
+  more = lines_of(ending) - lines_of(undisturbed)
+  return any(not line.startswith(PROGRESS + LIBTPU) for line in more)
 
 
-def _wait(pid: int, deadline: float, hear: int) -> tuple[int | None, str]:
-  """Returns the exit code of a child, None for one that had to be killed, and what it said."""
-  os.set_blocking(hear, False)
-  heard, done, status = bytearray(), 0, 0
+def _wait(pid: int, deadline: float, read_end: int) -> tuple[int | None, str]:
+  """Returns the exit code of a child, None if it had to be killed, and its standard error."""
+  os.set_blocking(read_end, False)
+  output, done, status = bytearray(), 0, 0
   while not done and time.monotonic() < deadline:
     done, status = os.waitpid(pid, os.WNOHANG)
     with contextlib.suppress(BlockingIOError):
-      while block := os.read(hear, 2**16):
-        heard += block
+      while block := os.read(read_end, 2**16):
+        output += block
     time.sleep(0 if done else 0.005)
   if not done:
     os.killpg(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
-  os.close(hear)
-  return os.waitstatus_to_exitcode(status) if done else None, heard.decode(errors="replace")
+  os.close(read_end)
+  return os.waitstatus_to_exitcode(status) if done else None, output.decode(errors="replace")
 
 
-def _child(command: Command, folder: pathlib.Path, result, before, tell: int) -> None:
+def _child(command: Command, folder: pathlib.Path, result, before, write_end: int) -> None:
   """Runs the act and ends the process."""
   code = 1
   try:
@@ -150,24 +162,24 @@ def _child(command: Command, folder: pathlib.Path, result, before, tell: int) ->
     signal.signal(signal.SIGINT, signal.default_int_handler)
     (folder / "result").unlink(missing_ok=True)
     nothing = os.open(os.devnull, os.O_RDWR)
-    for stream, end in ((0, nothing), (1, nothing), (2, tell)):
+    for stream, end in ((0, nothing), (1, nothing), (2, write_end)):
       os.dup2(end, stream)
     sys.stdout = printed = io.StringIO()
     os.chdir(ROOT)
     if jax.config.values["jax_compilation_cache_dir"] is None:
       jax.config.update("jax_compilation_cache_dir", str(folder.parent / "compiled"))
     calm_jax.STARTED = time.time()
-    lease.HEARTBEAT, lease.EXPIRE = 0.5, 2.0  # A damaged one is waited for.
-    provenance.commit = lambda: None  # It would change when a file of the checkout does.
+    lease.HEARTBEAT, lease.EXPIRE = 0.5, 2.0  # A damaged lease makes the act wait.
+    provenance.commit = lambda: None  # The commit would change with the files of the checkout.
     code = NOT_BEGUN
     before()
     code = _code(command)
     if code == 0:
       try:
-        found = result(printed.getvalue())
+        values = result(printed.getvalue())
       except Exception as error:
-        found = {"unreadable": repr(error)}
-      (folder / "result").write_text(json.dumps(found))
+        values = {"unreadable": repr(error)}
+      (folder / "result").write_text(json.dumps(values))
   except BaseException:
     traceback.print_exc()
   finally:
@@ -176,7 +188,7 @@ def _child(command: Command, folder: pathlib.Path, result, before, tell: int) ->
 
 
 def _code(command: Command) -> int:
-  """Runs the act here; returns the code that its process would exit with."""
+  """Runs the act and returns the code that its process would exit with."""
   try:
     command()
   except SystemExit as end:

@@ -1,8 +1,8 @@
-"""Calls of the file system that fail: the n-th write, rename, fsync, read or mkdir below a folder.
+"""Makes a file system call fail: the n-th write, rename, fsync, read or mkdir below a folder.
 
-They are those that Python makes, threads included. TensorStore and safetensors write from code of
-their own: of safetensors the whole call fails; of checkpoints' arrays the call of Orbax, and their
-writes by a limit on the size of files ("size"), at which the system refuses to write on.
+Covers the calls of Python code in all threads. TensorStore and safetensors write from native code:
+for safetensors the complete call fails; for arrays of checkpoints the call of Orbax fails, and
+their writes fail by a limit on the size of files ("size").
 """
 
 import builtins
@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 import safetensors
 from safetensors import numpy as safetensors_numpy
 
-# What each operation fails with, by turns.
+# Operation -> the error codes that it fails with in turn.
 ERRORS = {
   "write": (errno.ENOSPC, errno.EIO),
   "rename": (errno.EACCES, errno.EIO),
@@ -30,16 +30,19 @@ ERRORS = {
   "read": (errno.EACCES, errno.EIO),
   "mkdir": (errno.ENOSPC, errno.EACCES),
 }
-SIZE = "size"  # Files may not grow beyond a size: what C++ writes fails too.
+SIZE = "size"  # Files can't grow beyond a size, so that writes of native code fail too.
 
 
 @dataclasses.dataclass
 class Faults:
-  """Counts operations below `root` and fails one of them.
+  """Counts operations below `root` and makes one of them fail.
 
   Attributes:
-    skipped: folders and files that are not counted. operation, number: which one fails, from 1;
-      number 0 for none.
+    root: folder in which operations are counted.
+    skipped: folders and files that are not counted.
+    trace: file to which the operations are logged.
+    operation: the kind of operation that fails.
+    number: which operation of that kind fails, from 1; 0 for none.
   """
 
   root: pathlib.Path
@@ -57,7 +60,7 @@ class Faults:
     place = _absolute(path)
     if not self._armed or place is None or not place.is_relative_to(self.root):
       return
-    if any(place.is_relative_to(other) for other in self.skipped):
+    if any(place.is_relative_to(path) for path in self.skipped):
       return
     with self._lock:
       self._seen[operation] += 1
@@ -69,7 +72,7 @@ class Faults:
       raise OSError(code, os.strerror(code), str(place))
 
   def install(self) -> None:
-    """Puts itself around the functions of this process."""
+    """Wraps the file functions of this process."""
     self._log = os.open(self.trace, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_APPEND, 0o644)
     if self.operation == SIZE:
       hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
@@ -80,14 +83,14 @@ class Faults:
     self._around(os, "link", "rename", 1)
     self._around(os, "mkdir", "mkdir", 0)
     self._around(os, "fsync", "fsync", 0)
-    self._around(os, "sendfile", "write", 0)  # As shutil copies.
+    self._around(os, "sendfile", "write", 0)  # shutil copies with it.
     self._around(ocp.CheckpointManager, "restore", "read", 0, lambda self: self.directory)
     self._around(ocp.CheckpointManager, "save", "write", 0, lambda self: self.directory)
     self._around_opens()
     self._around_safetensors()
 
   def disarm(self) -> None:
-    """Counts no more and fails nothing."""
+    """Stops counting and failing."""
     self._armed = False
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     if soft != hard:
@@ -118,7 +121,7 @@ class Faults:
         self.meet("write", path)
       return low(path, flags, *args, **kwargs)
 
-    # A file that is opened by number was met when it got the number.
+    # A file that is opened by descriptor was counted when it got the descriptor.
     builtins.open, io.open, os.open = opened, opened, low_opened
 
   def _around_safetensors(self) -> None:
@@ -140,7 +143,7 @@ class Faults:
 
 
 class _Written:
-  """A file opened to be written, the first write to which may fail, half of it done."""
+  """A file opened for writing whose first write may fail halfway."""
 
   def __init__(self, file, meet: Callable[[], None]):
     self._file, self._meet, self._met = file, meet, False
@@ -174,7 +177,7 @@ class _Written:
 
 
 def _absolute(path: Any) -> pathlib.Path | None:
-  """Returns the path of a file's name or number, None for what has none."""
+  """Returns the path of a file's name or descriptor, None if there is none."""
   if isinstance(path, int):
     with contextlib.suppress(OSError):
       return pathlib.Path(os.readlink(f"/proc/self/fd/{path}"))

@@ -16,31 +16,43 @@ import numpy as np
 
 from calm_jax import workdir
 from calm_jax.data import store as store_lib
+from calm_jax.data import store_writer
 from calm_jax.interchange import tensors
 from calm_jax.reporting import records
 from calm_jax.running import loading
+from calm_jax.stages import table as table_lib
 from calm_jax.training import reporter
-from calm_jax.training import trained as trained_lib
 from harm import forked
 
 STAGES = ("autoencoder", "calm", "transformer")
 STEPS, STOPPED_AT = 5, 4
-# What of a report depends on the clock.
+# Figures of a report that depend on the clock.
 TIMED = {"time", "seconds", "data_wait_share", "tokens_per_second", "patches_per_second"}
 COMMON = {
-  "data.context": 32, "training.steps": STEPS, "training.batch": 8, "training.log_every": 1,
-  "training.eval_every": 0, "training.eval_blocks": 4, "training.checkpoint_every": 2,
-  "training.compute_dtype": "float32", "optimizer.warmup_steps": 2, "mesh.fsdp": 1,
-}  # fmt: skip
+  "data.context": 32,
+  "training.steps": STEPS,
+  "training.batch": 8,
+  "training.log_every": 1,
+  "training.eval_every": 0,
+  "training.eval_blocks": 4,
+  "training.checkpoint_every": 2,
+  "training.compute_dtype": "float32",
+  "optimizer.warmup_steps": 2,
+  "mesh.fsdp": 1,
+}
 BACKBONE = {
-  "model.layers": 2, "model.width": 16, "model.ffn": 32, "model.heads": 2, "model.kv_heads": 1,
-}  # fmt: skip
+  "model.layers": 2,
+  "model.width": 16,
+  "model.ffn": 32,
+  "model.heads": 2,
+  "model.kv_heads": 1,
+}
 MODELS: Mapping[str, Mapping[str, Any]] = {
   "autoencoder": {"model.width": 16, "model.ffn": 32, "model.latent": 8},
   "calm": {**BACKBONE, "head.blocks": 1, "head.noise": 4, "loss.samples": 4},
   "transformer": BACKBONE,
 }
-# How one set of weights goes out: the workdir, the format.
+# Exported specimen -> its workdir and its format.
 EXPORTS = {
   "reference_calm": ("calm", "reference"),
   "reference_autoencoder": ("autoencoder", "reference"),
@@ -54,7 +66,13 @@ Result = Callable[["Place", str], Any]
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-  """Where an act happens: a copy of a specimen, and an output beside it that is not there yet."""
+  """Where an act runs.
+
+  Attributes:
+    root: folder of all specimens.
+    folder: working folder, which holds `case`, a copy of a specimen, and `out`, the act's output.
+    specimen: name of the specimen.
+  """
 
   root: pathlib.Path
   folder: pathlib.Path
@@ -69,7 +87,7 @@ class Place:
     return self.folder / "out"
 
   def lay(self) -> None:
-    """Puts a fresh copy of the specimen here."""
+    """Makes a new copy of the specimen and removes the output."""
     for path in (self.case, self.out):
       clear(path)
     shutil.copytree(self.root / self.specimen, self.case)
@@ -77,14 +95,19 @@ class Place:
 
 @dataclasses.dataclass(frozen=True)
 class Act:
-  """A way to read a specimen: its command, and what comes of it, as JSON."""
+  """A way to read a specimen.
+
+  Attributes:
+    command: returns the command.
+    result: returns the result as JSON values, given standard output.
+  """
 
   command: Callable[[Place], forked.Command]
   result: Result
 
 
 def clear(path: pathlib.Path) -> None:
-  """Removes a file, a folder or nothing."""
+  """Removes a file or folder if it exists."""
   if path.is_dir():
     shutil.rmtree(path)
   else:
@@ -96,10 +119,10 @@ def table(
   counts: Mapping[tuple[str, str], collections.Counter[str]],
   classes: Sequence[str],
 ) -> str:
-  """Counts as lines of columns; those of all come last."""
+  """Returns counts as a table of text; the row of all cases comes last."""
   rows = [tuple(heading)]
-  for names, found in sorted(counts.items(), key=lambda item: (item[0][0] == "all", item[0])):
-    rows.append((*names, str(found.total()), *(str(found[name]) for name in classes)))
+  for names, row in sorted(counts.items(), key=lambda item: (item[0][0] == "all", item[0])):
+    rows.append((*names, str(row.total()), *(str(row[name]) for name in classes)))
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
@@ -109,7 +132,7 @@ def sha(path: pathlib.Path) -> str:
 
 
 def digests(folder: pathlib.Path) -> dict[str, str]:
-  """The digest of every file below a folder."""
+  """Returns the digest of every file below a folder, by path."""
   paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
   return {str(path.relative_to(folder)): sha(path) for path in paths}
 
@@ -121,24 +144,22 @@ def _act(name: str, *flags: str) -> forked.Command:
 def train_command(
   root: pathlib.Path, stage: str, directory: pathlib.Path, data: pathlib.Path, **changes: Any
 ) -> forked.Command:
-  """The command that trains a toy of a stage; changes have __ for the dots of settings."""
+  """Returns the command that trains a toy; names in `changes` have __ in place of dots."""
   settings = {**COMMON, **MODELS[stage], "data.path": data}
   if stage == "calm":
     settings["autoencoder"] = root / "autoencoder"
   settings |= {name.replace("__", "."): value for name, value in changes.items()}
-  given = [f"--config.{name}={value}" for name, value in settings.items()]
-  return _act("main", f"--config=configs/{stage}.py:quickstart", f"--workdir={directory}", *given)
+  flags = [f"--config.{name}={value}" for name, value in settings.items()]
+  return _act("main", f"--config=configs/{stage}.py:quickstart", f"--workdir={directory}", *flags)
 
 
 def prepare_command(root: pathlib.Path, output: pathlib.Path, corpus="corpus") -> forked.Command:
-  return _act(
-    "prepare", f"--input={root}/{corpus}", f"--output={output}", "--tokenizer=train:300",
-    "--heldout=0.2", "--workers=1",
-  )  # fmt: skip
+  places = (f"--input={root}/{corpus}", f"--output={output}")
+  return _act("prepare", *places, "--tokenizer=train:300", "--heldout=0.2", "--workers=1")
 
 
 def store_content(path: pathlib.Path) -> dict[str, Any]:
-  """All that a reader of a store can see."""
+  """Returns the complete content of a store, as a reader sees it."""
   opened = store_lib.TokenStore.open(str(path))
   arrays = {}
   for split in store_lib.SPLITS:
@@ -150,19 +171,19 @@ def store_content(path: pathlib.Path) -> dict[str, Any]:
 
 
 def checkpoint_meta(directory: pathlib.Path, step: int) -> dict[str, Any]:
-  """What the checkpoint of a step tells of its bits, and the position of its data."""
+  """Returns the fingerprints of a checkpoint and its data position."""
   meta = json.loads((directory / "checkpoints" / str(step) / "meta/metadata").read_text())
   return {name: meta[name] for name in ("params_fingerprint", "rest_fingerprint", "data")}
 
 
 def _reports(directory: pathlib.Path) -> list[dict[str, Any]]:
-  """The reports of a run without what depends on the clock."""
-  found = map(json.loads, (directory / workdir.METRICS).read_text().splitlines())
-  return [{name: x for name, x in report.items() if name not in TIMED} for report in found]
+  """Returns the reports of a run without figures that depend on the clock."""
+  reports = map(json.loads, (directory / workdir.METRICS).read_text().splitlines())
+  return [{name: x for name, x in report.items() if name not in TIMED} for report in reports]
 
 
 def trained(directory: pathlib.Path, step: int = STEPS) -> dict[str, Any]:
-  """What a finished run left."""
+  """Returns the result of a finished run."""
   origin = json.loads((directory / "origin.json").read_text())
   reports = _reports(directory)
   return {
@@ -175,40 +196,38 @@ def trained(directory: pathlib.Path, step: int = STEPS) -> dict[str, Any]:
 
 
 def imported(directory: pathlib.Path) -> dict[str, Any]:
-  """All that a workdir's reader can see of its model."""
-  found = loading.load(str(directory))
-  models = [found, *([found.autoencoder] if isinstance(found, trained_lib.Trained) else [])]
+  """Returns the complete content of a workdir, as a reader sees it."""
+  loaded = loading.load(str(directory))
+  models = [loaded, *loaded.parents.values()]
   return {
     "runs": [dataclasses.asdict(model.run) for model in models],
     "origins": [dataclasses.asdict(model.origin) for model in models],
-    "params": [
-      hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(model.params)))
-      .hexdigest() for model in models
-    ],
-    "tokenizer": workdir.tokenizer(str(directory), found.origin).hash,
-  }  # fmt: skip
+    "params": [_digest_of(model.params) for model in models],
+    "tokenizer": workdir.tokenizer(str(directory), loaded.origin).hash,
+  }
+
+
+def _digest_of(params: Any) -> str:
+  content = b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(params))
+  return hashlib.sha256(content).hexdigest()
 
 
 def _reported(place: Place, printed: str) -> dict[str, Any]:
+  """Returns the page of a report, and its notes."""
   html = (place.out / "report.html").read_text()
-  return {"page": html, "notes": list(records.read(str(place.case)).notes)}
+  run = loading.read_run(str(place.case))
+  account = records.read(str(place.case), run, table_lib.of(run).presentation)
+  return {"page": html, "notes": list(account.notes)}
 
 
 def _generated(place: Place, printed: str) -> dict[str, Any]:
-  """The text, and the line that was kept of it, which a torn line before must not swallow."""
+  """Returns the text as printed and as saved; a truncated line before must not swallow it."""
   line = (place.case / workdir.SAMPLES).read_text().splitlines()[-1]
   return {"printed": printed, "kept": json.loads(line)["text"]}
 
 
 def _resume(place: Place) -> forked.Command:
   return train_command(place.root, place.specimen, place.case, place.root / "store")
-
-
-def _verify(place: Place) -> forked.Command:
-  """`verify` where there is one; else what reads a store."""
-  if (forked.ROOT / "calm_jax/verify.py").exists():
-    return _act("verify", str(place.case))
-  return forked.Command(call=lambda: store_content(place.case) and None)
 
 
 ACTS: Mapping[str, Act] = {
@@ -226,7 +245,10 @@ ACTS: Mapping[str, Act] = {
     ),
     lambda place, printed: trained(place.out, 1),
   ),
-  "verify": Act(_verify, lambda place, printed: store_content(place.case)),
+  "verify": Act(
+    lambda place: _act("verify", str(place.case)),
+    lambda place, printed: store_content(place.case),
+  ),
   "resume": Act(_resume, lambda place, printed: trained(place.case)),
   "export": Act(
     lambda place: _act(
@@ -253,11 +275,11 @@ ACTS: Mapping[str, Act] = {
     ),
     lambda place, printed: imported(place.out),
   ),
-}  # fmt: skip
+}
 
 
 class Builder:
-  """Makes the specimens below a folder, once."""
+  """Makes the specimens below a folder unless they exist."""
 
   def __init__(self, root: pathlib.Path):
     self._root = root
@@ -277,7 +299,7 @@ class Builder:
 
   def _run(self, command: forked.Command, *codes: int, before=lambda: None) -> None:
     ending = forked.run(command, self._work, before=before, limit=300)
-    assert ending.code in (codes or (0,)), (command.words, ending.code, ending.said)
+    assert ending.code in (codes or (0,)), (command.words, ending.code, ending.stderr)
 
   def _stores(self) -> list[str]:
     for name, animal in (("corpus", "cats"), ("other_corpus", "dogs")):
@@ -288,13 +310,14 @@ class Builder:
       )
       (self._root / name / "text.jsonl").write_text("\n".join(lines))
 
-    def cut() -> None:
-      def refuse(*_, **__):
+    def interrupt_before_writing() -> None:
+      def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-      store_lib.write = refuse
+      store_writer.write = interrupt
 
-    self._run(prepare_command(self._root, self._root / "parts"), 130, before=cut)
+    parts = prepare_command(self._root, self._root / "parts")
+    self._run(parts, 130, before=interrupt_before_writing)
     self._run(prepare_command(self._root, self._root / "store"))
     self._run(prepare_command(self._root, self._root / "other_store", "other_corpus"))
     return ["store", "parts"]
@@ -315,12 +338,12 @@ class Builder:
     return list(STAGES)
 
   def _exported(self) -> list[str]:
-    def small() -> None:
+    def use_small_shards() -> None:
       tensors.SHARD_BYTES = 8_000
 
     for name, (source, kind) in EXPORTS.items():
       words = (f"--source={self._root / source}", f"--output={self._root / name}")
-      before = small if name == "llama_shards" else lambda: None
+      before = use_small_shards if name == "llama_shards" else lambda: None
       self._run(_act("convert", *words, f"--format={kind}"), before=before)
     try:
       import torch
@@ -330,7 +353,7 @@ class Builder:
 
     pickled = self._root / "llama_bin"
     shutil.copytree(self._root / "llama", pickled)
-    (pickled / "SHA256SUMS").unlink(missing_ok=True)  # As a folder of other makers.
+    (pickled / "SHA256SUMS").unlink(missing_ok=True)  # Like a folder of another framework.
     weights = safetensors.load_file(pickled / tensors.SAFETENSORS)
     torch.save({name: torch.tensor(x) for name, x in weights.items()}, pickled / tensors.PICKLE)
     (pickled / tensors.SAFETENSORS).unlink()
@@ -338,13 +361,13 @@ class Builder:
 
 
 def _stop() -> None:
-  """Stops the run as SIGTERM does, one step before its end."""
+  """Makes the run stop by SIGTERM one step before its end."""
   push = reporter.Reporter.push
 
-  def pushed(self, done, *others):
-    found = push(self, done, *others)
+  def pushed(self, done, *arguments):
+    result = push(self, done, *arguments)
     if done == STOPPED_AT:
       os.kill(os.getpid(), signal.SIGTERM)
-    return found
+    return result
 
   reporter.Reporter.push = pushed

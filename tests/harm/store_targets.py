@@ -1,4 +1,4 @@
-"""Damages with a name to a store, and to one that is not finished."""
+"""Named damage to a token store, finished or not."""
 
 import json
 import pathlib
@@ -13,7 +13,7 @@ from harm.targets import edit, fifo, nested, replace, target
 
 
 def array(place: specimens.Place, name: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
-  """Writes an array of a store anew, with good sums of its own."""
+  """Rewrites an array of a store, with valid checksums of its chunks."""
   path = f"{place.case}/{name}/"
   opened = tensorstore.open(
     {"driver": "zarr3", "kvstore": {"driver": "file", "path": path}}, open=True
@@ -23,7 +23,7 @@ def array(place: specimens.Place, name: str, change: Callable[[np.ndarray], np.n
 
 @target("store", "read")
 def manifest_bytes(place):
-  """The manifest counts one byte of text more."""
+  """The manifest counts one more byte of text."""
   path = place.case / store_lib.MANIFEST
   values = json.loads(path.read_text())
   values["sources"][0]["bytes"] += 1
@@ -32,7 +32,7 @@ def manifest_bytes(place):
 
 @target("store", "read", "train")
 def manifest_eos(place):
-  """The manifest names another token for EOS."""
+  """The manifest names another EOS token."""
   edit(place.case / store_lib.MANIFEST, tokenizer__eos_id=7)
 
 
@@ -92,33 +92,33 @@ def plan_fifo(place):
 
 @target("store", "train")
 def store_tokenizer_swapped(place):
-  """The tokenizer of another store of the same size lies in the store."""
+  """The tokenizer is that of another store, of the same size."""
   replace(place.case / "tokenizer.model", place.root / "other_store/tokenizer.model")
 
 
 @target("store", "verify")
 def store_tokens_zeroed(place):
-  """Training tokens are zero, with good sums of their chunks."""
+  """Training tokens are zero, with valid checksums of their chunks."""
   array(place, "train/tokens", lambda x: np.where(np.arange(len(x)) < 500, 0, x).astype(x.dtype))
 
 
 @target("store", "verify")
 def store_offsets_changed(place):
-  """Documents begin one token later, with good sums of their chunks."""
+  """Documents begin one token later, with valid checksums of their chunks."""
   array(place, "train/offsets", lambda x: np.concatenate([x[:1], x[1:-1] + 1, x[-1:]]))
 
 
 @target("store", "verify")
 def store_heldout_tokens_changed(place):
-  """Held-out tokens are in another order, with good sums of their chunks."""
+  """Held-out tokens are in another order, with valid checksums of their chunks."""
   array(place, "heldout/tokens", lambda x: x[::-1])
 
 
 @target("store", "prepare")
 @target("parts", "prepare")
 @target("autoencoder", "resume")
-def rubbish_lease(place):
-  """A lease holds rubbish."""
+def garbage_lease(place):
+  """A lease holds garbage."""
   (place.case / ".lease").write_bytes(b"\xff{nothing")
 
 
@@ -126,8 +126,9 @@ def rubbish_lease(place):
 
 
 def _part(place: specimens.Place, ending: str) -> pathlib.Path:
-  (found,) = place.case.glob(f"unfinished/*/00000.{ending}")
-  return found
+  """Returns the path of a file of the first part."""
+  (path,) = place.case.glob(f"unfinished/*/00000.{ending}")
+  return path
 
 
 @target("parts", "prepare")
@@ -150,7 +151,7 @@ def part_counts_text(place):
 
 @target("parts", "prepare")
 def part_counts_changed(place):
-  """A part counts two tokens fewer than it has."""
+  """The counts of a part have two tokens fewer than the part."""
   edit(_part(place, "json"), **{"counts__train.tokens": lambda count: count - 2})
 
 
@@ -169,14 +170,14 @@ def part_tokens_zeroed(place):
 
 @target("parts", "prepare")
 def part_tokens_cut(place):
-  """Some tokens at the end of a part are gone."""
+  """The last tokens of a part are missing."""
   path = _part(place, "train.tokens")
   path.write_bytes(path.read_bytes()[:-40])
 
 
 @target("parts", "prepare")
 def part_tokens_odd(place):
-  """The last byte of a part's tokens is gone."""
+  """The last byte of a part's tokens is missing."""
   path = _part(place, "train.tokens")
   path.write_bytes(path.read_bytes()[:-1])
 
@@ -190,19 +191,19 @@ def part_lengths_zeroed(place):
 
 @target("parts", "prepare")
 def part_file_gone(place):
-  """The held-out tokens of a part are gone."""
+  """The held-out tokens of a part are missing."""
   _part(place, "heldout.tokens").unlink()
 
 
 @target("parts", "prepare")
 def part_tokenizer_swapped(place):
-  """The tokenizer that the parts were made with is another."""
+  """The tokenizer of the parts was replaced by another."""
   (path,) = place.case.glob("unfinished/*/tokenizer.model")
   replace(path, place.root / "other_store/tokenizer.model")
 
 
 @target("parts", "prepare")
 def part_tokenizer_empty(place):
-  """The tokenizer that the parts were made with is empty."""
+  """The tokenizer of the parts is empty."""
   (path,) = place.case.glob("unfinished/*/tokenizer.model")
   path.write_bytes(b"")

@@ -1,4 +1,4 @@
-"""Damages with a name to a workdir: what belongs together is swapped or edited."""
+"""Named damage to a workdir: parts that belong together are swapped or edited."""
 
 import json
 import pathlib
@@ -10,19 +10,19 @@ from harm.targets import edit, fifo, nested, replace, target
 
 @target("calm", "export", "evaluate", "resume")
 def autoencoder_swapped(place):
-  """The frozen autoencoder is another of the same sizes."""
+  """The frozen autoencoder was replaced by another of the same sizes."""
   replace(place.case / "autoencoder", place.root / "other_autoencoder")
 
 
 @target("calm", "export", "resume")
 def autoencoder_checkpoints_swapped(place):
-  """The frozen autoencoder's checkpoints are another's of the same sizes."""
+  """The frozen autoencoder has the checkpoints of another of the same sizes."""
   replace(place.case / "autoencoder/checkpoints", place.root / "other_autoencoder/checkpoints")
 
 
 @target("calm", "evaluate")
 def autoencoder_config_edited(place):
-  """The frozen autoencoder's config says another floor of its KL."""
+  """The frozen autoencoder's config has another floor of the KL."""
   edit(place.case / "autoencoder/config.json", loss__kl_floor=0.25)
 
 
@@ -40,37 +40,37 @@ def checkpoint_swapped(place):
 
 @target("autoencoder", "resume")
 def checkpoint_rest_swapped(place):
-  """The optimizer's state is that of the checkpoint before."""
+  """The optimizer state is that of the previous checkpoint."""
   replace(place.case / "checkpoints/4/rest", place.case / "checkpoints/2/rest")
 
 
 @target("autoencoder", "export", "resume")
 def checkpoint_renamed(place):
-  """The last checkpoint bears the number of a later step."""
+  """The last checkpoint has the number of a later step."""
   (place.case / "checkpoints/4").rename(place.case / "checkpoints/5")
 
 
 @target("autoencoder", "export", "resume")
 def checkpoint_copied(place):
-  """An earlier checkpoint lies in the place of the last."""
+  """The last checkpoint was replaced by an earlier one."""
   replace(place.case / "checkpoints/4", place.case / "checkpoints/2")
 
 
-@target("autoencoder", "resume", must_tell=True)
+@target("autoencoder", "resume", must_report=True)
 def checkpoints_removed(place):
-  """All checkpoints were removed, as by rm -r checkpoints."""
+  """All checkpoints were removed, for example by rm -r checkpoints."""
   shutil.rmtree(place.case / "checkpoints")
 
 
 @target("autoencoder", "resume")
 def checkpoint_folder_in_the_way(place):
-  """An empty folder bears the number of the step to come."""
+  """An empty folder has the number of the next step."""
   (place.case / "checkpoints/5").mkdir()
 
 
 @target("autoencoder", "resume")
 def checkpoint_newer_folder_in_the_way(place):
-  """An empty folder bears the number of a step after the last."""
+  """An empty folder has the number of a step after the last."""
   (place.case / "checkpoints/9").mkdir()
 
 
@@ -123,7 +123,7 @@ def meta_nested(place):
 
 @target("autoencoder", "export")
 def meta_config_edited(place):
-  """The config inside the last checkpoint's meta is another."""
+  """The config in the last checkpoint's meta was edited."""
   edit(_meta(place), config__model__width=17)
 
 
@@ -141,13 +141,13 @@ def config_heads_edited(place):
 
 @target("calm", "evaluate")
 def config_dtype_edited(place):
-  """config.json computes in bfloat16."""
+  """config.json has another type of activations, bfloat16."""
   edit(place.case / "config.json", training__compute_dtype="bfloat16")
 
 
 @target("calm", "evaluate")
 def config_samples_edited(place):
-  """config.json draws other numbers of samples."""
+  """config.json has another number of samples."""
   edit(place.case / "config.json", loss__samples=6)
 
 
@@ -214,31 +214,31 @@ def origin_nested(place):
 
 @target("calm", "generate", "export")
 def origin_start_patch(place):
-  """The patch that generation begins after is another."""
+  """The start patch of generation was edited."""
   edit(place.case / "origin.json", start_patch=[9, 8, 7, 6])
 
 
 @target("calm", "generate")
 def origin_start_patch_text(place):
-  """The patch that generation begins after is no list of tokens."""
+  """The start patch of generation is not a list of tokens."""
   edit(place.case / "origin.json", start_patch="abcd")
 
 
 @target("calm", "generate")
 def origin_start_patch_beyond(place):
-  """The patch that generation begins after holds tokens that are not there."""
+  """The start patch of generation holds tokens outside the vocabulary."""
   edit(place.case / "origin.json", start_patch=[10**9, -1, 3, 4])
 
 
 @target("transformer", "generate", "export")
 def origin_eos(place):
-  """origin.json names another token for EOS."""
+  """origin.json names another EOS token."""
   edit(place.case / "origin.json", eos_id=9)
 
 
 @target("transformer", "generate", "export")
 def origin_eos_beyond(place):
-  """origin.json names a token for EOS that is not in the vocabulary."""
+  """origin.json names an EOS token outside the vocabulary."""
   edit(place.case / "origin.json", eos_id=10**6)
 
 
@@ -262,19 +262,19 @@ def origin_autoencoder_fingerprint(place):
 
 @target("transformer", "generate", "export")
 def tokenizer_swapped(place):
-  """The workdir's tokenizer is another of the same size."""
+  """The workdir's tokenizer was replaced by another of the same size."""
   replace(place.case / "tokenizer.model", place.root / "other_store/tokenizer.model")
 
 
-@target("transformer", "resume", must_tell=True)
+@target("transformer", "resume", must_report=True)
 def tokenizer_swapped_before_a_restart(place):
-  """The workdir's tokenizer is another of the same size, and training goes on."""
+  """The workdir's tokenizer was replaced by another of the same size; training resumes."""
   replace(place.case / "tokenizer.model", place.root / "other_store/tokenizer.model")
 
 
 @target("transformer", "generate", "export", "resume")
 def tokenizer_and_its_hash_swapped(place):
-  """Tokenizer and its hash in origin.json are another's."""
+  """The tokenizer and its hash in origin.json were replaced by another's."""
   manifest = json.loads((place.root / "other_store/manifest.json").read_text())
   other = manifest["tokenizer"]["sha256"][:16]
   replace(place.case / "tokenizer.model", place.root / "other_store/tokenizer.model")
@@ -282,6 +282,6 @@ def tokenizer_and_its_hash_swapped(place):
 
 
 @target("autoencoder", "export", "resume")
-def rubbish_seal(place):
-  """seal.json holds rubbish."""
+def garbage_seal(place):
+  """seal.json holds garbage."""
   (place.case / "seal.json").write_text("[1, ")

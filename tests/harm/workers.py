@@ -1,4 +1,4 @@
-"""Cases shared out among forked processes, each with a folder of its own."""
+"""Distributes cases to forked processes, each with its own folder."""
 
 import json
 import os
@@ -9,12 +9,12 @@ from typing import Any
 
 
 def spread(
-  one: Callable[[Any, pathlib.Path], list[dict]],
+  run_case: Callable[[Any, pathlib.Path], list[dict]],
   cases: Sequence[Any],
   root: pathlib.Path,
   jobs: int,
 ) -> list[dict]:
-  """Returns what `one` returns for each case, in order; a worker takes every jobs-th of them.
+  """Runs `run_case` on all cases in `jobs` processes and returns the results in order.
 
   Raises:
     RuntimeError: if a worker fails.
@@ -25,7 +25,7 @@ def spread(
     folder.mkdir(parents=True, exist_ok=True)
     pid = os.fork()
     if not pid:
-      _work(one, cases[job::jobs], folder)
+      _work(run_case, cases[job::jobs], folder)
     children[pid] = folder
   codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
   if any(codes):
@@ -34,10 +34,11 @@ def spread(
   return [each for i in range(len(cases)) for each in done[i % jobs][i // jobs]]
 
 
-def _work(one, cases: Sequence[Any], folder: pathlib.Path) -> None:
+def _work(run_case, cases: Sequence[Any], folder: pathlib.Path) -> None:
+  """Runs cases, writes their results to done.json and ends the process."""
   code = 1
   try:
-    done = [one(case, folder) for case in cases]
+    done = [run_case(case, folder) for case in cases]
     (folder / "done.json").write_text(json.dumps(done))
     code = 0
   except BaseException:

@@ -1,8 +1,6 @@
 """Noised latents, hidden, time -> a prediction: what the flow and diffusion heads share."""
 
 import math
-import pathlib
-from collections.abc import Mapping
 from typing import ClassVar
 
 import jax
@@ -117,19 +115,12 @@ class DenoiserHead(head.Head):
   published_steps: ClassVar[int]
   calls: ClassVar[int] = 1
 
-  def __init__(
-    self,
-    sizes: config.Head,
-    width: int,
-    latent: int,
-    scheme: str,
-    dtype: jnp.dtype = jnp.float32,
-    remat: str = "none",
-  ):
-    self.network = Denoiser(sizes, width, self.outputs * latent, dtype, remat)
-    self.width, self.latent = width, latent
+  def __init__(self, sizes: config.Head, trunk: head.Trunk):
+    outputs = self.outputs * trunk.latent
+    self.network = Denoiser(sizes, trunk.width, outputs, trunk.dtype, trunk.remat)
+    self.width, self.latent = trunk.width, trunk.latent
     self.steps = self._steps(sizes)
-    self.noise_shape = (latent,)
+    self.noise_shape = (trunk.latent,)
 
   @classmethod
   def _steps(cls, sizes: config.Head) -> int:
@@ -180,24 +171,18 @@ class DenoiserHead(head.Head):
     return result + linear(f"{name}.final_layer.linear", "head/out")
 
   @classmethod
-  def recognize(
-    cls,
-    source: Mapping[str, foreign.Stored],
-    folder: pathlib.Path,
-    settings: foreign.Settings,
-    latent: int,
-    steps: int,
-  ) -> dict[str, int] | None:
+  def recognize(cls, folder: foreign.Folder, latent: int) -> dict[str, int] | None:
     """Returns the head's settings in a folder of the reference, None if it holds another head.
 
     The heads that share the network differ in the rows of its last layer.
     """
     out = "generative_head.net.final_layer.linear.weight"
-    if out not in source:
+    if out not in folder.tensors:
       return None
-    rows = foreign.matrix(source, folder, out)[1].shape[0]
+    rows = folder.matrix(out)[1].shape[0]
     if rows != cls.outputs * latent:
       return None
-    blocks = foreign.count(source, folder, "generative_head.net.res_blocks")
+    blocks, settings = folder.count("generative_head.net.res_blocks"), folder.settings
     settings.require(num_mlp_layers=blocks)
+    steps = settings.whole("sampling_steps", 0) if settings.has("sampling_steps") else 0
     return {"blocks": blocks, "steps": steps}

@@ -24,18 +24,10 @@ class DiffusionHead(denoiser.DenoiserHead):
   fewest_steps = 2
   onnx_obstacle = "whose sampling loop the exporter would write out step by step"
 
-  def __init__(
-    self,
-    sizes: config.Head,
-    width: int,
-    latent: int,
-    scheme: str,
-    dtype: jnp.dtype = jnp.float32,
-    remat: str = "none",
-  ):
-    super().__init__(sizes, width, latent, scheme, dtype, remat)
+  def __init__(self, sizes: config.Head, trunk: head.Trunk):
+    super().__init__(sizes, trunk)
     self.levels = diffusion.Levels.evenly(self.steps)
-    self.noise_shape = (1 + self.steps, latent)  # The start, then one per step.
+    self.noise_shape = (1 + self.steps, trunk.latent)  # The start, then one per step.
 
   def loss(
     self,

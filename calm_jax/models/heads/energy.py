@@ -1,8 +1,7 @@
 """Hidden -> samples: the energy head, one pass of the network per sample."""
 
 import dataclasses
-import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import jax
 from flax import linen as nn
@@ -128,17 +127,9 @@ class EnergyHead(head.Head):
   noise_law = "uniform in [-0.5, 0.5)"
   shaping = ("kind", "blocks", "noise")
 
-  def __init__(
-    self,
-    sizes: config.Head,
-    width: int,
-    latent: int,
-    scheme: str,
-    dtype: jnp.dtype = jnp.float32,
-    remat: str = "none",
-  ):
-    self.network = Network(sizes, width, latent, scheme, dtype, remat)
-    self.width, self.noise_shape = width, (sizes.noise,)
+  def __init__(self, sizes: config.Head, trunk: head.Trunk):
+    self.network = Network(sizes, **dataclasses.asdict(trunk))
+    self.width, self.noise_shape = trunk.width, (sizes.noise,)
 
   def init(self, key: jax.Array) -> head.Params:
     """Returns initial parameters, float32, with which every sample is zero."""
@@ -218,21 +209,14 @@ class EnergyHead(head.Head):
     return [dataclasses.replace(t, also=(t.name.replace(NAME, OLDER_NAME),)) for t in result]
 
   @classmethod
-  def recognize(
-    cls,
-    source: Mapping[str, foreign.Stored],
-    folder: pathlib.Path,
-    settings: foreign.Settings,
-    latent: int,
-    steps: int,
-  ) -> dict[str, int] | None:
+  def recognize(cls, folder: foreign.Folder, latent: int) -> dict[str, int] | None:
     """Returns the head's settings in a folder of the reference, None if it holds another head."""
-    if not any(name.startswith((f"{NAME}.mlp_blocks.", f"{OLDER_NAME}.")) for name in source):
+    if not any(x.startswith((f"{NAME}.mlp_blocks.", f"{OLDER_NAME}.")) for x in folder.tensors):
       return None
-    blocks = foreign.count(source, folder, *(f"{name}.mlp_blocks" for name in (NAME, OLDER_NAME)))
+    blocks = folder.count(*(f"{name}.mlp_blocks" for name in (NAME, OLDER_NAME)))
     inputs = (f"{name}.noise_embd.weight" for name in (NAME, OLDER_NAME))
-    noise = foreign.matrix(source, folder, *inputs)[1].shape[1]
-    settings.require(num_mlp_layers=blocks, noise_size=noise)
+    noise = folder.matrix(*inputs)[1].shape[1]
+    folder.settings.require(num_mlp_layers=blocks, noise_size=noise)
     return {"blocks": blocks, "noise": noise}
 
 

@@ -1,8 +1,7 @@
 """Hidden -> samples: what a generative head provides, and what may be asked of any head."""
 
 import abc
-import pathlib
-from collections.abc import Mapping
+import dataclasses
 from typing import Any, ClassVar
 
 import jax
@@ -15,6 +14,25 @@ from calm_jax.models import foreign
 Params = Any
 Posterior = tuple[jax.Array, jax.Array]
 Figures = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trunk:
+  """The model that a head belongs to.
+
+  Attributes:
+    width: D, of the hidden state.
+    latent: Z, of a sample.
+    scheme: initial values, see `layers.kernel_init`.
+    dtype: of activations.
+    remat: policy of the backward pass, see `models.remat`.
+  """
+
+  width: int
+  latent: int
+  scheme: str
+  dtype: Any = jnp.float32
+  remat: str = "none"
 
 
 class Head(abc.ABC):
@@ -43,24 +61,8 @@ class Head(abc.ABC):
   onnx_obstacle: ClassVar[str] = ""
 
   @abc.abstractmethod
-  def __init__(
-    self,
-    sizes: config.Head,
-    width: int,
-    latent: int,
-    scheme: str,
-    dtype: jnp.dtype = jnp.float32,
-    remat: str = "none",
-  ):
-    """Builds the network.
-
-    Args:
-      width: D, of the hidden state.
-      latent: Z, of a sample.
-      scheme: initial values, see `layers.kernel_init`.
-      dtype: of activations.
-      remat: policy of the backward pass, see `models.remat`.
-    """
+  def __init__(self, sizes: config.Head, trunk: Trunk):
+    """Builds the network."""
 
   @abc.abstractmethod
   def init(self, key: jax.Array) -> Params:
@@ -137,20 +139,11 @@ class Head(abc.ABC):
     )
 
   @classmethod
-  def recognize(
-    cls,
-    source: Mapping[str, foreign.Stored],
-    folder: pathlib.Path,
-    settings: foreign.Settings,
-    latent: int,
-    steps: int,
-  ) -> dict[str, int] | None:
+  def recognize(cls, folder: foreign.Folder, latent: int) -> dict[str, int] | None:
     """Returns the head's settings in a folder of the reference, None if it holds another head.
 
     Args:
-      source: the folder's tensors by name.
       latent: Z, of the folder's autoencoder.
-      steps: sampling steps that config.json states, 0 for none.
 
     Raises:
       CalmError: for tensors that contradict each other or config.json.

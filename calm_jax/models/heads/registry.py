@@ -1,7 +1,5 @@
 """The table of generative heads: one row per head, `config.Head.kind` is its name."""
 
-from jax import numpy as jnp
-
 from calm_jax import config, errors
 from calm_jax.models.heads import diffusion, energy, flow, head
 
@@ -28,12 +26,10 @@ def lookup(sizes: config.Head) -> type[head.Head]:
   return HEADS[sizes.kind]
 
 
-def build(
-  sizes: config.Head, width: int, latent: int, scheme: str, dtype: jnp.dtype, remat: str = "none"
-) -> head.Head:
-  """Returns the head that `sizes.kind` names; see `head.Head` for the arguments.
+def build(sizes: config.Head, trunk: head.Trunk) -> head.Head:
+  """Returns the head that `sizes.kind` names.
 
   Raises:
     CalmError: as `lookup` does.
   """
-  return lookup(sizes)(sizes, width, latent, scheme, dtype, remat)
+  return lookup(sizes)(sizes, trunk)
