@@ -11,7 +11,7 @@ import jax
 from jax import numpy as jnp
 
 from benchmarks import contenders, timing
-from calm_jax import config
+from calm_jax import config, errors
 from calm_jax.data import pipeline, synthetic
 from calm_jax.kernels import attention
 from calm_jax.parallel import mesh as mesh_lib
@@ -45,8 +45,13 @@ class Steps:
     run = job.run
     jax.set_mesh(mesh_lib.build(run.mesh))
     self._stage = stage_of(job)
-    self._program = program.TrainProgram(run, self._stage, mesh_lib.current())
     spec = table.of(run)
+    if spec.source:
+      raise errors.CalmError(
+        f"stage {run.stage!r} makes its own batches: --suite=train times stages on random tokens"
+      )
+    fields = spec.fields(run)
+    self._program = program.TrainProgram(run, self._stage, mesh_lib.current(), fields)
     patch, transformer = spec.patch_size(run), spec.transformer(run)
     config.require(
       run.data.context % patch == 0,

@@ -93,14 +93,34 @@ def _checked(hint: Any, value: Any, where: str) -> Any:
   return value
 
 
+def ordered(kind: type[config.Run]) -> list[str]:
+  """Returns the names of a stage's settings in the order in which people read them.
+
+  A stage's own settings come before those that every stage has, after what it is and reads.
+  """
+  shared = [field.name for field in dataclasses.fields(config.Run)]
+  own = [field.name for field in dataclasses.fields(kind) if field.name not in shared]
+  hints = typing.get_type_hints(kind)
+  groups = [name for name in own if dataclasses.is_dataclass(hints[name])]
+  values = [name for name in own if name not in groups]
+  first = shared.index("start_from")
+  return [*shared[:first], *values, "start_from", *groups, *shared[first + 1 :]]
+
+
+def values(run: config.Run) -> dict[str, Any]:
+  """Returns a run's settings as nested mappings, in the order of `ordered`."""
+  nested = dataclasses.asdict(run)
+  return {name: nested[name] for name in ordered(type(run))}
+
+
 def to_config_dict(run: config.Run) -> ml_collections.ConfigDict:
   """Returns `run` as the ConfigDict that a config file hands to the flags."""
-  return ml_collections.ConfigDict(dataclasses.asdict(run))
+  return ml_collections.ConfigDict(values(run))
 
 
 def to_json(run: config.Run) -> str:
   """Returns `run` as indented JSON, the form in which it is stored."""
-  return files.to_json(dataclasses.asdict(run))
+  return files.to_json(values(run))
 
 
 def digest(run: config.Run) -> str:

@@ -66,13 +66,14 @@ def meanings(cls: type) -> dict[str, str]:
 def sections(cls: type, name: str = "") -> Iterator[Section]:
   """Yields the sections of a kind of run; the run's own settings come first."""
   hints, meaning_of, own, inner = typing.get_type_hints(cls), meanings(cls), [], []
-  for field in dataclasses.fields(cls):
-    hint, path = hints[field.name], f"{name}.{field.name}".lstrip(".")
+  fields = [field.name for field in dataclasses.fields(cls)]
+  for field in resolve.ordered(cls) if issubclass(cls, config.Run) else fields:
+    hint, path = hints[field], f"{name}.{field}".lstrip(".")
     if dataclasses.is_dataclass(hint):
       inner.append((typing.cast(type, hint), path))
       continue
     choices = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
-    own.append(Setting(path, meaning_of.get(field.name, ""), choices))
+    own.append(Setting(path, meaning_of.get(field, ""), choices))
   yield Section(name, _parts(cls)[0], tuple(own))
   for kind, path in inner:
     yield from sections(kind, path)

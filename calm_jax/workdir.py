@@ -93,7 +93,9 @@ class Origin:
     """
     fields = {name: x for name, x in values.items() if not name.endswith(_FINGERPRINT)}
     parents = {
-      name.removesuffix(_FINGERPRINT): x for name, x in values.items() if name not in fields and x
+      name.removesuffix(_FINGERPRINT): x
+      for name, x in values.items()
+      if name not in fields and x != ""
     }
     try:
       origin = cls(**{**fields, "start_patch": tuple(fields["start_patch"])}, parents=parents)

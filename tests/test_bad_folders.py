@@ -269,7 +269,6 @@ BAD: dict[str, tuple[Callable[[pathlib.Path], None], str]] = {
   "more heads": (config_of(num_attention_heads=2**30), r"heads must lie in \[1, 1048576\], got"),
   "many groups": (config_of(num_key_value_heads=2**31), "num_key_value_heads must be below 2.31"),
   "many samples": (config_of(num_samples=2**31), "num_samples must be below 2.31"),
-  "many steps": (config_of(sampling_steps=2**31), "sampling_steps must be below 2.31"),
   "long context": (config_of(max_position_embeddings=2**30), "and below 536870912; got 1073741824"),
   "one position": (config_of(max_position_embeddings=1), "must be at least 2, .* got 1"),
   "huge number": (config_of(num_attention_heads=10**4000), r"must be below 2.31, got 10+\.\.\.0+"),
@@ -311,6 +310,14 @@ def test_non_finite_weights_are_accepted_on_request(folder):
   trained = converted(folder, allow_nonfinite=True)
   bias = np.asarray(trained.params["backbone"]["input"]["up"]["bias"])
   np.testing.assert_array_equal(np.isnan(bias), np.arange(64) == 3)
+
+
+@pytest.mark.parametrize("head", ["flow", "diffusion"])
+def test_the_sampling_steps_of_a_head_are_limited(head: str, words, tmp_path):
+  shutil.copytree(GOLDEN / f"k4/{head}", tmp_path / head)
+  set_config(tmp_path / head, sampling_steps=2**31)
+  with pytest.raises(errors.CalmError, match=r"sampling_steps must be below 2.31"):
+    converted(tmp_path / head, tokenizer=words(101))
 
 
 @pytest.mark.parametrize("position", [1, 2**31])

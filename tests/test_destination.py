@@ -15,7 +15,7 @@ from calm_jax.interchange import destination
 # For the code of a test: a process that is started in the background ignores Ctrl-C.
 HANDLE_CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
 WRITE = HANDLE_CTRL_C + textwrap.dedent("""
-  import os, sys, threading, time
+  import contextlib, os, sys, threading, time
   from calm_jax import interrupts
   from calm_jax.interchange import destination
 
@@ -24,7 +24,8 @@ WRITE = HANDLE_CTRL_C + textwrap.dedent("""
   def save(folder):
     os.mkdir(folder / "checkpoints")
     while folder.exists():
-      (folder / f"checkpoints/{time.time()}").write_text("")
+      with contextlib.suppress(FileNotFoundError):  # The folder is being removed.
+        (folder / f"checkpoints/{time.time()}").write_text("")
 
   with destination.new_folder(sys.argv[1]) as folder:
     (folder / "half").write_text("")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from calm_jax import config
+from calm_jax.data import pipeline
 from calm_jax.models import autoencoder
 from calm_jax.parallel import mesh as mesh_lib
 from calm_jax.parallel import rules
@@ -85,7 +86,7 @@ def trained(run: config.Run):
   """Returns the losses of STEPS steps on the run's mesh, and the final state on host and mesh."""
   mesh = mesh_lib.build(run.mesh)
   with jax.set_mesh(mesh):
-    made = program.TrainProgram(run, built(run), mesh)
+    made = program.TrainProgram(run, built(run), mesh, pipeline.fields(32))
     state, take = made.initial(), made.compiled_step()
     frozen = jax.device_put(made.stage.frozen, jax.tree.map(lambda x: x.sharding, made.frozen))
     losses = []

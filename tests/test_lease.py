@@ -340,7 +340,8 @@ def test_a_lease_does_not_keep_its_process_alive_and_is_released_at_its_end(
 
 ENDED = """
 import pathlib, signal, sys, time
-from calm_jax import config, main
+from calm_jax import config
+from calm_jax.running import train
 from calm_jax.training import guard
 with guard.Guard(config.Limits()) as guarded, train._leased(sys.argv[1]):
   guarded.stop.unsaved = False

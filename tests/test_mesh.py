@@ -9,6 +9,7 @@ import pytest
 from test_layouts import CODEC, RUNS, VOCAB, built
 
 from calm_jax import config, errors
+from calm_jax.data import pipeline
 from calm_jax.parallel import mesh as mesh_lib
 from calm_jax.parallel import rules
 from calm_jax.running import untrained
@@ -83,7 +84,7 @@ def test_a_process_reads_the_rows_of_its_devices():
 @pytest.mark.parametrize("name", RUNS)
 def test_each_parameter_matches_one_rule(name):
   mesh = mesh_lib.build(config.Mesh(fsdp=4, tensor=2))
-  made = program.TrainProgram(RUNS[name], built(RUNS[name]), mesh)
+  made = program.TrainProgram(RUNS[name], built(RUNS[name]), mesh, pipeline.fields(32))
   for tree in (made.state, made.frozen):
     for path, _ in jax.tree.leaves_with_path(tree):
       assert len(rules.matching(rules.path_name(path))) == 1, rules.path_name(path)
@@ -101,7 +102,10 @@ def published() -> dict[str, program.TrainProgram]:
   parents = {"autoencoder": autoencoder_stage.Run()}
   return {
     name: program.TrainProgram(
-      run, untrained.functions(run, parents, 128_256, untrained.abstract), mesh
+      run,
+      untrained.functions(run, parents, 128_256, untrained.abstract),
+      mesh,
+      pipeline.fields(2048),
     )
     for name, run in runs.items()
   }
@@ -159,7 +163,9 @@ def test_a_mesh_that_does_not_divide_the_sizes_is_refused():
 
 def test_the_table_lists_every_parameter():
   mesh = mesh_lib.build(config.Mesh())
-  made = program.TrainProgram(RUNS["autoencoder"], built(RUNS["autoencoder"]), mesh)
+  made = program.TrainProgram(
+    RUNS["autoencoder"], built(RUNS["autoencoder"]), mesh, pipeline.fields(32)
+  )
   text = rules.table(rules.placed(made.state.params, mesh))
   assert f"embed/embedding  [{VOCAB}, {CODEC.width}]  token table" in text
   assert text.count("\n") + 1 == len(jax.tree.leaves(made.state.params))

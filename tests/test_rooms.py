@@ -31,6 +31,7 @@ FOUNDATION = {
   "config",
   "distributed",
   "errors",
+  "figures",
   "files",
   "holder",
   "interrupts",

@@ -25,6 +25,7 @@ from jax import numpy as jnp
 
 from calm_jax import cli, config, errors, resolve, workdir, workdir_checks
 from calm_jax.data import pipeline
+from calm_jax.figures import LOWER, Figure
 from calm_jax.generation import requests
 from calm_jax.models import layers
 from calm_jax.reporting import page, presentation, records
@@ -41,7 +42,6 @@ from calm_jax.running import (
 from calm_jax.stages import spec as spec_lib
 from calm_jax.stages import table
 from calm_jax.training import evaluation, stage
-from calm_jax.training.figures import LOWER, Figure
 
 ROOT = pathlib.Path(__file__).parent.parent
 NAME = "parrot"
@@ -90,6 +90,11 @@ class Bigram(nn.Module):
     return self.init(key, jnp.zeros((1,), jnp.int32))["params"]
 
 
+def fields(run: Run) -> dict[str, pipeline.Field]:
+  target = pipeline.Field((), np.dtype(np.int32))
+  return {**pipeline.fields(run.data.context), "target": target}
+
+
 class Rollouts:
   """Blocks of the store, each with the token that the parent generates after its first tokens."""
 
@@ -100,7 +105,6 @@ class Rollouts:
     )
     self._decoder = texts.decoder(parents["teacher"], requests.Sampler(), lambda line: None)
     self._eos_id = store.manifest.tokenizer.eos_id
-    self.fields = {**self._blocks.fields, "target": pipeline.Field((), np.dtype(np.int32))}
     self.get_state, self.set_state = self._blocks.get_state, self._blocks.set_state
 
   def __next__(self):
@@ -150,13 +154,14 @@ SPEC = spec_lib.Spec(
   model=lambda run, parents, vocab_size, dtype: Bigram(run.model.width, vocab_size),
   stage=_stage,
   source=Rollouts,
+  fields=fields,
   flops=lambda run, parents, vocab_size: {"output": 3 * 2 * run.model.width * vocab_size},
   program_flops=lambda run, parents, vocab_size: 3 * 2 * run.model.width * vocab_size,
   presentation=presentation.Presentation(
     heading="A parrot",
     title="Parrot",
     settings=("model.width",),
-    metrics=(SURPRISE,),
+    metrics=lambda run: (SURPRISE,),
     figures=(SURPRISE,),
     loss_unit=lambda run: "nats a token",
     pictures=_pictures,

@@ -25,24 +25,25 @@ class Field:
 class Source(Protocol):
   """Endless batches for the loop, of which every process reads its own rows.
 
-  `TrainingBatches` reads them from a token store. A stage whose targets come from
-  elsewhere, as from generation, passes a source of its own. It is read by one thread
-  that is not the loop's, up to two batches ahead of it.
+  `TrainingBatches` reads them from a token store. A stage whose targets come from elsewhere, such
+  as from generation, passes a source of its own. One thread, not the loop's, calls it, up to two
+  batches ahead of the loop. What it computes must stay on this process's devices: collectives of
+  several processes could start in another order than those of the steps.
 
-  Attributes:
-    fields: those of an example. `index` is one of them: the example's number in the
-      whole stream, which all its noise is keyed by.
+  A batch has the fields of the stage's description. One of them is `index`, the example's number
+  in the whole stream, which keys all its noise.
   """
-
-  @property
-  def fields(self) -> Mapping[str, Field]: ...
 
   def __next__(self) -> Batch:
     """Returns this process's rows of the next batch."""
     ...
 
   def get_state(self) -> dict[str, Any]:
-    """Returns the position of the next batch, for JSON; the same on all processes."""
+    """Returns the position of the next batch, for JSON; the same on all processes.
+
+    Its `global_next_index` is the number of the next batch's first example: checkpoints are
+    checked to hold that of their steps.
+    """
     ...
 
   def set_state(self, state: Mapping[str, Any]) -> None:
@@ -123,7 +124,6 @@ class TrainingBatches:
     seed: int,
     rows: np.ndarray | None = None,
   ):
-    self.fields = fields(context)
     self._blocks = Blocks(store, "train", context)
     self._order = grain.MapDataset.range(len(self._blocks)).seed(seed).shuffle().repeat()
     self._batch, self._rows = batch, np.arange(batch) if rows is None else rows

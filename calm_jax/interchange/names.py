@@ -93,7 +93,12 @@ def _backbone(sizes: config.Backbone) -> list[foreign.Tensor]:
 
 def calm(sizes: config.Backbone, head: config.Head) -> list[foreign.Tensor]:
   """Returns the tensors of a language model, without its autoencoder's."""
-  return _backbone(sizes) + registry.lookup(head).tensors(head)
+  kind = registry.lookup(head)
+  if kind.reference_kind != head.kind:
+    raise errors.CalmError(
+      f"{head.kind!r} heads have no tensors in the reference: use --format=stablehlo"
+    )
+  return _backbone(sizes) + kind.tensors(head)
 
 
 def check(

@@ -118,7 +118,7 @@ def _is_allowed(layout: Layout, job: steps.PlanJob) -> bool:
   rows = layout.accumulation * layout.mesh.data * layout.mesh.fsdp
   if job.run.training.batch % rows or (job.transformer is None and layout.remat != "none"):
     return False
-  heads = getattr(job.run.model, "kv_heads", layout.mesh.tensor)
+  heads = job.transformer.kv_heads if job.transformer else layout.mesh.tensor
   return job.positions % layout.mesh.sequence == 0 and heads % layout.mesh.tensor == 0
 
 

@@ -100,7 +100,7 @@ class PlanJob:
   def program(self) -> program.TrainProgram:
     """Returns the run's train program; its mesh must be the one that is set."""
     functions = untrained.functions(self.run, self.parent_runs, self.vocab_size, untrained.abstract)
-    return program.TrainProgram(self.run, functions, self.mesh)
+    return program.TrainProgram(self.run, functions, self.mesh, self._spec.fields(self.run))
 
 
 def train_plan(job: PlanJob) -> result.Plan:

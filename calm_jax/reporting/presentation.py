@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from calm_jax.training import figures
+from calm_jax import figures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Presentation:
     heading: heading of its section in a report.
     title: title of its model card.
     settings: dotted names of the settings that shape it, in display order.
-    metrics: figures that its loss reports, in display order.
+    metrics: settings -> figures that its loss reports, in display order.
     figures: figures that its evaluation reports, in display order.
     loss_unit: settings -> unit of the training loss.
     pictures: returns its `drawing.Picture`s; a function, so that only those who draw import
@@ -29,7 +29,7 @@ class Presentation:
   heading: str
   title: str
   settings: tuple[str, ...]
-  metrics: tuple[figures.Figure, ...]
+  metrics: Callable[[Any], tuple[figures.Figure, ...]]
   figures: tuple[figures.Figure, ...]
   loss_unit: Callable[[Any], str]
   pictures: Callable[[], Sequence[Any]]

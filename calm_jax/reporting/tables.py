@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from calm_jax import config, resolve
+from calm_jax import figures as figures_lib
 from calm_jax.reporting import records
-from calm_jax.training import figures as figures_lib
 from calm_jax.training import ledger
 
 _COMMON_SETTINGS = (

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 import jax
 
 import calm_jax
-from calm_jax import files, workdir
+from calm_jax import figures, files, workdir
 from calm_jax.data import tokenizer as tokenizer_lib
 from calm_jax.reporting import presentation as presentation_lib
 from calm_jax.reporting import records, tables
-from calm_jax.training import figures
 from calm_jax.training import trained as trained_lib
 
 # File ending of a tokenizer -> the name under which loaders look for it.

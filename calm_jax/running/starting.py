@@ -155,9 +155,10 @@ def _weights_to_start_from(run: Any, store: store_lib.TokenStore) -> trained_lib
   """Returns the trained stage in `start_from`; CalmError if `run` can't start from it."""
   source = loading.load(run.start_from, run.stage)
   workdir.require_same_tokenizer(source.origin, store, run.start_from)
-  unshaped, needed = table.of(run).unshaped(run), {}
+  spec, needed = table.of(run), {}
+  free = {"start_from", *spec.parents, *spec.unshaped(run)}
   for name, (stored, _) in resolve.differences(source.run, run).items():
-    if name.partition(".")[0] in ("model", "head") and name not in unshaped:
+    if resolve.is_fixed(name) and name not in free:
       needed[name] = stored
   config.require(
     not needed,

@@ -8,14 +8,14 @@ from typing import Any
 
 import jax
 
-from calm_jax import config, distributed, files, lease, workdir
+from calm_jax import config, distributed, figures, files, lease, workdir
 from calm_jax.data import pipeline
 from calm_jax.kernels import attention
 from calm_jax.parallel import mesh as mesh_lib
 from calm_jax.parallel import rules
 from calm_jax.running import counting, starting
 from calm_jax.stages import table
-from calm_jax.training import evaluation, figures, metrics, program, trainer
+from calm_jax.training import evaluation, metrics, program, trainer
 from calm_jax.training import guard as guard_lib
 
 
@@ -76,7 +76,9 @@ def _train_on_mesh(
   """Trains on the mesh that is set; without a lease, only checks and compiles."""
   start = starting.prepare(run, directory, options.allow_config_change)
   source = _source(start)
-  train_program = program.TrainProgram(run, start.functions, mesh_lib.current(), source.fields)
+  train_program = program.TrainProgram(
+    run, start.functions, mesh_lib.current(), table.of(run).fields(run)
+  )
   _describe(start, train_program, options.print_shardings)
   for line in starting.remarks(run, start.store):
     metrics.show(line)
@@ -122,9 +124,9 @@ def _training(
       seed=0,
     ),
     initial=start.initial,
-    record={"config": dataclasses.asdict(run), "origin": dataclasses.asdict(start.origin)},
+    record={"config": dataclasses.asdict(run), "origin": start.origin.values()},
     flops_per_token=counting.train_per_token(run, start.parent_runs, start.origin.vocab_size),
-    metrics=figures.on_console(spec.presentation.metrics),
+    metrics=figures.on_console(spec.presentation.metrics(run)),
     figures=figures.on_console(spec.presentation.figures),
   )
 

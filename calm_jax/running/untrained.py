@@ -27,26 +27,24 @@ def abstract(initial: Callable[[jax.Array], Params]) -> Params:
 
 
 def trained(
-  run: Any, parent_runs: Mapping[str, Any], vocab_size: int, make: Make, dtype: str = ""
+  run: Any, runs: Mapping[str, Any], vocab_size: int, make: Make, dtype: str = ""
 ) -> trained_lib.Trained:
   """Returns a stage as if it were trained, with parameters from `make`.
 
   Args:
-    parent_runs: settings of its parents, by name.
+    runs: settings of its parents, and of theirs, by name; see `parent_runs`.
     dtype: compute type of the model; by default that of training.
   """
   dtype = dtype or run.training.compute_dtype
-  spec = table.of(run)
-  parents = {name: trained(parent_runs[name], {}, vocab_size, make, dtype) for name in spec.parents}
+  spec, own = table.of(run), parent_runs(run, runs)
+  parents = {name: trained(own[name], runs, vocab_size, make, dtype) for name in own}
   model = spec.model(run, parents, vocab_size, dtype)
   origin = workdir.Origin("", "", "", vocab_size, eos_id=0, appends_eos=True, start_patch=())
   return trained_lib.Trained(run, origin, make(model.initial), 0, model, "", parents)
 
 
-def functions(
-  run: Any, parent_runs: Mapping[str, Any], vocab_size: int, make: Make
-) -> stage_lib.Stage:
-  """Returns a stage's functions for the loop, with parents whose parameters come from `make`."""
-  spec, dtype = table.of(run), run.training.compute_dtype
-  parents = {name: trained(parent_runs[name], {}, vocab_size, make, dtype) for name in spec.parents}
+def functions(run: Any, runs: Mapping[str, Any], vocab_size: int, make: Make) -> stage_lib.Stage:
+  """Returns a stage's functions for the loop, with parents as `trained` makes them."""
+  spec, dtype, own = table.of(run), run.training.compute_dtype, parent_runs(run, runs)
+  parents = {name: trained(own[name], runs, vocab_size, make, dtype) for name in own}
   return spec.stage(run, spec.model(run, parents, vocab_size, dtype), parents)

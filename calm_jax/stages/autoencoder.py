@@ -9,6 +9,7 @@ import numpy as np
 from jax import numpy as jnp
 
 from calm_jax import config
+from calm_jax.figures import HIGHER, LOWER, Figure
 from calm_jax.interchange import to_onnx, to_reference, to_stablehlo, to_torch
 from calm_jax.kernels import cross_entropy
 from calm_jax.models import autoencoder, flops, layers
@@ -17,7 +18,6 @@ from calm_jax.parallel import mesh
 from calm_jax.reporting import presentation
 from calm_jax.stages import spec
 from calm_jax.training import stage
-from calm_jax.training.figures import HIGHER, LOWER, Figure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,7 +192,7 @@ SPEC = spec.Spec(
       "loss.drop_token",
       "loss.drop_latent",
     ),
-    metrics=_METRICS,
+    metrics=lambda run: _METRICS,
     figures=_FIGURES,
     loss_unit=lambda run: "nats a patch",
     pictures=_pictures,

@@ -9,6 +9,7 @@ import numpy as np
 from jax import numpy as jnp
 
 from calm_jax import config, errors
+from calm_jax.figures import HIGHER, LOWER, Figure
 from calm_jax.generation import cost, laws, tradeoff, writing
 from calm_jax.interchange import to_onnx, to_reference, to_stablehlo, to_torch
 from calm_jax.models import autoencoder, calm, flops, layers, memory
@@ -18,7 +19,6 @@ from calm_jax.parallel import mesh
 from calm_jax.reporting import presentation
 from calm_jax.stages import spec, transformer
 from calm_jax.training import stage
-from calm_jax.training.figures import HIGHER, LOWER, Figure
 
 Params = Any
 
@@ -253,10 +253,6 @@ def _pictures():
 
 _ENERGY_UNIT = "latent unit^alpha"
 
-_METRICS = (
-  Figure("attraction", "Attraction, sample to target", _ENERGY_UNIT, LOWER, console="value"),
-  Figure("repulsion", "Repulsion, sample to sample", _ENERGY_UNIT, HIGHER, console="value"),
-)
 _FIGURES = (
   *transformer.BRIER,
   Figure(
@@ -299,7 +295,7 @@ SPEC = spec.Spec(
       "loss.targets",
       "loss.posterior_draws",
     ),
-    metrics=_METRICS,
+    metrics=lambda run: registry.lookup(run.head).figures,
     figures=_FIGURES,
     loss_unit=lambda run: registry.lookup(run.head).loss_unit,
     pictures=_pictures,

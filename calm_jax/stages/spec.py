@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from calm_jax import config
+from calm_jax.data import pipeline
 from calm_jax.generation import writing as writing_lib
 from calm_jax.interchange import export
 from calm_jax.reporting import presentation
@@ -41,6 +42,7 @@ class Spec:
     unshaped: settings -> names of the settings in `model` and `head` that change neither the
       shapes nor the meaning of parameters.
     samples: name of the setting that is the number of samples in evaluation; "" for none.
+    fields: settings -> fields of an example of a training batch; by default those of a block.
     source: (settings, store, parents, rows) -> a `data.pipeline.Source` of training batches;
       None for blocks of tokens.
     writing: how it generates text; None for a stage that generates none.
@@ -60,6 +62,9 @@ class Spec:
   transformer: Callable[[Any], config.Transformer | None] = lambda run: None
   unshaped: Callable[[Any], frozenset[str]] = lambda run: frozenset()
   samples: str = ""
-  source: Callable[..., Any] | None = None
+  fields: Callable[[Any], Mapping[str, pipeline.Field]] = lambda run: pipeline.fields(
+    run.data.context
+  )
+  source: Callable[..., pipeline.Source] | None = None
   writing: writing_lib.Writing | None = None
   writers: Mapping[str, export.Writer] = dataclasses.field(default_factory=dict)

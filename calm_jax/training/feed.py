@@ -78,9 +78,10 @@ class Feed:
 
   def _work(self) -> None:
     try:
-      fed = self._next()
-      while self._put(fed):
-        fed = fed if self._reuse else self._next()
+      with jax.set_mesh(self._mesh):  # For a source that computes: the mesh is the thread's own.
+        fed = self._next()
+        while self._put(fed):
+          fed = fed if self._reuse else self._next()
     except BaseException as error:  # For the loop to raise.
       self._put(error)
 

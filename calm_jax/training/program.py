@@ -71,13 +71,13 @@ class TrainProgram:
   state.
 
   Attributes:
-    fields: fields of an example of a training batch; None for those of `pipeline.fields`.
+    fields: fields of an example of a training batch.
   """
 
   run: config.Run
   stage: stage_lib.Stage
   mesh: jax.sharding.Mesh
-  fields: Mapping[str, pipeline.Field] | None = None
+  fields: Mapping[str, pipeline.Field]
 
   @property
   def _everywhere(self) -> NamedSharding:
@@ -97,12 +97,8 @@ class TrainProgram:
     return rules.abstract(self.stage.frozen, self.mesh)
 
   @property
-  def _fields(self) -> Mapping[str, pipeline.Field]:
-    return self.fields or pipeline.fields(self.run.data.context)
-
-  @property
   def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-    return feed.abstract_batch(self._fields, self.mesh, self.run.training.batch)
+    return feed.abstract_batch(self.fields, self.mesh, self.run.training.batch)
 
   @property
   def signals(self) -> jax.ShapeDtypeStruct:
@@ -117,7 +113,7 @@ class TrainProgram:
 
   def blank_batch(self) -> dict[str, jax.Array]:
     """Returns a batch of zeros, for void steps."""
-    return feed.blank_batch(self._fields, self.mesh, self.run.training.batch)
+    return feed.blank_batch(self.fields, self.mesh, self.run.training.batch)
 
   def initial(self, params: Tree = None) -> step.TrainState:
     """Returns the state before the first step, from `params` or the stage's initial values."""

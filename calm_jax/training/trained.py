@@ -117,5 +117,7 @@ def copy_parent(trained: Trained, name: str, source: str, target: str) -> None:
       path.rmtree()
 
   distributed.on_first("clear", clear)
+  for inner, parent in trained.parents.items():  # A parent's own parents are bound by its seal.
+    copy_parent(parent, inner, str(epath.Path(source) / inner), str(epath.Path(target) / inner))
   tokenizer = epath.Path(source) / trained.origin.tokenizer_file
   write(target, trained.run, trained.origin, trained.params, trained.step, tokenizer)

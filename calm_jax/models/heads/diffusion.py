@@ -6,6 +6,7 @@ import jax
 from jax import numpy as jnp
 
 from calm_jax import config
+from calm_jax.figures import LOWER, Figure
 from calm_jax.models import layers
 from calm_jax.models.heads import denoiser, head
 from calm_jax.objectives import autoencoding, diffusion
@@ -19,6 +20,11 @@ class DiffusionHead(denoiser.DenoiserHead):
   """
 
   loss_unit = "noise MSE + bits a dimension"
+  reference_kind = "diffusion"
+  figures = (
+    Figure("noise_mse", "Error of the predicted noise", "squared noise unit", LOWER),
+    Figure("variational", "Variational term", "bits a dimension", LOWER),
+  )
   outputs = 2  # The noise, and the variance within its range.
   published_steps = 100  # Evenly spaced.
   fewest_steps = 2

@@ -8,6 +8,7 @@ from flax import linen as nn
 from jax import numpy as jnp
 
 from calm_jax import config
+from calm_jax.figures import HIGHER, LOWER, Figure
 from calm_jax.kernels import dense
 from calm_jax.models import foreign, layers, remat
 from calm_jax.models.heads import head
@@ -126,6 +127,11 @@ class EnergyHead(head.Head):
   loss_unit = "latent unit^alpha"
   noise_law = "uniform in [-0.5, 0.5)"
   shaping = ("kind", "blocks", "noise")
+  reference_kind = "energy"
+  figures = (
+    Figure("attraction", "Attraction, sample to target", loss_unit, LOWER, console="value"),
+    Figure("repulsion", "Repulsion, sample to sample", loss_unit, HIGHER, console="value"),
+  )
 
   def __init__(self, sizes: config.Head, trunk: head.Trunk):
     self.network = Network(sizes, **dataclasses.asdict(trunk))

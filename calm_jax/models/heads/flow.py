@@ -21,6 +21,7 @@ class FlowHead(denoiser.DenoiserHead):
   """
 
   loss_unit = "latent unit²"
+  reference_kind = "flow"
   published_steps = 10
   calls = 2  # The midpoint rule's.
 

@@ -9,6 +9,7 @@ from flax import linen as nn
 from jax import numpy as jnp
 
 from calm_jax import config, errors
+from calm_jax.figures import Figure
 from calm_jax.models import foreign
 
 Params = Any
@@ -50,6 +51,9 @@ class Head(abc.ABC):
     shaping: the fields of `config.Head` that the shapes of the parameters depend on.
     fewest_steps: the least number of sampling steps, where `config.Head.steps` is not 0.
     onnx_obstacle: why ONNX can't export the head; empty if it can.
+    reference_kind: the head's kind in the reference and in our PyTorch module; empty if these
+      do not have it. A subclass under another kind is not exported to them.
+    figures: those that the loss reports.
   """
 
   network: nn.Module
@@ -59,6 +63,8 @@ class Head(abc.ABC):
   shaping: ClassVar[tuple[str, ...]] = ("kind", "blocks")
   fewest_steps: ClassVar[int] = 1
   onnx_obstacle: ClassVar[str] = ""
+  reference_kind: ClassVar[str] = ""
+  figures: ClassVar[tuple[Figure, ...]] = ()
 
   @abc.abstractmethod
   def __init__(self, sizes: config.Head, trunk: Trunk):
@@ -129,14 +135,8 @@ class Head(abc.ABC):
 
   @classmethod
   def tensors(cls, sizes: config.Head) -> list[foreign.Tensor]:
-    """Returns the head's tensors under the reference's names.
-
-    Raises:
-      CalmError: for a head that the reference does not have.
-    """
-    raise errors.CalmError(
-      f"{sizes.kind!r} heads have no tensors in the reference: use --format=stablehlo"
-    )
+    """Returns the head's tensors under the reference's names, if it has a `reference_kind`."""
+    return []
 
   @classmethod
   def recognize(cls, folder: foreign.Folder, latent: int) -> dict[str, int] | None:
