@@ -12,57 +12,15 @@ import resource
 import signal
 import sys
 import time
-import types
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
+from benchmarks import jobs
 from calm_jax import errors
 
-WARM_UP = 3  # Steps before the first that counts.
-
-
-@dataclasses.dataclass(frozen=True)
-class BenchmarkJob:
-  """What all contenders train.
-
-  Attributes:
-    name: the config's name, for people.
-    run: settings of its stage. parents: those of the runs that its parents come from.
-  """
-
-  name: str
-  run: Any
-  parents: Mapping[str, Any]
-  vocab_size: int
-
-  def plain(self) -> "BenchmarkJob":
-    """Returns the job with settings of no class of ours: reading them imports no JAX."""
-    parents = {name: _plain(dataclasses.asdict(run)) for name, run in self.parents.items()}
-    return dataclasses.replace(self, run=_plain(dataclasses.asdict(self.run)), parents=parents)
-
-
-def _plain(values: Any) -> Any:
-  """Returns nested settings as attributes of plain objects."""
-  if not isinstance(values, dict):
-    return values
-  return types.SimpleNamespace(**{name: _plain(value) for name, value in values.items()})
-
-
-class Steps(Protocol):
-  """Training steps of one contender."""
-
-  def dispatch(self) -> Callable[[], None] | None:
-    """Starts a step; returns a function that waits for its end, None if it has ended."""
-    ...
-
-  def facts(self) -> dict[str, Any]:
-    """Returns other figures: `platform`, `device`, `versions`, seconds of parts."""
-    ...
-
-
-Build = Callable[[BenchmarkJob], Steps]
+Build = Callable[[jobs.BenchmarkJob], jobs.Steps]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +30,7 @@ class Contender:
   Attributes:
     build: a module's function, so that another process can import it.
     needs: packages that must be installed; without them the contender is left out.
-    plain: whether its process gets `BenchmarkJob.plain`.
+    plain: whether its process gets `jobs.BenchmarkJob.plain`.
   """
 
   name: str
@@ -86,19 +44,19 @@ class Contender:
 
 
 # Imports inside functions: a process imports this file and the libraries of its own contender.
-def _ours(job: BenchmarkJob) -> Steps:
+def _ours(job: jobs.BenchmarkJob) -> jobs.Steps:
   from benchmarks import ours
 
   return ours.Steps(job)
 
 
-def _torch(job: BenchmarkJob) -> Steps:
+def _torch(job: jobs.BenchmarkJob) -> jobs.Steps:
   from benchmarks import pytorch
 
   return pytorch.Steps(job, compiled=False)
 
 
-def _torch_compiled(job: BenchmarkJob) -> Steps:
+def _torch_compiled(job: jobs.BenchmarkJob) -> jobs.Steps:
   from benchmarks import pytorch
 
   return pytorch.Steps(job, compiled=True)
@@ -111,7 +69,7 @@ CONTENDERS = (
 )
 
 
-def step_seconds(steps: Steps, count: int) -> list[float]:
+def step_seconds(steps: jobs.Steps, count: int) -> list[float]:
   """Returns seconds of each of `count` steps; a step starts before its predecessor has ended."""
   ends, wait = [time.perf_counter()], None
   for _ in range(count):
@@ -133,7 +91,7 @@ def _peak_bytes() -> int:
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _work(connection: Any, build: Build, job: BenchmarkJob) -> None:
+def _work(connection: Any, build: Build, job: jobs.BenchmarkJob) -> None:
   """Serves steps in a process of its own: receives a count, sends seconds; 0 ends it.
 
   Sends facts when it is ready and at its end, or an error.
@@ -142,7 +100,7 @@ def _work(connection: Any, build: Build, job: BenchmarkJob) -> None:
   try:
     start = time.perf_counter()
     steps = build(job)
-    step_seconds(steps, WARM_UP)
+    step_seconds(steps, jobs.WARM_UP)
     connection.send({"ready_seconds": time.perf_counter() - start, **steps.facts()})
     while count := connection.recv():
       connection.send(step_seconds(steps, count))
@@ -157,7 +115,7 @@ def _work(connection: Any, build: Build, job: BenchmarkJob) -> None:
 class _Process:
   """A contender's process. `facts` has `error` if it failed."""
 
-  def __init__(self, contender: Contender, job: BenchmarkJob):
+  def __init__(self, contender: Contender, job: jobs.BenchmarkJob):
     context = multiprocessing.get_context("spawn")
     self._connection, theirs = context.Pipe()
     own = job.plain() if contender.plain else job
@@ -205,7 +163,7 @@ ACCELERATOR, CPU = Turns(4, 15), Turns(6, 3)
 
 def compete(
   contenders: Sequence[Contender],
-  job: BenchmarkJob,
+  job: jobs.BenchmarkJob,
   report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, dict[str, Any]]:
   """Returns the figures of each contender by name; if the first fails, only its error.

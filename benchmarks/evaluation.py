@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from benchmarks import contenders, timing
+from benchmarks import jobs, timing
 from calm_jax import config
 from calm_jax.models import memory
 from calm_jax.objectives import brier
@@ -117,7 +117,7 @@ def _against_torch(patch_size: int) -> dict[str, Any]:
   batch = {"tokens": token_BPK.reshape(BLOCKS, -1), "index": jnp.arange(BLOCKS)}
   evaluate, key = jax.jit(stage.evaluate), jax.random.key(3)
   seconds = timing.median_seconds(lambda: evaluate(params, stage.frozen, batch, key), REPETITIONS)
-  theirs = peer.evaluation(contenders.BenchmarkJob("", run, _parents(patch_size), VOCAB), token_BPK)
+  theirs = peer.evaluation(jobs.BenchmarkJob("", run, _parents(patch_size), VOCAB), token_BPK)
   repetitions = REPETITIONS if patch_size >= 4 else 1
   return {
     "patch_size": patch_size,

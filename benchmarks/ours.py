@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax import numpy as jnp
 
-from benchmarks import contenders, timing
+from benchmarks import jobs, timing
 from calm_jax import config, errors
 from calm_jax.data import pipeline, synthetic
 from calm_jax.kernels import attention
@@ -24,7 +24,7 @@ from calm_jax.training import stage as stage_lib
 MATMUL = 2048  # Rows and columns of the product whose speed stands for a CPU's peak.
 
 
-def stage_of(job: contenders.BenchmarkJob) -> stage_lib.Stage:
+def stage_of(job: jobs.BenchmarkJob) -> stage_lib.Stage:
   """Returns the stage; stage two reads an autoencoder of initial values."""
   return untrained.functions(
     job.run, job.parents, job.vocab_size, lambda initial: jax.jit(initial)(jax.random.key(1))
@@ -41,7 +41,7 @@ def matmul_rate() -> float:
 class Steps:
   """Steps as `training.trainer` takes them, data included, without reports and saves."""
 
-  def __init__(self, job: contenders.BenchmarkJob):
+  def __init__(self, job: jobs.BenchmarkJob):
     run = job.run
     jax.set_mesh(mesh_lib.build(run.mesh))
     self._stage = stage_of(job)
@@ -81,7 +81,7 @@ class Steps:
     fed = self._feed.take(lambda: True)
     assert fed is not None
     self._count += 1
-    if self._count > contenders.WARM_UP:
+    if self._count > jobs.WARM_UP:
       self._waited += time.perf_counter() - start
     self._state, figures = self._step(self._state, self._stage.frozen, fed.arrays)
     if jax.default_backend() != "cpu":

@@ -10,13 +10,13 @@ import torch
 import transformers
 from torch import nn
 
-from benchmarks import contenders
+from benchmarks import jobs
 from calm_jax import errors
 
 PEERS = pathlib.Path(__file__).parent / "peers"
 
 
-def model(job: contenders.BenchmarkJob) -> nn.Module:
+def model(job: jobs.BenchmarkJob) -> nn.Module:
   """Returns the model of a job's stage, of initial values: tokens [B, S] -> loss.
 
   Raises:
@@ -31,7 +31,7 @@ def model(job: contenders.BenchmarkJob) -> nn.Module:
 class Steps:
   """Forward, backward, clip, AdamW. Batches are on the device already."""
 
-  def __init__(self, job: contenders.BenchmarkJob, compiled: bool):
+  def __init__(self, job: jobs.BenchmarkJob, compiled: bool):
     run, settings = job.run, job.run.optimizer
     torch.manual_seed(run.training.seed)
     self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

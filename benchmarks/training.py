@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import contenders, peaks
+from benchmarks import contenders, jobs, peaks
 from calm_jax import config, errors
 from calm_jax.running import counting, untrained
 from calm_jax.stages import autoencoder, calm, table, transformer
@@ -40,7 +40,7 @@ RUNS: dict[str, config.Run] = {
 
 
 def _figures(
-  job: contenders.BenchmarkJob, measured: dict[str, Any], peak: float | None
+  job: jobs.BenchmarkJob, measured: dict[str, Any], peak: float | None
 ) -> dict[str, Any]:
   """Returns a contender's figures: those measured, and speeds and MFU computed from them."""
   seconds = np.array(measured.pop("step_seconds"))
@@ -83,7 +83,7 @@ def _line(name: str, figures: dict[str, Any], ours: dict[str, Any]) -> str:
 
 
 def _compare(
-  job: contenders.BenchmarkJob, chosen: Sequence[contenders.Contender]
+  job: jobs.BenchmarkJob, chosen: Sequence[contenders.Contender]
 ) -> tuple[list[str], dict[str, Any]]:
   """Returns the lines and the figures of one job.
 
@@ -123,7 +123,7 @@ def _compare(
 
 
 def measure(
-  job: contenders.BenchmarkJob | None, names: Sequence[str] = ()
+  job: jobs.BenchmarkJob | None, names: Sequence[str] = ()
 ) -> tuple[list[str], list[dict[str, Any]]]:
   """Returns lines to print, and the figures: tokens/s and MFU, higher is better.
 
@@ -142,9 +142,7 @@ def measure(
   config.require(chosen[0] is ours, f"--contenders must have {ours.name}, got {names}")
   stage_one = RUNS["autoencoder"]
   small = [
-    contenders.BenchmarkJob(
-      name, run, untrained.parent_runs(run, {"autoencoder": stage_one}), VOCAB
-    )
+    jobs.BenchmarkJob(name, run, untrained.parent_runs(run, {"autoencoder": stage_one}), VOCAB)
     for name, run in RUNS.items()
   ]
   lines, figures = [], []

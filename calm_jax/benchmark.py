@@ -85,7 +85,7 @@ def _job() -> Any:
   companions = run_flags.companions()
   print(run_flags.counted_with(run, companions), file=sys.stderr)
   parents = run_flags.parents(run, companions)
-  return _module("contenders").BenchmarkJob(run_flags.title(), run, parents, companions.vocab_size)
+  return _module("jobs").BenchmarkJob(run_flags.title(), run, parents, companions.vocab_size)
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from etils import epath
 from calm_jax import cli, config, distributed, errors, files, run_flags, workdir
 from calm_jax.data import pipeline, synthetic
 from calm_jax.data import store as store_lib
-from calm_jax.generation import requests
+from calm_jax.generation import requests, writing
 from calm_jax.objectives import brier
 from calm_jax.parallel import mesh as mesh_lib
 from calm_jax.running import evaluating, loading
@@ -126,33 +126,36 @@ def _tradeoff(directory: str) -> dict[str, Any]:
       f"--samplers has {pair!r}: give RULE:AT_LIMIT, such as first:prefix",
     )
   samplers = [requests.Sampler(*pair.split(":")) for pair in _SAMPLERS.value]
-  store = _store(directory)
+  spec, store = table.of(loading.read_run(directory)), _store(directory)
   temperatures, candidates = _numbers(_TEMPERATURES, float), _numbers(_NUM_CANDIDATES, int)
-  trained = loading.load(directory)
-  spec = table.of(trained.run)
   if spec.writing is None:
     raise errors.CalmError(f"{spec.title} writes no text: temperatures are for language models")
+  baseline = _exact_writing(_BASELINE.value, store) if _BASELINE.value else None
   settings = (temperatures, candidates, samplers, _PATCHES.value, _SEED.value)
-  rows = spec.writing.tradeoff(trained, store, *settings)
+  trained = loading.load(directory)
   figures = {
     "stage": trained.run.stage,
     "step": trained.step,
     "context_tokens": trained.run.data.context,
     "seed": _SEED.value,
     "store_hash": store.hash,
-    "rows": rows,
+    "rows": spec.writing.tradeoff(trained, store, *settings),
   }
-  if _BASELINE.value:
-    workdir.require_same_tokenizer(workdir.read_origin(_BASELINE.value), store, _BASELINE.value)
-    baseline = loading.load(_BASELINE.value)
-    writing = table.of(baseline.run).writing
-    if writing is None or writing.takes_candidates:
-      raise errors.CalmError(
-        f"--baseline={_BASELINE.value} holds {table.of(baseline.run).title}: give the workdir of a "
-        "stage that samples exactly at any temperature, such as a Transformer"
-      )
-    figures["baseline"] = writing.tradeoff(baseline, store, *settings)
+  if baseline:
+    figures["baseline"] = baseline.tradeoff(loading.load(_BASELINE.value), store, *settings)
   return figures
+
+
+def _exact_writing(directory: str, store: store_lib.TokenStore) -> writing.Writing:
+  """Returns how the baseline writes text; CalmError if it can't be compared on `store`."""
+  workdir.require_same_tokenizer(workdir.read_origin(directory), store, directory)
+  spec = table.of(loading.read_run(directory))
+  if spec.writing is None or spec.writing.takes_candidates:
+    raise errors.CalmError(
+      f"--baseline={directory} holds {spec.title}: give the workdir of a stage that samples "
+      "exactly at any temperature, such as a Transformer"
+    )
+  return spec.writing
 
 
 def main() -> None:

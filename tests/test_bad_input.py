@@ -360,6 +360,11 @@ COMMANDS = {
     "--workdir={calm} --rule=none --at_limit=error",
     "never settles",
   ),
+  "a baseline that draws candidates": (
+    "evaluate",
+    "--workdir={calm} --temperatures=0.5 --baseline={calm}",
+    "holds a CALM language model: give the workdir of a stage that samples exactly",
+  ),
   "temperatures that are not numbers": (
     "evaluate",
     "--workdir={calm} --temperatures=a",

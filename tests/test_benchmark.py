@@ -11,6 +11,7 @@ from benchmarks import (
   data,
   documents,
   evaluation,
+  jobs,
   losses,
   peaks,
   training,
@@ -84,7 +85,7 @@ def test_training_is_measured_beside_contenders_that_are_missing_or_fail(
     training=config.Training(batch=2, compute_dtype="float32"),
     mesh=config.Mesh(fsdp=1),
   )
-  job = contenders.BenchmarkJob("toy", run, {}, 64)
+  job = jobs.BenchmarkJob("toy", run, {}, 64)
   lines, (figures,) = training.measure(job)
   ours, other, broken = figures["contenders"].values()
   assert ours["steps"] == 4 and ours["tokens_per_second"] == 32 / ours["step_seconds"]

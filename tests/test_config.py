@@ -1,6 +1,7 @@
 """Claims about settings: bad values are refused with a way out, and every setting is used."""
 
 import dataclasses
+import json
 import pathlib
 import re
 
@@ -10,6 +11,7 @@ from calm_jax import config, errors, resolve
 from calm_jax.stages import autoencoder as autoencoder_stage
 from calm_jax.stages import calm as calm_stage
 from calm_jax.stages import table
+from calm_jax.stages import transformer as transformer_stage
 from calm_jax.training import optimizer
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -29,6 +31,20 @@ def changed(run, path, value):
 @pytest.mark.parametrize("run", [autoencoder_stage.Run(), calm_stage.Run()])
 def test_a_run_survives_a_round_trip_through_a_config_dict(run):
   assert table.run_from(resolve.to_config_dict(run).to_dict()) == run
+
+
+@pytest.mark.parametrize(
+  ("run", "own"),
+  [
+    (autoencoder_stage.Run(), ["start_from", "model", "loss"]),
+    (calm_stage.Run(), ["autoencoder", "start_from", "model", "head", "loss"]),
+    (transformer_stage.Run(), ["start_from", "model"]),
+  ],
+)
+def test_config_json_keeps_the_order_in_which_workdirs_hold_it(run, own: list[str]):
+  """Their seals cover the bytes: another order would rewrite config.json on the next start."""
+  shared = ["optimizer", "training", "mesh", "execution", "limits", "profile"]
+  assert list(json.loads(resolve.to_json(run))) == ["stage", "data", *own, *shared]
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 
-from calm_jax import config
+from calm_jax import config, errors
 from calm_jax.data import readers, sources
+from calm_jax.interchange import names
 from calm_jax.kernels import attention
 from calm_jax.models.heads import head as head_lib
 from calm_jax.models.heads import registry
@@ -74,6 +75,13 @@ def test_the_head_samples(added):
   assert noise.shape == (1000, 4) and float(jnp.std(noise)) == pytest.approx(1, abs=0.1)
   params = head.init(jax.random.key(1))
   assert head.sample(params, jnp.ones((3, 8)), jax.random.key(2), 5).shape == (5, 3, 6)
+
+
+def test_the_head_is_not_exported_under_its_parents_name(added):
+  """Other frameworks would open it as an energy head, with other noise."""
+  added("head")
+  with pytest.raises(errors.CalmError, match="'normal' heads have no tensors in the reference"):
+    names.calm(config.Backbone(), config.Head(kind="normal"))
 
 
 def test_the_kernel_equals_the_plain_form(added):

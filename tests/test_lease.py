@@ -409,8 +409,10 @@ def test_a_run_whose_workdir_was_taken_over_stops_writing(
   folder = tmp_path / "run"
 
   def take_over() -> None:
-    write(folder, host="far")
-    time.sleep(1)
+    # `write` takes no lock, so a heartbeat under way may replace what it wrote.
+    while read(folder)["host"] != "far":
+      write(folder, host="far")
+      time.sleep(1)
 
   at_step(monkeypatch, 3, take_over)
   with pytest.raises(errors.CalmError, match=r"taken over by process .* on far"):

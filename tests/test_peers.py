@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 
-from benchmarks import contenders, ours
+from benchmarks import contenders, jobs, ours
 from calm_jax import config, errors
 from calm_jax.interchange import names
 from calm_jax.models import foreign
@@ -61,7 +61,7 @@ def load(module: Any, params: Any, table: list[foreign.Tensor]) -> None:
 def test_the_peers_loss_is_ours(run: config.Run, error: float):
   """To within the noise of 256 patches where samples and targets are drawn."""
   torch.manual_seed(0)
-  job = contenders.BenchmarkJob("toy", run, PARENTS, VOCAB)
+  job = jobs.BenchmarkJob("toy", run, PARENTS, VOCAB)
   stage = ours.stage_of(job)
   params = stage.init(jax.random.key(0))
   token_BS = np.random.default_rng(0).integers(0, VOCAB, (4, 256))
@@ -87,7 +87,7 @@ def test_the_peers_loss_is_ours(run: config.Run, error: float):
 
 
 def test_a_stage_without_a_pytorch_model_is_named():
-  job = contenders.BenchmarkJob("toy", BASELINE, {}, VOCAB)
+  job = jobs.BenchmarkJob("toy", BASELINE, {}, VOCAB)
   other: Any = types.SimpleNamespace(stage="other")
   with pytest.raises(errors.CalmError, match=r"no PyTorch model of stage 'other': .*other\.py"):
     pytorch.model(dataclasses.replace(job, run=other))
@@ -102,14 +102,14 @@ def test_the_process_of_pytorch_does_not_import_jax():
   )
   llama = config.Transformer(layers=1, width=16, ffn=32, heads=2, kv_heads=2)
   run = transformer_stage.Run(model=llama, data=config.Data(context=16))
-  sent = pickle.dumps(contenders.BenchmarkJob("toy", run, {}, 64).plain())
+  sent = pickle.dumps(jobs.BenchmarkJob("toy", run, {}, 64).plain())
   command = [sys.executable, "-c", code]
   done = subprocess.run(command, cwd=ROOT, input=sent, capture_output=True, check=True)
   assert done.stdout == b"True False\n"
 
 
 def test_a_step_lowers_the_loss_of_its_batch():
-  steps = pytorch.Steps(contenders.BenchmarkJob("toy", BASELINE, {}, VOCAB), compiled=False)
+  steps = pytorch.Steps(jobs.BenchmarkJob("toy", BASELINE, {}, VOCAB), compiled=False)
   with torch.no_grad():
     before = float(steps._loss(steps._tokens))
   assert len(contenders.step_seconds(steps, 5)) == 5

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 from test_checkpoint import edit_meta
 
-from calm_jax import errors, files, seal, workdir, workdir_checks
+from calm_jax import errors, files, seal, sealed_json, workdir, workdir_checks
 from calm_jax.running import conversion, loading, train
 from calm_jax.stages import autoencoder as autoencoder_stage
 from calm_jax.training import ledger, meta
@@ -109,6 +109,20 @@ def test_a_restart_leaves_tokenizer_origin_and_seal_alone(
   before = {name: (tmp_path / "copy" / name).stat().st_mtime_ns for name in parts}
   train.train_run(autoencoder_run, str(tmp_path / "copy"))
   assert before == {name: (tmp_path / "copy" / name).stat().st_mtime_ns for name in parts}
+
+
+def test_seals_and_origins_that_name_an_absent_autoencoder_are_read(trained_autoencoder, tmp_path):
+  """Workdirs without parents were written so: their checkpoints hold `bound`."""
+  directory = str(trained_autoencoder)
+  origin, current = workdir.read_origin(directory), seal.read(directory)
+  values = {**origin.values(), "autoencoder_fingerprint": ""}
+  assert workdir.Origin.of_json(values, "origin.json") == origin
+  values = json.loads(current.to_json()) | {"autoencoder": ""}
+  del values[sealed_json.FIELD]
+  (tmp_path / "seal.json").write_text(files.to_json(sealed_json.sealed(values)))
+  read = seal.read(str(tmp_path))
+  parts = [read.run, read.origin, read.tokenizer, ""]
+  assert read == current and read.bound == sealed_json.digest(parts)
 
 
 def test_a_workdir_of_format_1_is_refused(trained_autoencoder, tmp_path):

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 
-from calm_jax import config
+from calm_jax import config, seal, sealed_json
 from calm_jax.models import calm, layers
 from calm_jax.objectives import autoencoding, brier, energy_score
 from calm_jax.running import evaluating, loading, untrained
 from calm_jax.stages import autoencoder as autoencoder_stage
 from calm_jax.stages import calm as calm_stage
+from calm_jax.stages import table
+from calm_jax.stages import transformer as transformer_stage
 from calm_jax.training import stage as stage_lib
 from calm_jax.training import step
 from calm_jax.training import trained as trained_lib
@@ -71,6 +73,38 @@ def test_scores_have_one_row_per_example(stage_and_params, batch):
   part = evaluate(params, stage.frozen, rows(batch, [2, 0]), KEY)
   for name, values in whole.items():
     np.testing.assert_allclose(values[jnp.array([2, 0])], part[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_parents_name_means_one_stage_and_no_other_part_of_a_workdir():
+  """Flags, keys of seal.json and folders of a workdir are named by parents' names."""
+  stages: dict[str, set[str]] = {}
+  for spec in table.STAGES.values():
+    for name, stage in spec.parents.items():
+      stages.setdefault(name, set()).add(stage)
+  assert stages and all(len(meanings) == 1 for meanings in stages.values())
+  keys = {field.name for field in dataclasses.fields(seal.Seal)} - {"parents"}
+  folders = {"checkpoints", "ledger", "profile", "format_version", sealed_json.FIELD}
+  assert not stages.keys() & (keys | folders)
+
+
+def test_a_parents_own_parents_are_copied_with_it(trained_calm, tmp_path):
+  trained = loading.load(str(trained_calm))
+  trained_lib.copy_parent(trained, "teacher", str(trained_calm), str(tmp_path / "teacher"))
+  copy = loading.load(str(tmp_path / "teacher"), "calm")
+  assert copy.fingerprint == trained.fingerprint
+  assert copy.parents["autoencoder"].fingerprint == trained.parents["autoencoder"].fingerprint
+
+
+def test_a_parents_own_parents_are_planned_with_it(monkeypatch: pytest.MonkeyPatch):
+  spec = table.STAGES["transformer"]
+  monkeypatch.setitem(
+    table.STAGES, "transformer", dataclasses.replace(spec, parents={"teacher": "calm"})
+  )
+  autoencoder = autoencoder_stage.Run(model=config.Autoencoder(width=16, ffn=32, latent=8))
+  run, runs = transformer_stage.Run(), {"autoencoder": autoencoder}
+  teacher = untrained.trained(run, runs, 300, untrained.abstract).parents["teacher"]
+  assert teacher.parents["autoencoder"].run == autoencoder
+  assert teacher.model.sizes.latent == 8
 
 
 def autoencoder_loss(run: autoencoder_stage.Run, params, batch, **changes):

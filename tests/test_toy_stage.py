@@ -28,6 +28,7 @@ from calm_jax.data import pipeline
 from calm_jax.figures import LOWER, Figure
 from calm_jax.generation import requests
 from calm_jax.models import layers
+from calm_jax.parallel import mesh as mesh_lib
 from calm_jax.reporting import page, presentation, records
 from calm_jax.running import (
   conversion,
@@ -41,7 +42,7 @@ from calm_jax.running import (
 )
 from calm_jax.stages import spec as spec_lib
 from calm_jax.stages import table
-from calm_jax.training import evaluation, stage
+from calm_jax.training import evaluation, program, stage
 
 ROOT = pathlib.Path(__file__).parent.parent
 NAME = "parrot"
@@ -317,6 +318,16 @@ def test_it_is_counted_and_planned_without_a_workdir():
   model = untrained.trained(run, parents, 100, untrained.abstract)
   assert model.params["embed"]["embedding"].shape == (100, 8)
   assert starting.next_command(run, "W", "m") == "next: python -m calm_jax.evaluate --workdir=W"
+
+
+def test_its_step_is_compiled_without_a_workdir():
+  run = untrained_run()
+  functions = untrained.functions(run, {}, 100, untrained.abstract)
+  mesh = mesh_lib.build(run.mesh, jax.devices()[:1])
+  with jax.set_mesh(mesh):
+    step = program.TrainProgram(run, functions, mesh, SPEC.fields(run)).lowered_step()
+  batch = {name: x.shape for name, x in step.in_avals[0][2].items()}
+  assert batch == {"tokens": (4, 32), "index": (4,), "target": (4,)}
 
 
 def untrained_run() -> Run:

@@ -4,13 +4,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from benchmarks import contenders, torch_parts
+from benchmarks import jobs, torch_parts
 
 
 class Model(nn.Module):
   """An autoencoder of initial values, and its loss as published."""
 
-  def __init__(self, job: contenders.BenchmarkJob):
+  def __init__(self, job: jobs.BenchmarkJob):
     super().__init__()
     self.settings, self.size = job.run.loss, job.run.model.patch_size
     self.ae_model = torch_parts.autoencoder(job.run.model, job.vocab_size)

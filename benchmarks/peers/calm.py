@@ -9,7 +9,7 @@ import transformers
 from torch import nn
 from torch.nn import functional
 
-from benchmarks import contenders, torch_parts
+from benchmarks import jobs, torch_parts
 from calm_jax import errors
 from calm_jax.interchange.torch_module import modeling_calm as modeling
 
@@ -39,7 +39,7 @@ class Model(nn.Module):
     CalmError: for another head or another input, which are not written in PyTorch.
   """
 
-  def __init__(self, job: contenders.BenchmarkJob):
+  def __init__(self, job: jobs.BenchmarkJob):
     super().__init__()
     run = job.run
     if run.head.kind != "energy" or run.model.input != "discrete":
@@ -111,7 +111,7 @@ class Model(nn.Module):
     return (2 * attraction_BP - repulsion_BP).mean()
 
 
-def evaluation(job: contenders.BenchmarkJob, token_BPK: np.ndarray) -> Callable[[], np.ndarray]:
+def evaluation(job: jobs.BenchmarkJob, token_BPK: np.ndarray) -> Callable[[], np.ndarray]:
   """Returns a function that scores a batch with a model of initial values; see `Model.evaluate`."""
   model, tokens = Model(job).eval(), torch.tensor(token_BPK).long()
   return lambda: model.evaluate(tokens).numpy()

@@ -3,13 +3,13 @@
 import transformers
 from torch import nn
 
-from benchmarks import contenders, torch_parts
+from benchmarks import jobs, torch_parts
 
 
 class Model(nn.Module):
   """A Llama of transformers, of initial values, with its own loss."""
 
-  def __init__(self, job: contenders.BenchmarkJob):
+  def __init__(self, job: jobs.BenchmarkJob):
     super().__init__()
     sizes = torch_parts.llama(job.run.model, job.vocab_size, job.run.data.context)
     self.llama = transformers.LlamaForCausalLM(sizes)

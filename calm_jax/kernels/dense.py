@@ -14,7 +14,7 @@ from calm_jax.parallel import mesh as mesh_lib
 
 
 def plain(x_I: jax.Array, kernel_IO: jax.Array) -> jax.Array:
-  """Returns x · kernel, [..., I] and [I, O] -> [..., O], with JAX's own gradient."""
+  """Returns x · kernel, I inputs to O outputs, [..., I] and [I, O] -> [..., O]."""
   return x_I @ kernel_IO
 
 

@@ -125,9 +125,10 @@ def _build(run: Any, store: store_lib.TokenStore, directory: str, is_started: bo
   folders = {
     name: _parent_source(run, name, directory, is_started, source) for name in spec.parents
   }
-  parents = {}
+  parents = dict(source.parents) if source and not is_started else {}
   for name, folder in folders.items():
-    parents[name] = loading.load(folder, spec.parents[name], run.training.compute_dtype)
+    if name not in parents:
+      parents[name] = loading.load(folder, spec.parents[name], run.training.compute_dtype)
     workdir.require_same_tokenizer(parents[name].origin, store, folder)
   # Loaded weights keep their vocabulary, which may be padded above the tokenizer's.
   loaded_origin = own_origin or (source.origin if source else None)
@@ -153,7 +154,7 @@ def _build(run: Any, store: store_lib.TokenStore, directory: str, is_started: bo
 
 def _weights_to_start_from(run: Any, store: store_lib.TokenStore) -> trained_lib.Trained:
   """Returns the trained stage in `start_from`; CalmError if `run` can't start from it."""
-  source = loading.load(run.start_from, run.stage)
+  source = loading.load(run.start_from, run.stage, run.training.compute_dtype)
   workdir.require_same_tokenizer(source.origin, store, run.start_from)
   spec, needed = table.of(run), {}
   free = {"start_from", *spec.parents, *spec.unshaped(run)}
