@@ -1,1 +1,1 @@
-"""What `python -m calm_jax.benchmark` runs, and its measured figures."""
+"""The suites of `python -m calm_jax.benchmark`, and their measured figures."""

@@ -73,12 +73,12 @@ def step_seconds(steps: jobs.Steps, count: int) -> list[float]:
   """Returns seconds of each of `count` steps; a step starts before its predecessor has ended."""
   ends, wait = [time.perf_counter()], None
   for _ in range(count):
-    following = steps.dispatch()
+    next_wait = steps.dispatch()
     if wait:
       wait()
-    if wait or not following:
+    if wait or not next_wait:
       ends.append(time.perf_counter())
-    wait = following
+    wait = next_wait
   if wait:
     wait()
     ends.append(time.perf_counter())
@@ -117,11 +117,13 @@ class _Process:
 
   def __init__(self, contender: Contender, job: jobs.BenchmarkJob):
     context = multiprocessing.get_context("spawn")
-    self._connection, theirs = context.Pipe()
+    self._connection, child_connection = context.Pipe()
     own = job.plain() if contender.plain else job
-    self._process = context.Process(target=_work, args=(theirs, contender.build, own), daemon=True)
+    self._process = context.Process(
+      target=_work, args=(child_connection, contender.build, own), daemon=True
+    )
     self._process.start()
-    theirs.close()
+    child_connection.close()
     self.seconds: list[float] = []
     self.facts: dict[str, Any] = self._receive()
 
@@ -169,10 +171,10 @@ def compete(
   """Returns the figures of each contender by name; if the first fails, only its error.
 
   Args:
-    report: takes lines of progress.
+    report: prints a line of progress.
   """
   figures: dict[str, dict[str, Any]] = {}
-  living: dict[str, _Process] = {}
+  cpu_processes: dict[str, _Process] = {}
   for contender in contenders:
     if missing := contender.missing():
       figures[contender.name] = {
@@ -180,20 +182,20 @@ def compete(
         "step_seconds": [],
       }
       continue
-    report(f"{job.name}: {contender.name} gets ready")
+    report(f"{job.name}: {contender.name} starts")
     process = _Process(contender, job)
     if "error" in process.facts and contender is contenders[0]:
       return {contender.name: process.close()}
     if process.facts.get("platform", "cpu") == "cpu":
-      living[contender.name] = process
+      cpu_processes[contender.name] = process
       continue
     for _ in range(ACCELERATOR.rounds):
       process.take(ACCELERATOR.steps)
     figures[contender.name] = process.close()
   for number in range(CPU.rounds):
-    for process in living.values():
+    for process in cpu_processes.values():
       process.take(CPU.steps)
-    if living:
+    if cpu_processes:
       report(f"{job.name}: round {number + 1} of {CPU.rounds}")
-  figures |= {name: process.close() for name, process in living.items()}
+  figures |= {name: process.close() for name, process in cpu_processes.items()}
   return {contender.name: figures[contender.name] for contender in contenders}

@@ -91,8 +91,8 @@ def measure() -> tuple[list[str], list[dict[str, Any]]]:
   """
   if not pathlib.Path("/proc/self/status").exists():
     raise errors.CalmError("--suite=convert reads memory from /proc, which this system lacks")
-  with tempfile.TemporaryDirectory() as place:
-    folder = pathlib.Path(place)
+  with tempfile.TemporaryDirectory() as directory:
+    folder = pathlib.Path(directory)
     (folder / "reference").mkdir()
     weights = _write_source(folder / "reference")
     figures = [_convert(folder / "reference", folder / "workdir", "workdir")]

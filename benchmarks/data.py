@@ -17,7 +17,7 @@ from calm_jax import errors
 from calm_jax.data import pipeline, readers, sources, synthetic, tokenizer
 
 CONTEXT, BATCH = 8192, 16
-SECONDS = 5.0  # For which batches are read.
+SECONDS = 5.0  # Duration of reading batches.
 VOCAB = 32_768
 TEXT_BYTES = 2**25
 # Llama 3's pattern, which splits text before bytes are merged.
@@ -28,7 +28,7 @@ _SPLIT = (
 
 
 def _read(connection: Any) -> None:
-  """Reads batches of blocks at random places on one core; sends tokens/s."""
+  """Reads batches of blocks at random positions on one core; sends tokens/s."""
   if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
   store = synthetic.open_store(f"{synthetic.PREFIX}{VOCAB}")
@@ -44,12 +44,12 @@ def _read(connection: Any) -> None:
 def _reading_rate() -> float:
   """Returns the tokens/s of `_read` in a process of its own."""
   context = multiprocessing.get_context("spawn")
-  ours, theirs = context.Pipe()
-  process = context.Process(target=_read, args=(theirs,), daemon=True)
+  receiver, sender = context.Pipe()
+  process = context.Process(target=_read, args=(sender,), daemon=True)
   process.start()
-  theirs.close()
+  sender.close()
   try:
-    return ours.recv()
+    return receiver.recv()
   except EOFError as error:
     raise errors.CalmError("reading can't be measured: its process has died") from error
   finally:
@@ -108,11 +108,11 @@ def _prepare_seconds(source: pathlib.Path, model: str, workers: int) -> float:
 def _prepare_rates(root: pathlib.Path) -> list[dict[str, Any]]:
   """Returns `prepare`'s figures per tokenizer and number of workers.
 
-  A second run over few texts measures the time that any run takes; rates leave it out.
+  A second run over few texts measures the fixed time of a run, which the rates exclude.
   """
   texts = _texts()
-  few = texts[: max(64, len(texts) // 100)]
-  size, small = _write(texts, root / "texts.jsonl"), _write(few, root / "few.jsonl")
+  few_texts = texts[: max(64, len(texts) // 100)]
+  size, few_bytes = _write(texts, root / "texts.jsonl"), _write(few_texts, root / "few.jsonl")
   tokenizer.train(texts[: len(texts) // 8], VOCAB // 4, str(root / "pieces.model"))
   _llama_style(texts[: len(texts) // 8], str(root / "llama.json"))
   workers = sorted({1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2})
@@ -130,7 +130,7 @@ def _prepare_rates(root: pathlib.Path) -> list[dict[str, Any]]:
           "bytes": size,
           "seconds": seconds,
           "seconds_of_few": seconds_of_few,
-          "bytes_per_second": (size - small) / (seconds - seconds_of_few),
+          "bytes_per_second": (size - few_bytes) / (seconds - seconds_of_few),
         }
       )
   return figures

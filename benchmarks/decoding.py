@@ -1,4 +1,4 @@
-"""Speed of writing with a trained model: draws as published, and ours."""
+"""Speed of generation with a trained model: the published sampler, and ours."""
 
 import dataclasses
 import time
@@ -37,7 +37,7 @@ Section = tuple[list[str], Any]  # Lines to print, and the figures.
 
 
 def _bare(trained: trained_lib.Trained, token_BPK: np.ndarray) -> float:
-  """Returns seconds of writing NEW_PATCHES in the shortest loop: one draw a patch at T = 1."""
+  """Returns seconds of NEW_PATCHES in a minimal loop: one draw per patch at T = 1."""
   model, params = trained.model, (trained.params, trained.parents["autoencoder"].params)
   law, autoencoder = laws.CalmLaw(trained, requests.Sampler()), trained.parents["autoencoder"].model
 
@@ -60,7 +60,7 @@ def _bare(trained: trained_lib.Trained, token_BPK: np.ndarray) -> float:
 
 
 def _write(decoder: decode.Decoder, texts: list[requests.Request]) -> tuple[float, float, float]:
-  """Returns seconds of writing NEW_PATCHES without the prompt, and draws a patch, made and seen."""
+  """Returns seconds of NEW_PATCHES without the prompt; draws per patch, all and those seen."""
   seconds, drawn, seen = [], [], []
   for _ in range(REPETITIONS + 1):
     session = decoder.start(texts)
@@ -76,12 +76,12 @@ def _write(decoder: decode.Decoder, texts: list[requests.Request]) -> tuple[floa
 def _differing_draws(trained: trained_lib.Trained, token_BPK: np.ndarray) -> Section:
   """Measures, per kind of smaller weights, the share of draws that differ with the same noise.
 
-  The share bounds the total variation between the laws. A kind whose library is not installed
-  is left out.
+  The share bounds the total variation between the distributions. A kind whose library is not
+  installed is left out.
   """
 
-  def drawn(kept: trained_lib.Trained) -> np.ndarray:
-    model, autoencoder = kept.model, kept.parents["autoencoder"]
+  def draw_tokens(stage: trained_lib.Trained) -> np.ndarray:
+    model, autoencoder = stage.model, stage.parents["autoencoder"]
 
     @jax.jit
     def tokens(params, frozen):
@@ -89,15 +89,15 @@ def _differing_draws(trained: trained_lib.Trained, token_BPK: np.ndarray) -> Sec
       latent_NBPZ = model.sample(params, hidden_BPD, jax.random.key(0), 20)
       return calm.decode_tokens(autoencoder.model, frozen, latent_NBPZ)
 
-    return np.asarray(tokens(kept.params, autoencoder.params))
+    return np.asarray(tokens(stage.params, autoencoder.params))
 
-  figures, expected = {}, drawn(trained)
-  for kind, smaller in precision.WEIGHTS.items():
+  figures, expected = {}, draw_tokens(trained)
+  for kind, convert in precision.WEIGHTS.items():
     try:
-      small = drawn(smaller(trained))
+      tokens_BPK = draw_tokens(convert(trained))
     except errors.CalmError:
       continue
-    figures[kind] = float(np.any(expected != small, axis=-1).mean())
+    figures[kind] = float(np.any(expected != tokens_BPK, axis=-1).mean())
   shares = (f"{100 * share:.2f} % with {kind}" for kind, share in figures.items() if share)
   return [f"draws that differ with the same noise: {', '.join(shares)}"], figures
 
@@ -105,15 +105,15 @@ def _differing_draws(trained: trained_lib.Trained, token_BPK: np.ndarray) -> Sec
 def _prompts(store: store_lib.TokenStore, batch: int, patch_size: int) -> np.ndarray:
   """Returns prompts at even distances in the held-out tokens, [B, PROMPT_PATCHES, K]."""
   length = PROMPT_PATCHES * patch_size
-  places = np.linspace(0, store.num_tokens("heldout") - length, batch).astype(int)
-  token_BS = np.stack([store.read("heldout", i, i + length) for i in places]).astype(np.int32)
+  positions = np.linspace(0, store.num_tokens("heldout") - length, batch).astype(int)
+  token_BS = np.stack([store.read("heldout", i, i + length) for i in positions]).astype(np.int32)
   return token_BS.reshape(batch, PROMPT_PATCHES, patch_size)
 
 
 def _speed(
   trained: trained_lib.Trained, token_BPK: np.ndarray, way: tuple[str, requests.Sampler, float, int]
 ) -> dict[str, Any]:
-  """Returns the speed and the cost of writing after each prompt in one of WAYS."""
+  """Returns the speed and the cost of continuing each prompt in one of WAYS."""
   name, sampler, value, n = way
   batch, _, patch_size = token_BPK.shape
   texts = [
@@ -151,21 +151,21 @@ def _speeds(trained: trained_lib.Trained, token_BPK: np.ndarray) -> Section:
     {"batch": batch, "way": "bare loop", "temperature": 1.0, "tokens_per_second": bare}
   ]
   for way in WAYS:
-    row, before = _speed(trained, token_BPK, way), figures[-1]["tokens_per_second"]
+    row, previous = _speed(trained, token_BPK, way), figures[-1]["tokens_per_second"]
     line = (
       f"batch {batch:2}  {row['way']:10} T = {row['temperature']:.3f}, N = "
       f"{row['num_candidates']:3}: {row['tokens_per_second']:9,.1f} tokens/s, "
       f"{row['draws']:6.1f} draws a patch, {row['mflop']:8.1f} MFLOP a token"
     )
     if row["way"] == "ours":
-      line += f", {row['tokens_per_second'] / before:.1f} times the published way"
+      line += f", {row['tokens_per_second'] / previous:.1f} times the published way"
     lines.append(line)
     figures.append(row)
   return lines, figures
 
 
 def _quality(trained: trained_lib.Trained, store: store_lib.TokenStore) -> Section:
-  """Measures accuracy and collision of what both ways write, in percent."""
+  """Measures accuracy and collision of the published sampler and of ours, in percent."""
   lines, figures = [], []
   for sampler, n in ((PUBLISHED, 200), (requests.Sampler(), 24)):
     figures += tradeoff.of_calm(
@@ -191,7 +191,7 @@ def _trained(directory: str) -> trained_lib.Trained:
   """
   if not directory:
     raise errors.CalmError(
-      "--suite=decode writes with a trained model: give --workdir=DIR of a CALM language model, "
+      "--suite=decode needs a trained model: give --workdir=DIR of a CALM language model, "
       "such as launch/quickstart.sh trains"
     )
   return loading.load(directory, "calm")

@@ -1,4 +1,4 @@
-"""Measurements -> documents: this code copies the figures, nobody does by hand.
+"""Measurements -> documents: figures are copied by this code, never by hand.
 
 In a Markdown file, the fenced block after a line `<!-- benchmarks/NAME.json -->` shows the
 lines of that file.
@@ -20,9 +20,9 @@ class Record:
 
   Attributes:
     command: the command line.
-    environment: variables that speeds depend on, where they were set.
-    lines: the figures for people.
-    figures: the same and more, for programs.
+    environment: environment variables that affect speed, if set.
+    lines: the figures as text.
+    figures: the figures for programs, in more detail.
   """
 
   command: str
@@ -36,9 +36,9 @@ class Record:
 
   def text(self) -> str:
     """Returns the block that a document shows."""
-    before = "".join(f"{name}={value} " for name, value in sorted(self.environment.items()))
-    place = f"at commit {self.commit}, jax {self.versions['jax']}, {self.processor}"
-    return "\n".join([f"$ {before}{self.command}", f"  {place}", *self.lines])
+    variables = "".join(f"{name}={value} " for name, value in sorted(self.environment.items()))
+    conditions = f"at commit {self.commit}, jax {self.versions['jax']}, {self.processor}"
+    return "\n".join([f"$ {variables}{self.command}", f"  {conditions}", *self.lines])
 
 
 def read(path: pathlib.Path) -> Record:
@@ -50,7 +50,7 @@ def read(path: pathlib.Path) -> Record:
   try:
     record = Record(**files.read_json(path))
     if not isinstance(record.lines, list):
-      raise TypeError("lines is no list")
+      raise TypeError("lines is not a list")
     record.text()
   except (LookupError, TypeError, ValueError, AttributeError) as error:
     raise errors.CalmError(f"{path} holds no run of a benchmark: {error}") from error

@@ -1,4 +1,4 @@
-"""BrierLM below four tokens a patch: branches from all positions, or a pass per position."""
+"""BrierLM at K < 4: branches from all positions at once, or a pass per position."""
 
 import dataclasses
 import importlib.util
@@ -29,7 +29,7 @@ RUN = calm_stage.Run(
 
 
 def _run(patch_size: int) -> calm_stage.Run:
-  """Returns RUN over patches of another size."""
+  """Returns RUN with another patch size."""
   sizes = dataclasses.replace(RUN.model, patch_size=patch_size)
   return dataclasses.replace(RUN, model=sizes, data=config.Data(context=PATCHES * patch_size))
 
@@ -74,20 +74,20 @@ def _compare(patch_size: int) -> dict[str, Any]:
   def one_pass(params, token_BPK, start, step):
     """Returns one position's hidden states, by a pass over its text and continuation."""
     path_BPK = jnp.flip(token_BPK, axis=1)
-    for done in range(spanned - 1):
-      own_B1K = jax.lax.dynamic_slice_in_dim(path_BPK, start + done, 1, axis=1)
-      changed = jax.lax.dynamic_update_slice_in_dim(token_BPK, own_B1K, start + 1 + done, axis=1)
-      token_BPK = jnp.where(done <= step, changed, token_BPK)
+    for index in range(spanned - 1):
+      own_B1K = jax.lax.dynamic_slice_in_dim(path_BPK, start + index, 1, axis=1)
+      changed = jax.lax.dynamic_update_slice_in_dim(token_BPK, own_B1K, start + 1 + index, axis=1)
+      token_BPK = jnp.where(index <= step, changed, token_BPK)
     hidden_BPD, _ = model.hidden(params, token_BPK[:, :-1])
     return jnp.take(hidden_BPD, start + 1 + step, axis=1)
 
   def passes(positions):
     return [one_pass(params, token_BPK, i, step) for i in positions for step in range(spanned - 1)]
 
-  every = np.asarray(branching(params, token_BPK))
+  branch_hidden = np.asarray(branching(params, token_BPK))
   subset = range(0, starts, starts // 8)
-  single = np.asarray(jnp.stack(passes(subset))).reshape(len(subset), spanned - 1, BLOCKS, -1)
-  difference = np.abs(np.moveaxis(every[:, :, list(subset)], 2, 0) - single).max()
+  pass_hidden = np.asarray(jnp.stack(passes(subset))).reshape(len(subset), spanned - 1, BLOCKS, -1)
+  difference = np.abs(np.moveaxis(branch_hidden[:, :, list(subset)], 2, 0) - pass_hidden).max()
 
   stage, _ = evaluating.functions(trained)
   batch = {"tokens": token_BPK.reshape(BLOCKS, -1), "index": jnp.arange(BLOCKS)}
@@ -106,7 +106,7 @@ def _compare(patch_size: int) -> dict[str, Any]:
 
 
 def _against_torch(patch_size: int) -> dict[str, Any]:
-  """Returns seconds of scoring BLOCKS with two samples a patch: ours, and PyTorch's."""
+  """Returns seconds of scoring BLOCKS with two samples per patch: ours, and PyTorch's."""
   from benchmarks.peers import calm as peer  # Not at the top: PyTorch may not be installed.
 
   run = dataclasses.replace(_run(patch_size), loss=dataclasses.replace(RUN.loss, samples=2))

@@ -13,8 +13,10 @@ class BenchmarkJob:
   """What all contenders train.
 
   Attributes:
-    name: the config's name, for people.
-    run: settings of its stage. parents: those of the runs that its parents come from.
+    name: name of the config, for tables.
+    run: settings of its stage.
+    parents: settings of the runs that its parents come from.
+    vocab_size: V.
   """
 
   name: str
@@ -23,7 +25,7 @@ class BenchmarkJob:
   vocab_size: int
 
   def plain(self) -> "BenchmarkJob":
-    """Returns the job with settings of no class of ours: reading them imports no JAX."""
+    """Returns the job with settings as plain objects, so that reading them imports no JAX."""
     parents = {name: _plain(dataclasses.asdict(run)) for name, run in self.parents.items()}
     return dataclasses.replace(self, run=_plain(dataclasses.asdict(self.run)), parents=parents)
 

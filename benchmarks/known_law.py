@@ -1,4 +1,4 @@
-"""Draws at lower temperatures from a known law, against the exact law."""
+"""Samples of a known distribution at low temperatures, compared with the exact distribution."""
 
 from typing import Any
 
@@ -21,9 +21,9 @@ def _batch_law(power: float, draws: int) -> np.ndarray:
   gammaln = scipy.special.gammaln
   log_ways_C = gammaln(draws + 1) + (count_CX * np.log(LAW) - gammaln(count_CX + 1)).sum(axis=1)
   level_C1 = (power - np.maximum(int(power) - count_CX.max(axis=1), 0))[:, None]
-  enough_CX = count_CX >= np.maximum(np.floor(level_C1), 1)
-  safe_CX = np.where(enough_CX, count_CX, np.ceil(level_C1))
-  weight_CX = np.exp(gammaln(safe_CX + 1) - gammaln(safe_CX - level_C1 + 1)) * enough_CX
+  is_eligible_CX = count_CX >= np.maximum(np.floor(level_C1), 1)
+  safe_CX = np.where(is_eligible_CX, count_CX, np.ceil(level_C1))
+  weight_CX = np.exp(gammaln(safe_CX + 1) - gammaln(safe_CX - level_C1 + 1)) * is_eligible_CX
   share_CX = weight_CX / weight_CX.sum(axis=1, keepdims=True)
   return (np.exp(log_ways_C)[:, None] * share_CX).sum(axis=0)
 
@@ -34,7 +34,7 @@ def _tempered(power: float) -> np.ndarray:
 
 
 def batch_bias() -> tuple[list[str], Any]:
-  """Measures the total variation between the batch rule's law and the exact one."""
+  """Measures the total variation between the batch rule's distribution and the exact one."""
   figures = [
     {
       "temperature": value,
@@ -88,7 +88,7 @@ def _outcomes(rule: rules.Rule, temperatures: tuple[float, ...]) -> dict[float, 
 
 
 def first_bias() -> tuple[list[str], Any]:
-  """Measures the total variation between the law of rule `first` and the exact one."""
+  """Measures the total variation between rule `first`'s distribution and the exact one."""
   figures = {
     f"{value:.3g}": float(abs(count_X / count_X.sum() - _tempered(1 / value)).sum() / 2)
     for value, count_X in _outcomes(rules.first, (1 / 2, 1 / 3)).items()
@@ -98,7 +98,7 @@ def first_bias() -> tuple[list[str], Any]:
 
 
 def exact_law() -> tuple[list[str], Any]:
-  """Tests the draws of rule `exact` against the exact law: p-values of chi-square."""
+  """Tests the draws of rule `exact` against the exact distribution: p-values of chi-square."""
   figures = {
     f"{value:.3g}": float(
       scipy.stats.chisquare(count_X, _tempered(1 / value) * count_X.sum()).pvalue

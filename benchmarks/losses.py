@@ -78,12 +78,12 @@ def _cost(function: jax.stages.Wrapped, *inputs: jax.Array) -> dict[str, Any]:
 
 
 def _energies() -> list[dict[str, Any]]:
-  inputs, few = _posteriors(PATCHES), _posteriors(FEW_PATCHES)
-  value, gradient = _value_and_gradient(_drawn(MANY_DRAWS))(*few)
+  inputs, few_inputs = _posteriors(PATCHES), _posteriors(FEW_PATCHES)
+  value, gradient = _value_and_gradient(_drawn(MANY_DRAWS))(*few_inputs)
   figures = []
   for name, energy in ENERGIES.items():
     both = _value_and_gradient(energy)
-    own, own_gradient = both(*few)
+    own, own_gradient = both(*few_inputs)
     error = float(jnp.linalg.norm(own_gradient - gradient) / jnp.linalg.norm(gradient))
     figures.append(
       {

@@ -21,7 +21,7 @@ from calm_jax.stages import table
 from calm_jax.training import checkpoint, feed, program, step
 from calm_jax.training import stage as stage_lib
 
-MATMUL = 2048  # Rows and columns of the product whose speed stands for a CPU's peak.
+MATMUL = 2048  # Rows and columns of the product whose FLOP/s count as a CPU's peak.
 
 
 def stage_of(job: jobs.BenchmarkJob) -> stage_lib.Stage:

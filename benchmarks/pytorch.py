@@ -36,9 +36,9 @@ class Steps:
     torch.manual_seed(run.training.seed)
     self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     self._parts, self._clip = run.training.accumulation, settings.clip_norm
-    self._half = run.training.compute_dtype == "bfloat16"
-    plain = model(job).to(self._device).train()
-    self._params = [p for p in plain.parameters() if p.requires_grad]
+    self._uses_bfloat16 = run.training.compute_dtype == "bfloat16"
+    module = model(job).to(self._device).train()
+    self._params = [p for p in module.parameters() if p.requires_grad]
     groups = [
       {"params": [p for p in self._params if p.dim() > 1], "weight_decay": settings.weight_decay},
       {"params": [p for p in self._params if p.dim() <= 1], "weight_decay": 0.0},
@@ -46,14 +46,14 @@ class Steps:
     self._optimizer = torch.optim.AdamW(
       groups, settings.learning_rate, (settings.b1, settings.b2), settings.eps, fused=True
     )
-    self._loss = torch.compile(plain) if compiled else plain
+    self._loss = torch.compile(module) if compiled else module
     shape = (run.training.batch, run.data.context)
     self._tokens = torch.randint(0, job.vocab_size, shape, device=self._device)
 
   def dispatch(self) -> Callable[[], None] | None:
     for part in self._tokens.chunk(self._parts):
       context = contextlib.nullcontext()
-      if self._half:
+      if self._uses_bfloat16:
         context = torch.autocast(self._device.type, dtype=torch.bfloat16)
       with context:
         loss = self._loss(part) / self._parts

@@ -1,7 +1,7 @@
 """PyTorch modules that several peers share.
 
 They compute what the published code computes, in the same way: the hidden state goes through
-the head once a sample, distances are those of a materialised (N, M, P, Z) tensor, and logits
+the head once per sample, distances are those of a materialised (N, M, P, Z) tensor, and logits
 are materialised too. Weights have the published names, so that ours can be loaded.
 """
 

@@ -83,27 +83,29 @@ def _line(name: str, figures: dict[str, Any], ours: dict[str, Any]) -> str:
 
 
 def _compare(
-  job: jobs.BenchmarkJob, chosen: Sequence[contenders.Contender]
+  job: jobs.BenchmarkJob, selected: Sequence[contenders.Contender]
 ) -> tuple[list[str], dict[str, Any]]:
   """Returns the lines and the figures of one job.
 
   Raises:
     CalmError: if ours fails.
   """
-  measured = contenders.compete(chosen, job, lambda line: print(line, file=sys.stderr, flush=True))
+  measured = contenders.compete(
+    selected, job, lambda line: print(line, file=sys.stderr, flush=True)
+  )
   ours = measured["calm_jax"]
   if "error" in ours:
     raise errors.CalmError(f"{job.name} can't be measured: {ours['error']}")
   peak = ours.get("matmul_flops") or peaks.of(ours["device"])
-  named = {name: _figures(job, figures, peak) for name, figures in measured.items()}
-  ours, run = named["calm_jax"], job.run
+  figures_of = {name: _figures(job, figures, peak) for name, figures in measured.items()}
+  ours, run = figures_of["calm_jax"], job.run
   parts = counting.train_parts(run, job.parents, job.vocab_size)
   summands = " + ".join(f"{value / 1e6:.2f} {name}" for name, value in parts.items())
   lines = [
     f"{job.name}: {run.training.batch} sequences of {run.data.context} tokens a step, vocabulary "
     f"{job.vocab_size:,}, {run.training.compute_dtype}, attention {ours['attention']}, on "
     f"{ours['devices']} {ours['device']}",
-    *(_line(name, figures, ours) for name, figures in named.items()),
+    *(_line(name, figures, ours) for name, figures in figures_of.items()),
     f"  model MFLOP a token: {summands} = {ours['model_flops_per_token'] / 1e6:.2f}",
     f"  calm_jax also: compiling {ours['compile_seconds']:.1f} s, saving "
     f"{ours['save_seconds']:.1f} s, waiting for data {ours['data_wait_share']:.2%} of the time",
@@ -117,7 +119,7 @@ def _compare(
     "parents": {name: dataclasses.asdict(parent) for name, parent in job.parents.items()},
     "vocab_size": job.vocab_size,
     "flops": parts,
-    "contenders": named,
+    "contenders": figures_of,
   }
   return lines, figures
 
@@ -137,17 +139,17 @@ def measure(
   choices = {contender.name: contender for contender in contenders.CONTENDERS}
   for name in names:
     config.require(name in choices, f"--contenders has {name!r}: {config.nearest(name, choices)}")
-  chosen = [contender for name, contender in choices.items() if not names or name in names]
+  selected = [contender for name, contender in choices.items() if not names or name in names]
   ours = contenders.CONTENDERS[0]
-  config.require(chosen[0] is ours, f"--contenders must have {ours.name}, got {names}")
+  config.require(selected[0] is ours, f"--contenders must have {ours.name}, got {names}")
   stage_one = RUNS["autoencoder"]
-  small = [
+  default_jobs = [
     jobs.BenchmarkJob(name, run, untrained.parent_runs(run, {"autoencoder": stage_one}), VOCAB)
     for name, run in RUNS.items()
   ]
   lines, figures = [], []
-  for each in [job] if job else small:
-    own_lines, own_figures = _compare(each, chosen)
+  for current_job in [job] if job else default_jobs:
+    own_lines, own_figures = _compare(current_job, selected)
     lines += own_lines
     figures.append(own_figures)
   return lines, figures

@@ -4,5 +4,5 @@ import time
 
 __version__ = "0.1.0"
 
-# When this process began, as near as a package can tell: seconds since the epoch.
+# Approximate start of this process, in seconds since the epoch.
 STARTED = time.time()

@@ -1,6 +1,6 @@
 """The command `calm-jax ACT ...`, which runs an act as `python -m calm_jax.ACT ...` does.
 
-Without an act it lists them.
+Without an act, it prints the list of acts.
 """
 
 import ast
@@ -8,7 +8,7 @@ import pathlib
 import runpy
 import sys
 
-# In the order of a project: from text to tokens, to a trained model, to what is known of it.
+# In the order of use: text to tokens, training, evaluation, export.
 ACTS = (
   "prepare",
   "main",
@@ -25,9 +25,9 @@ _HELP = ("--help", "-h", "help")
 
 
 def summary(act: str) -> str:
-  """Returns what an act does, in a few words: its docstring's first line up to the command.
+  """Returns the first line of an act's docstring, without its command.
 
-  Importing it would import JAX.
+  The file is parsed, because importing it would import JAX.
   """
   code = pathlib.Path(__file__).with_name(f"{act}.py").read_text(encoding="utf-8")
   line = (ast.get_docstring(ast.parse(code)) or "").partition("\n")[0]
@@ -35,7 +35,7 @@ def summary(act: str) -> str:
 
 
 def listing() -> str:
-  """Returns the acts, one a line."""
+  """Returns the usage text, with one act per line."""
   width = max(map(len, ACTS))
   return "\n".join(
     [
@@ -49,21 +49,21 @@ def listing() -> str:
 
 
 def main() -> None:
-  """Runs the act that the command line names; its flags are the words after it."""
+  """Runs the act named by the first argument; the remaining arguments are its flags."""
   word = sys.argv[1] if sys.argv[1:] else "--help"
   if word in ACTS:
     del sys.argv[1]
-    # As __main__: then an act's own first lines, its signals and its processes are as with -m.
+    # As __main__, so that signal handlers and spawned processes work as with python -m.
     runpy.run_module(f"calm_jax.{word}", run_name="__main__", alter_sys=True)
     return
-  from calm_jax import cli, config, errors  # Acts come first: they import what they need.
+  from calm_jax import cli, config, errors  # Not imported before an act, for a fast start.
 
-  def tell() -> None:
+  def show_help() -> None:
     if word not in _HELP:
       raise errors.CalmError(f"no act {word!r}: {config.nearest(word, ACTS)}")
     print(listing())
 
-  sys.exit(cli.exit_code(tell))
+  sys.exit(cli.exit_code(show_help))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Times a suite of benchmarks: `python -m calm_jax.benchmark --suite=SUITE [--output=FILE]`.
 
-Each suite compares implementations of the same result in one run, after compiling. Do not
-compare speeds of different runs or machines. The suites are not part of the wheel: they are in
-`benchmarks/` of a checkout, which an editable install finds.
+Each suite times several implementations of the same computation in one run, without compilation.
+Speeds of different runs or machines are not comparable. The suites are not part of the wheel:
+they are in `benchmarks/` of a checkout, which an editable install finds.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ def _module(name: str) -> Any:
   return importlib.import_module(f"benchmarks.{name}")
 
 
-# One suite a row: it returns the lines to print, and its figures for JSON.
+# Suite -> function that returns the lines to print, and the figures for JSON.
 SUITES: dict[str, Callable[[], tuple[list[str], Any]]] = {
   "train": lambda: _module("training").measure(_job(), _CONTENDERS.value),
   "loss": lambda: _module("losses").measure(),
@@ -50,7 +50,7 @@ SUITES: dict[str, Callable[[], tuple[list[str], Any]]] = {
   "decode": lambda: _module("decoding").measure(_WORKDIR.value),
   "convert": lambda: _module("conversion").measure(),
 }
-# Variables that speeds depend on.
+# Environment variables that affect speed.
 _ENVIRONMENT = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "GLIBC_TUNABLES", "OMP_NUM_THREADS")
 
 _SUITE = flags.DEFINE_string("suite", None, f"What to time: {', '.join(SUITES)}.")
@@ -67,11 +67,11 @@ _CONTENDERS = flags.DEFINE_list(
   "What --suite=train compares, of calm_jax, PyTorch and PyTorch compiled; by default all.",
 )
 _WORKDIR = flags.DEFINE_string(
-  "workdir", "", "Workdir of the model that --suite=decode writes with."
+  "workdir", "", "Workdir of the model that --suite=decode generates with."
 )
 _OUTPUT = flags.DEFINE_string("output", "", "JSON file for the figures; by default none.")
 _DOCUMENT = flags.DEFINE_string(
-  "document", "", "Instead update this Markdown file with the lines of the JSON files it names."
+  "document", "", "Instead update this Markdown file from the JSON files that it names."
 )
 
 

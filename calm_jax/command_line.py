@@ -1,4 +1,4 @@
-"""A command line -> help, or one line that says why it is refused."""
+"""Command line -> help text, or one line that says why the command line is refused."""
 
 import ast
 import contextlib
@@ -28,18 +28,21 @@ class _Word(NamedTuple):
 
 
 def _words(argv: Sequence[str]) -> Iterator[_Word]:
-  """Yields the flags of a command line, known or not, up to the first word that is not a flag."""
+  """Yields the flags of a command line, undefined ones too, up to the first other word."""
   words = flags.FLAGS.read_flags_from_files(list(argv[1:]), force_gnu=False)
-  place = 0
-  while place < len(words):
-    name, equals, value = words[place].lstrip("-").partition("=")
-    place += 1
-    if not words[place - 1].startswith("-") or not name:
+  position = 0
+  while position < len(words):
+    name, equals, value = words[position].lstrip("-").partition("=")
+    position += 1
+    if not words[position - 1].startswith("-") or not name:
       return
-    if not equals and place < len(words) and name not in _HELP:
-      flag, is_setting = _flag(name), bool(_config_of(name)) and not words[place].startswith("--")
+    if not equals and position < len(words) and name not in _HELP:
+      flag, is_setting = (
+        _flag(name),
+        bool(_config_of(name)) and not words[position].startswith("--"),
+      )
       if is_setting if flag is None else not flag.boolean:
-        equals, value, place = "=", words[place], place + 1
+        equals, value, position = "=", words[position], position + 1
     yield _Word(name, value if equals else None)
 
 
@@ -151,27 +154,27 @@ def _wrong_setting(flag: str, word: _Word, file_of: Mapping[str, str]) -> str:
     word: the setting as given.
     file_of: values of the flags before it, by name.
   """
-  shown, path = f"--{word.name}", word.name.partition(".")[2]
+  option, path = f"--{word.name}", word.name.partition(".")[2]
   if flag not in file_of:
-    return f"{shown} is a setting of a config file: give --{flag}=FILE before it"
+    return f"{option} is a setting of a config file: give --{flag}=FILE before it"
   try:
     values = settings.load(flag, file_of[flag])
   except errors.CalmError as error:
     return str(error)
-  known = resolve.flat(values)
-  if path in known:
-    parser = _PARSERS.get(type(known[path]))
-    return _wrong_value(shown, word.value, parser or flags.ArgumentParser())
+  value_of = resolve.flat(values)
+  if path in value_of:
+    parser = _PARSERS.get(type(value_of[path]))
+    return _wrong_value(option, word.value, parser or flags.ArgumentParser())
   section: Any = values
   for part in path.split("."):
     section = section.get(part) if isinstance(section, Mapping) else None
   if section is None:
-    return f"{shown}: {settings.unknown(path, values, flag)}"
+    return f"{option}: {settings.unknown(path, values, flag)}"
   with contextlib.suppress(ValueError, SyntaxError):
     if isinstance(ast.literal_eval(word.value or ""), dict):
       return ""
   names = ", ".join(section)
-  return f"{shown} holds settings: give {shown}.NAME=VALUE, where NAME is one of {names}"
+  return f"{option} holds settings: give {option}.NAME=VALUE, where NAME is one of {names}"
 
 
 def _wrong_flag(word: _Word) -> str:
@@ -189,27 +192,27 @@ def _wrong_flag(word: _Word) -> str:
   positive = name.removeprefix("no")
   if positive in flags.FLAGS and flags.FLAGS[positive].boolean:
     return f"--{name} takes no value, got {word.value!r}" if word.value is not None else ""
-  return f"--{name}: no such flag; {_near(name)}"
+  return f"--{name}: no such flag; {_nearest_flags(name)}"
 
 
-def _wrong_value(shown: str, value: str | None, parser: flags.ArgumentParser) -> str:
+def _wrong_value(option: str, value: str | None, parser: flags.ArgumentParser) -> str:
   """Returns an error message for the value of a flag, "" if it is right."""
   if value is None:
     is_switch = isinstance(parser, flags.BooleanParser)
-    return "" if is_switch else f"{shown} needs a value: give {shown}=VALUE"
+    return "" if is_switch else f"{option} needs a value: give {option}=VALUE"
   try:
     parser.parse(value)
   except (TypeError, ValueError) as error:
     if isinstance(parser, flags.EnumParser):
-      return f"{shown} is {value!r}: {config.nearest(value, parser.enum_values)}"
+      return f"{option} is {value!r}: {config.nearest(value, parser.enum_values)}"
     expected = "true or false" if isinstance(parser, flags.BooleanParser) else parser.syntactic_help
     if expected.startswith(("integer", "number")):
       expected = f"{'an' if expected[0] == 'i' else 'a'} {expected}"
-    return f"{shown}={value} must be {expected}" if expected else f"{shown}={value}: {error}"
+    return f"{option}={value} must be {expected}" if expected else f"{option}={value}: {error}"
   return ""
 
 
-def _near(name: str) -> str:
+def _nearest_flags(name: str) -> str:
   """Returns the flags most like an unknown name; flags of libraries only if none of ours is."""
   first, dot, rest = name.partition(".")
   if dot and (near := spelling.similar(first, _configs())):
@@ -218,8 +221,8 @@ def _near(name: str) -> str:
   for module, its_flags in flags.FLAGS.flags_by_module_dict().items():
     if module.startswith(("calm_jax", sys.argv[0])):
       ours += [flag.name for flag in its_flags]
-  for known in (ours, list(flags.FLAGS)):
-    negated = [f"no{flag}" for flag in known if flags.FLAGS[flag].boolean]
-    if near := spelling.similar(name, [*known, *negated]):
+  for names in (ours, list(flags.FLAGS)):
+    negated = [f"no{flag}" for flag in names if flags.FLAGS[flag].boolean]
+    if near := spelling.similar(name, [*names, *negated]):
       return f"nearest: {', '.join(f'--{flag}' for flag in near)}"
   return "--help lists all"

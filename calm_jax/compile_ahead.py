@@ -27,7 +27,7 @@ _TEXTS = flags.DEFINE_integer("texts", 1, "Texts generated at once, with --decod
 _NUM_CANDIDATES = flags.DEFINE_integer(
   "num_candidates",
   1,
-  "Most draws a patch, with --decode; above 1 stands for a temperature below 1.",
+  "Maximum draws per patch, with --decode; above 1 implies a temperature below 1.",
   1,
   config.MOST_DRAWS,
 )
@@ -39,7 +39,7 @@ _CHECK_FLOPS = flags.DEFINE_bool(
 _SEARCH = flags.DEFINE_bool(
   "search", False, "Instead compile several layouts and report the fastest that fits."
 )
-_TRIES = flags.DEFINE_integer("tries", 12, "Most layouts that --search compiles.", 1)
+_TRIES = flags.DEFINE_integer("tries", 12, "Maximum number of layouts that --search compiles.", 1)
 _TABLE = flags.DEFINE_string(
   "table",
   "",
@@ -67,7 +67,7 @@ def _write(figures: Mapping[str, Any]) -> None:
 def _check(job: steps.PlanJob) -> None:
   check = steps.check_flops(job)
   for name, ratio in check.ratios.items():
-    print(f"FLOPs of the program, layers {name}, by the analytic count: {ratio:.4f}")
+    print(f"FLOPs of the program, layers {name}, divided by the analytic count: {ratio:.4f}")
   _write({**dataclasses.asdict(check), "ratios": dict(check.ratios)})
 
 

@@ -17,9 +17,9 @@ def require(condition: bool, message: str) -> None:
     raise errors.CalmError(message)
 
 
-# Programs count in 32 bits.
+# Compiled programs count in 32-bit integers.
 LARGEST_INT = 2**31 - 1
-# Larger than any known model, yet arrays have far fewer than 2^63 elements and tracing ends.
+# Above any published model, yet arrays have far fewer than 2^63 elements and tracing terminates.
 LARGEST_WIDTH, MOST_LAYERS, LARGEST_PATCH = 2**20, 2**10, 2**12
 # Samples or draws per patch, of which all pairs are compared.
 MOST_DRAWS = 2**16
@@ -43,7 +43,7 @@ def require_positive(settings: Any, *names: str, most: int = LARGEST_INT) -> Non
   for name in names:
     value = getattr(settings, name)
     require(value > 0, f"{name} must be above 0, got {value}")
-    _require_held(name, value, 1, most)
+    _require_in_range(name, value, 1, most)
 
 
 def require_not_negative(settings: Any, *names: str) -> None:
@@ -52,10 +52,10 @@ def require_not_negative(settings: Any, *names: str) -> None:
     value = getattr(settings, name)
     require(value >= 0, f"{name} must not be negative, got {value}")
     if value:
-      _require_held(name, value, 0, LARGEST_INT)
+      _require_in_range(name, value, 0, LARGEST_INT)
 
 
-def _require_held(name: str, value: float, least: int, most: int) -> None:
+def _require_in_range(name: str, value: float, least: int, most: int) -> None:
   """Raises CalmError unless an integer is at most `most` and a float is in float32's range."""
   if isinstance(value, int):
     require(value <= most, f"{name} must lie in [{least}, {most}], got {value}")
@@ -324,13 +324,13 @@ class Training:
     accumulation: number of parts of a batch that are processed one after the other.
     seed: seed of the parameters, the data order and all noise.
     compute_dtype: type of activations; parameters and losses are float32.
-    log_every: steps between two logs of figures.
+    log_every: steps between two logs of the metrics.
     eval_every: steps between two evaluations on held-out text; 0 for none.
     eval_blocks: held-out examples per evaluation.
     checkpoint_every: steps between two checkpoints.
-    checkpoint_minutes: save also after so many minutes without a checkpoint; 0 for never.
+    checkpoint_minutes: also save after this many minutes without a checkpoint; 0 for never.
     keep_latest: number of newest checkpoints to keep.
-    keep_every: also keep the checkpoints at multiples of so many steps; 0 for none.
+    keep_every: also keep the checkpoints at multiples of this many steps; 0 for none.
     max_skipped: consecutive non-finite steps after which the run stops.
   """
 

@@ -1,8 +1,8 @@
-"""Counts costs a token: `python -m calm_jax.cost --config=configs/calm.py:m [--temperature=0.5]`.
+"""Counts costs per token: `python -m calm_jax.cost --config=configs/calm.py:m [--temperature=0.5]`.
 
-Prints the cost of training and of generating a token, part by part, next to a Transformer of
-about equal quality, and the time of generating a token on a chip at its published peaks.
-Everything is counted from the sizes; nothing is run.
+Prints the cost of training and of generation per token, by part of the model, next to a
+Transformer of about equal quality, and the generation time per token on a chip at its published
+peaks. All figures are computed from the model's sizes; nothing is run.
 """
 
 import sys
@@ -20,18 +20,18 @@ from calm_jax.stages import table
 
 run_flags.define()
 run_flags.define(
-  "baseline", "What to compare with; by default the published Transformer of equal quality."
+  "baseline", "Model to compare with; by default the published Transformer of equal quality."
 )
 run_flags.define_sizes()
-_TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "CALM: in (0, 1].")
+_TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Temperature of CALM, in (0, 1].")
 _NUM_CANDIDATES = flags.DEFINE_integer(
-  "num_candidates", 200, "N, draws a patch below temperature 1; by default the paper's.", 1
+  "num_candidates", 200, "N, draws per patch below temperature 1; by default the paper's.", 1
 )
 _DRAWS = flags.DEFINE_float(
   "draws",
   0.0,
-  "Average draws a patch below temperature 1, if a rule settles a patch before N; evaluate "
-  "--temperatures measures it; by default all N.",
+  "Mean draws per patch below temperature 1, if a rule settles patches before N draws; measured by "
+  "evaluate --temperatures; by default N.",
 )
 _BATCH = flags.DEFINE_integer("batch", 1, "Texts generated at once.", 1)
 _CHIP = flags.DEFINE_enum("chip", "v5e", list(topologies.CHIPS), "Chip that generates.")
@@ -46,11 +46,11 @@ _OUTPUT = flags.DEFINE_string("output", "", "JSON file for the figures; by defau
 def _require_writing(run: Any, name: str) -> None:
   spec = table.of(run)
   if spec.writing is None:
-    raise errors.CalmError(f"--{name} is of {spec.title}, which writes no text")
+    raise errors.CalmError(f"--{name} is of {spec.title}, which generates no text")
 
 
 def _job(run: Any, companions: config.Companions) -> cost.WritingJob:
-  """Returns what is generated; a stage that samples exactly takes one draw at any temperature."""
+  """Returns the generation to count; a stage that samples exactly takes one draw per patch."""
   spec, draws, rounds = table.of(run), 1.0, 1
   if spec.writing and spec.writing.takes_candidates:
     request = requests.Request((), _TEMPERATURE.value, _NUM_CANDIDATES.value)
@@ -73,14 +73,14 @@ def _job(run: Any, companions: config.Companions) -> cost.WritingJob:
 
 
 def _equal(run: Any) -> Any | None:
-  """Returns the published Transformer of about a published CALM's quality; None for other runs."""
+  """Returns the published Transformer that equals a published CALM in quality, else None."""
   rows = [row for row in published.ROWS if row.name in published.EQUALS]
   equals = [published.EQUALS[row.name].run for row in rows if row.run.model == run.model]
   return equals[0] if equals else None
 
 
 def _table(title: str, unit: str, columns: dict[str, dict[str, float]]) -> list[str]:
-  """Returns lines of a table: a row a part and their total, a column a model."""
+  """Returns a table's lines: one row per part and a total, one column per model, in millions."""
   names = list(dict.fromkeys(part for parts in columns.values() for part in parts))
   lines = [f"{title:26}" + "".join(f"{name:>22}" for name in columns)]
   for name in [*names, "total"]:
@@ -94,7 +94,7 @@ def _table(title: str, unit: str, columns: dict[str, dict[str, float]]) -> list[
 
 
 def _figures(name: str, run, companions: config.Companions) -> dict[str, Any]:
-  """Returns the costs of a model a token: training FLOPs, and FLOPs, bytes and time to generate."""
+  """Returns a model's costs per token: training FLOPs; FLOPs, bytes and seconds of generation."""
   job, chip = _job(run, companions), topologies.CHIPS[_CHIP.value]
   parts = writing.parts(job)
   seconds, bound = writing.seconds(parts, chip)

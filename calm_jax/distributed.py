@@ -22,7 +22,7 @@ from calm_jax import errors
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-  """How a process joins the others of its job, as the flags of the same names say.
+  """How a process joins the others of its job: the values of the flags with these names.
 
   Attributes:
     coordinator_address: HOST:PORT of process 0; None to detect it, as on TPU pods and Slurm.
@@ -51,15 +51,15 @@ class Processes:
 
 # Seconds between heartbeats, and seconds to wait for the answer of another process.
 HEARTBEAT_SECONDS, ANSWER_SECONDS = 5, 60
-# Seconds that process 0 stays alive after the others, which would end with it.
+# Seconds that process 0 outlives a lost process, since its own end aborts all others.
 LINGER_SECONDS = 5
-# Seconds that each action before an immediate exit may take.
+# Most seconds for each action before an immediate exit.
 LAST_SECONDS = 5
 
 T = TypeVar("T")
 _turns: dict[str, int] = {}
-_heartbeat_timeout = Processes.heartbeat_timeout  # That of the job, once it is joined.
-_last: list[Callable[[], None]] = []
+_heartbeat_timeout = Processes.heartbeat_timeout  # Set by `initialize`.
+_exit_actions: list[Callable[[], None]] = []
 
 
 def _client() -> Any:
@@ -90,16 +90,16 @@ def say(line: str) -> None:
 @contextlib.contextmanager
 def before_exit(action: Callable[[], None]) -> Iterator[None]:
   """A context in which `exit_now` first runs `action`, for at most LAST_SECONDS."""
-  _last.append(action)
+  _exit_actions.append(action)
   try:
     yield
   finally:
-    _last.remove(action)
+    _exit_actions.remove(action)
 
 
 def exit_now(code: int) -> NoReturn:
   """Ends this process immediately, from any thread, without waiting for other processes."""
-  for action in [*_last]:
+  for action in [*_exit_actions]:
     thread = threading.Thread(target=action, daemon=True)
     thread.start()
     thread.join(LAST_SECONDS)
@@ -179,7 +179,7 @@ def _start_alone(limits: dict[str, Any]) -> None:
 def _give_up(processes: Processes) -> NoReturn:
   """Ends this process because others did not join in time; a later start may find them."""
   print(
-    f"error: not all {processes.num_processes or ''} processes came within "
+    f"error: not all {processes.num_processes or ''} processes joined within "
     f"--initialization_timeout={processes.initialization_timeout} s to "
     f"{processes.coordinator_address or 'process 0'}: start all of them, or give another "
     "--num_processes or --coordinator_address",
@@ -198,9 +198,9 @@ def describe(config_hash: str) -> str:
   )
 
 
-def everywhere(name: str, true: bool) -> bool:
+def everywhere(name: str, value: bool) -> bool:
   """Returns whether a value is true on all processes; see `exchange`."""
-  return all(value == "True" for value in exchange(name, str(true)))
+  return all(answer == "True" for answer in exchange(name, str(value)))
 
 
 def exchange(name: str, value: str, seconds: float = ANSWER_SECONDS) -> list[str]:

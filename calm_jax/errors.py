@@ -1,4 +1,4 @@
-"""Errors for people and exit codes for schedulers."""
+"""Errors that users see and exit codes that schedulers read."""
 
 EXIT_BAD_INPUT = 2
 # What a shell reports for a process ended by Ctrl-C, and by SIGPIPE when its reader has ended.
@@ -16,7 +16,7 @@ class CalmError(ValueError):
 
 
 class Interrupted(KeyboardInterrupt):
-  """Stopped by a signal after the state was saved; the process exits with `code`."""
+  """A signal stopped the run after its state was saved; the process exits with `code`."""
 
   def __init__(self, message: str, code: int):
     super().__init__(message)

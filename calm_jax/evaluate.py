@@ -1,7 +1,7 @@
 """Evaluates a trained stage on held-out text: `python -m calm_jax.evaluate --workdir=W`.
 
 Prints the figures as JSON and writes them to the workdir's evaluation.json. They depend on
-the context length and on N, which are recorded with them. `--temperatures` scores generated
+the context length and on N, which are stored with them. `--temperatures` scores generated
 continuations instead and writes temperature.json.
 """
 
@@ -23,11 +23,11 @@ from calm_jax.training import evaluation
 
 run_flags.define_processes()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run of any stage.")
-_DATA = flags.DEFINE_string("data", "", "Token store; by default the one trained on.")
-_CONTEXT = flags.DEFINE_integer("context", 0, "Tokens a block; by default as in training.", 0)
+_DATA = flags.DEFINE_string("data", "", "Token store; by default that of the training run.")
+_CONTEXT = flags.DEFINE_integer("context", 0, "Tokens per block; by default as in training.", 0)
 _BLOCKS = flags.DEFINE_integer("blocks", 0, "Held-out blocks to use; 0 for all.", 0)
 _SAMPLES = flags.DEFINE_integer(
-  "samples", 0, "N, samples a patch of CALM; by default as in training.", 0
+  "samples", 0, "N, samples per patch of CALM; by default as in training.", 0
 )
 _BATCH = flags.DEFINE_integer("batch", 16, "Blocks scored at once.", 1)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of all noise.", 0, 2**32 - 1)
@@ -65,6 +65,7 @@ def _marginal(store: store_lib.TokenStore, figures: dict[str, Any], size: int) -
 
 
 def _store(directory: str) -> store_lib.TokenStore:
+  """Returns the store of --data, by default that of the run; CalmError if it does not fit."""
   run, origin = loading.read_run(directory), workdir.read_origin(directory)
   config.require(
     bool(_DATA.value or run.data.path),
@@ -103,7 +104,7 @@ def _figures(directory: str, store: store_lib.TokenStore, context: int) -> dict[
   evaluation.require_context(context, size, "--context")
   evaluator = evaluation.Evaluator(stage, store, context, batch, _BLOCKS.value, _SEED.value)
   scores = evaluator(trained.params)
-  assert scores is not None  # Nothing stops it.
+  assert scores is not None  # It is None only if a stop was requested.
   figures = {"stage": trained.run.stage, "step": trained.step, **scores, **conditions}
   if "brier_lm" in figures:
     figures |= _marginal(store, figures, size)
@@ -129,7 +130,7 @@ def _tradeoff(directory: str) -> dict[str, Any]:
   spec, store = table.of(loading.read_run(directory)), _store(directory)
   temperatures, candidates = _numbers(_TEMPERATURES, float), _numbers(_NUM_CANDIDATES, int)
   if spec.writing is None:
-    raise errors.CalmError(f"{spec.title} writes no text: temperatures are for language models")
+    raise errors.CalmError(f"{spec.title} generates no text: temperatures are for language models")
   baseline = _exact_writing(_BASELINE.value, store) if _BASELINE.value else None
   settings = (temperatures, candidates, samplers, _PATCHES.value, _SEED.value)
   trained = loading.load(directory)

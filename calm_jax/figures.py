@@ -13,11 +13,11 @@ class Figure:
 
   Attributes:
     name: name under which it is stored.
-    label: name for people.
+    label: name that is shown.
     unit: unit of the shown value.
     direction: whether higher or lower is better, or what to compare the figure with.
     scale: factor from the stored value to one in `unit`.
-    console: what console lines show of it.
+    console: whether console lines show the value, and its standard error.
   """
 
   name: str

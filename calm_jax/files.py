@@ -67,7 +67,7 @@ def write(path: epath.PathLike, content: str | bytes) -> None:
 
 
 def require_regular(path: epath.PathLike) -> None:
-  """Raises CalmError if a local path exists but is no regular file: a folder, pipe or device.
+  """Raises CalmError if a local path exists but is not a regular file: a folder, pipe or device.
 
   Reading a pipe could block, and reading a device could never end.
   """
@@ -116,7 +116,7 @@ def require_digest(path: epath.PathLike, expected: str, claim: str, advice: str)
   """Raises CalmError unless a file's bytes have the SHA-256 `expected`.
 
   Args:
-    claim: what expects that sum, for the message, such as "manifest.json says".
+    claim: source of `expected`, for the message, such as "manifest.json says".
     advice: what to do about a difference.
   """
   actual = digest(path)
@@ -140,7 +140,7 @@ def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
     values = json.loads(text)
   except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError.
     reason = "nested too deep" if isinstance(error, RecursionError) else error
-    raise errors.CalmError(f"{where} is no valid JSON: {reason}") from error
+    raise errors.CalmError(f"{where} is not valid JSON: {reason}") from error
   if not isinstance(values, dict):
     raise errors.CalmError(f"{where} must hold a JSON object, got {type(values).__name__}")
   return values

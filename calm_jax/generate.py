@@ -1,9 +1,9 @@
 """Generates text: `python -m calm_jax.generate --workdir=W --prompt=TEXT`.
 
 Streams the prompt and its continuation to standard output; all else goes to standard error.
-Texts are also appended to the workdir's samples.jsonl. `--prompts=FILE` reads one prompt a line
-from a JSONL file and writes one line a text to `--output`; `--interactive` continues each line
-that is typed. A terminal shows control characters of a text as \\x1b and the like; files, pipes
+Texts are also appended to the workdir's samples.jsonl. `--prompts=FILE` reads a JSONL file with
+one prompt per line and writes one line per text to `--output`; `--interactive` continues each line
+that is typed. On a terminal, control characters of a text are escaped, as in \\x1b; files, pipes
 and `--raw` receive them unchanged.
 """
 
@@ -37,7 +37,7 @@ _PROMPT = flags.DEFINE_string(
 _PROMPTS = flags.DEFINE_string(
   "prompts",
   "",
-  'JSONL file, one line a text: {"prompt": ...}, with optional values of its own for '
+  'JSONL file, one line per text: {"prompt": ...}, which may also set '
   + ", ".join(prompts.OWN)
   + ". Needs --output.",
 )
@@ -51,7 +51,8 @@ _TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "In (0, 1] for CALM, any f
 _NUM_CANDIDATES = flags.DEFINE_integer(
   "num_candidates",
   requests.Request.num_candidates,
-  "Most draws a patch below temperature 1; more are closer to the tempered law and less diverse.",
+  "Maximum draws per patch below temperature 1; with more, texts follow the tempered distribution "
+  "more closely and are less diverse.",
 )
 _RULE = flags.DEFINE_enum(
   "rule",
@@ -86,7 +87,7 @@ _BATCH = flags.DEFINE_integer("batch", 16, "Texts generated at once.", 1, 2**16)
 _EVERY = flags.DEFINE_integer(
   "every",
   0,
-  "Patches generated before a text is read out again; by default 1 for one text, otherwise 16.",
+  "Patches generated between two reads of a text; by default 1 for one text, otherwise 16.",
   0,
   2**16,
 )
@@ -210,11 +211,13 @@ class _Generator:
       except errors.CalmError as error:
         where = f"{_PROMPTS.value}, line {request['number'] + 1}"
         raise errors.CalmError(f"{where}: {error}") from error
-    done = prompts.written(_OUTPUT.value, [{**request, **self._conditions} for request in batch])
+    num_done = prompts.written(
+      _OUTPUT.value, [{**request, **self._conditions} for request in batch]
+    )
     files.append(_OUTPUT.value, "")  # Fails here if the file can't be written.
-    if done:
-      _note(f"{_OUTPUT.value} holds {done} of {len(batch)} texts: resuming")
-    for begin in range(done, len(batch), _BATCH.value):
+    if num_done:
+      _note(f"{_OUTPUT.value} holds {num_done} of {len(batch)} texts: resuming")
+    for begin in range(num_done, len(batch), _BATCH.value):
       chunk = batch[begin : begin + _BATCH.value]
       lines = self._write(chunk)
       output_lease.require_held()

@@ -57,9 +57,9 @@ class Holder:
     except (errors.CalmError, TypeError):
       return None
     types: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(cls)}
-    typed = all(isinstance(getattr(holder, name), kind) for name, kind in types.items())
-    sound = typed and holder.host.isprintable() and math.isfinite(holder.since)
-    return holder if sound and 0 < holder.pid < 2**31 else None
+    has_types = all(isinstance(getattr(holder, name), kind) for name, kind in types.items())
+    is_valid = has_types and holder.host.isprintable() and math.isfinite(holder.since)
+    return holder if is_valid and 0 < holder.pid < 2**31 else None
 
   def to_json(self) -> bytes:
     """Returns the content of a lease, which `parse` reads."""

@@ -33,8 +33,8 @@ from calm_jax.holder import Holder
 HEARTBEAT, EXPIRE = 10.0, 60.0
 # Seconds to wait for an answer of the storage.
 ANSWER = 15.0
-# Share of EXPIRE after which a holder checks that it still has its lease. It is longer than a
-# heartbeat that gets no answers takes.
+# Share of EXPIRE without a renewal after which a holder checks its lease before a write; longer
+# than a heartbeat whose requests all time out.
 DOUBT = 0.75
 
 

@@ -88,10 +88,10 @@ def prepare(settings: Settings) -> store.TokenStore:
   output = settings.output
   finished = plan_lib.finished_store(output, plan)
   if finished is None or plan_lib.has_work(output):
-    with lease.Lease(lease.of_folder(output), f"--output={output}") as held:
+    with lease.Lease(lease.of_folder(output), f"--output={output}") as output_lease:
       finished = plan_lib.finished_store(output, plan)  # Another process may have finished it.
       if finished is None:
-        return _make(settings, names, spans, plan, held)
+        return _make(settings, names, spans, plan, output_lease)
       plan_lib.remove_work(output)  # The run that wrote it was killed before its last step.
   _say(f"{output} exists already, made from the same input with the same settings")
   return finished
@@ -102,7 +102,7 @@ def _make(
   names: Sequence[str],
   spans: Sequence[readers.Span],
   plan: dict[str, str],
-  held: lease.Lease,
+  output_lease: lease.Lease,
 ) -> store.TokenStore:
   """Writes the store, using the finished parts of an earlier attempt, and returns it."""
   began = time.monotonic()
@@ -123,15 +123,15 @@ def _make(
       append_eos=settings.append_eos,
       division=division,
     )
-    made = _make_parts(job, parts, settings.workers or os.cpu_count() or 1, held)
+    finished_parts = _make_parts(job, parts, settings.workers or os.cpu_count() or 1, output_lease)
     sources.require_unchanged(spans)
-    written = _write(settings, job, tokenizer, made, names, plan, held)
+    token_store = _write(settings, job, tokenizer, finished_parts, names, plan, output_lease)
     plan_lib.remove_work(settings.output)
   except OSError as error:
     raise errors.CalmError(f"can't write {settings.output}: {error}") from error
-  _summarize(written, time.monotonic() - began)
-  _warn_of_small_splits(written)
-  return written
+  _summarize(token_store, time.monotonic() - began)
+  _warn_of_small_splits(token_store)
+  return token_store
 
 
 def _check(settings: Settings) -> None:
@@ -181,7 +181,7 @@ def _plan(
 
 
 def _division(corpus: corpus_lib.Corpus, share: float) -> holdout.Division:
-  """Returns what is held out, and prints a line if it is the end of the text."""
+  """Returns the division into splits; prints a line if the end of the text is held out."""
   division = corpus.divide(share)
   if division.heldout_by == holdout.END:
     few = division.documents < holdout.FEW_DOCUMENTS
@@ -216,42 +216,42 @@ def _make_parts(
   job: parts_lib.PartJob,
   parts: Sequence[tuple[readers.Span, ...]],
   workers: int,
-  held: lease.Lease,
+  output_lease: lease.Lease,
 ) -> list[parts_lib.Part]:
-  """Makes the missing and damaged parts and returns all parts, in order."""
-  made = {number: parts_lib.read_part(job, number, spans) for number, spans in enumerate(parts)}
-  missing = {number: parts[number] for number, part in made.items() if part is None}
+  """Writes the missing and damaged parts and returns all parts, in order."""
+  part_of = {number: parts_lib.read_part(job, number, spans) for number, spans in enumerate(parts)}
+  missing = {number: parts[number] for number, part in part_of.items() if part is None}
   if len(missing) < len(parts):
     _say(f"resuming: {len(parts) - len(missing)} of {len(parts)} parts are finished")
   size_of = {number: sum(span.num_bytes for span in spans) for number, spans in missing.items()}
-  shown = progress.Progress(sum(size_of.values()), _say)
+  progress_bar = progress.Progress(sum(size_of.values()), _say)
 
   def on_done(number: int, part: parts_lib.Part) -> None:
-    held.require_held()
-    made[number] = part
-    shown.add(size_of[number])
+    output_lease.require_held()
+    part_of[number] = part
+    progress_bar.add(size_of[number])
 
   try:
     parts_lib.make_parts(job, missing, workers, on_done)
   finally:
-    shown.close()
-  return [part for part in made.values() if part is not None]
+    progress_bar.close()
+  return [part for part in part_of.values() if part is not None]
 
 
 def _write(
   settings: Settings,
   job: parts_lib.PartJob,
   tokenizer: tokenizer_lib.Tokenizer,
-  made: Sequence[parts_lib.Part],
+  finished_parts: Sequence[parts_lib.Part],
   names: Sequence[str],
   plan: dict[str, str],
-  held: lease.Lease,
+  output_lease: lease.Lease,
 ) -> store.TokenStore:
   """Writes the store from its parts and returns it."""
   dtype = store_writer.token_dtype(tokenizer.vocab_size)
-  total = functools.reduce(lambda a, b: a + b, (part.counts for part in made))
+  total = functools.reduce(lambda a, b: a + b, (part.counts for part in finished_parts))
   if not total["train.tokens"]:
-    raise errors.CalmError(f"{tokenizer.path} makes no token of the training text")
+    raise errors.CalmError(f"{tokenizer.path} encodes the training text to no tokens")
   provenance = store_writer.Provenance(
     sources=[
       manifest.Source(name, total[f"{i}.bytes"], total[f"{i}.documents"])
@@ -263,30 +263,34 @@ def _write(
     skipped_lines=total[parts_lib.SKIPPED],
     plan=plan,
   )
-  contents = {split: parts_lib.read_split(job, made, split, dtype) for split in manifest.SPLITS}
-  return store_writer.write(settings.output, tokenizer, contents, provenance, held.require_held)
+  contents = {
+    split: parts_lib.read_split(job, finished_parts, split, dtype) for split in manifest.SPLITS
+  }
+  return store_writer.write(
+    settings.output, tokenizer, contents, provenance, output_lease.require_held
+  )
 
 
-def _summarize(written: store.TokenStore, seconds: float) -> None:
-  """Prints the sizes of a store and the time it took."""
-  facts = written.manifest
+def _summarize(token_store: store.TokenStore, seconds: float) -> None:
+  """Prints the sizes of a store and the seconds that its preparation took."""
+  facts = token_store.manifest
   size = sum(source.bytes for source in facts.sources)
   tokens = sum(split.tokens for split in facts.splits.values())
   documents = sum(source.documents for source in facts.sources)
   heldout = facts.splits["heldout"]
   skipped = f", {facts.skipped_lines} bad lines skipped" if facts.skipped_lines else ""
   _say(
-    f"{written.path}: {documents:,} documents{skipped}, {size / 1e6:.1f} MB of text, "
+    f"{token_store.path}: {documents:,} documents{skipped}, {size / 1e6:.1f} MB of text, "
     f"{tokens:,} tokens, {size / tokens:.3f} bytes a token; held out {heldout.documents:,} "
-    f"documents, {heldout.tokens / tokens:.2%} of tokens; {seconds:.1f} s; store {written.hash}"
+    f"documents, {heldout.tokens / tokens:.2%} of tokens; {seconds:.1f} s; store {token_store.hash}"
   )
 
 
-def _warn_of_small_splits(written: store.TokenStore) -> None:
+def _warn_of_small_splits(token_store: store.TokenStore) -> None:
   """Prints a warning for each split that is too small for meaningful figures."""
   for split in manifest.SPLITS:
-    tokens = written.num_tokens(split)
-    requested = split == "train" or written.manifest.heldout
+    tokens = token_store.num_tokens(split)
+    requested = split == "train" or token_store.manifest.heldout
     if requested and tokens < _FEW_TOKENS:
       _say(
         f"warning: the {split} split holds only {tokens:,} tokens, fewer than 20 blocks of 256: "

@@ -11,7 +11,7 @@ from absl import flags
 
 from calm_jax import cli, errors
 from calm_jax.reporting import page, records, summary
-from calm_jax.running import loading
+from calm_jax.running import accounts as accounts_lib
 from calm_jax.stages import table
 
 _WORKDIR = flags.DEFINE_list("workdir", None, "Folders of training runs, separated by commas.")
@@ -25,11 +25,6 @@ _SECONDS_TOTAL = flags.DEFINE_float(
 
 def _note(line: str) -> None:
   print(f"report: {line}", file=sys.stderr)
-
-
-def _account(directory: str) -> records.Account:
-  run = loading.read_run(directory)
-  return records.read(directory, run, table.of(run).presentation)
 
 
 def _summarize(accounts: Sequence[records.Account], output: str) -> None:
@@ -60,7 +55,7 @@ def main() -> None:
   if not directories:
     raise errors.CalmError("give --workdir=W1,W2, folders of training runs")
   output = _OUTPUT.value or directories[0]
-  accounts = [_account(directory) for directory in directories]
+  accounts = [accounts_lib.read(directory) for directory in directories]
   _note(f"wrote {page.write(accounts, output)}")
   _summarize(accounts, output)
 

@@ -17,7 +17,7 @@ flags.disclaim_key_flags()
 
 
 class _ConfigFile(flags.ArgumentParser):
-  """Parser of a config file that refuses pipes and devices, which it could wait for endlessly."""
+  """Parser of a config file that refuses pipes and devices, whose reading may never end."""
 
   def __init__(self, loader: flags.ArgumentParser):
     self._loader = loader
@@ -122,7 +122,7 @@ def parents(child: Any, used: config.Companions) -> dict[str, Any]:
 
 
 def counted_with(child: config.Run, used: config.Companions) -> str:
-  """Returns a line for people: the vocabulary and the parents that a run is counted with."""
+  """Returns a line that states the vocabulary and the parents that costs are counted with."""
   line = f"vocabulary {used.vocab_size:,} (--vocab_size)"
   for name, parent in parents(child, used).items():
     line += f"; {name} of {table.of(parent).presentation.brief(parent)} (--{name}_config)"
@@ -158,7 +158,7 @@ def define_processes() -> None:
 
 
 def processes() -> distributed.Processes:
-  """Returns what the flags of `define_processes` say."""
+  """Returns the values of the flags of `define_processes`."""
   names = [field.name for field in dataclasses.fields(distributed.Processes)]
   values = {name: flags.FLAGS[name].value for name in names}
   devices = values["local_device_ids"]

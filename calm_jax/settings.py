@@ -157,8 +157,10 @@ def unloadable(flag: str, file: str, error: Exception) -> str:
 
 def _near_file(path: pathlib.Path) -> str:
   """Returns the config file nearest to a missing path: in its folder, else among those shipped."""
-  there = [str(file) for file in path.parent.glob("*.py")] if path.parent != pathlib.Path() else []
-  if near := difflib.get_close_matches(str(path), sorted(there), n=1, cutoff=0.4):
+  neighbors = (
+    [str(file) for file in path.parent.glob("*.py")] if path.parent != pathlib.Path() else []
+  )
+  if near := difflib.get_close_matches(str(path), sorted(neighbors), n=1, cutoff=0.4):
     return f"nearest: {near[0]}"
   near = difflib.get_close_matches(path.name, shipped(), n=1, cutoff=0.4)
   return f"{f'nearest: {near[0]}; ' if near else ''}shipped are {', '.join(shipped())}"
@@ -172,9 +174,9 @@ def unknown(name: str, values: Mapping[str, Any], flag: str) -> str:
     values: the settings of the config file.
     flag: the flag that takes the file, such as `config`.
   """
-  known = resolve.flat(values)
-  parents = [setting for setting in known if name.startswith(f"{setting}.")]
-  near = parents or spelling.similar(name, known)
+  names = resolve.flat(values)
+  parents = [setting for setting in names if name.startswith(f"{setting}.")]
+  near = parents or spelling.similar(name, names)
   if near:
     return f"no such setting; nearest: {', '.join(f'--{flag}.{setting}' for setting in near)}"
   section = name.rpartition(".")[0]

@@ -70,7 +70,7 @@ def verify(path: str, show: Callable[[str], None] = print) -> None:
   kind = next((kind for kind in KINDS if kind.matches(path)), None)
   if kind is None:
     names = " or ".join(kind.name for kind in KINDS)
-    problem = f"is no {names}" if epath.Path(path).exists() else "does not exist"
+    problem = f"is not a {names}" if epath.Path(path).exists() else "does not exist"
     raise errors.CalmError(f"{path} {problem}: give the path of a {names}")
   show(f"{kind.name} {path}")
   count = 0

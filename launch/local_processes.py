@@ -52,8 +52,13 @@ def settings(index: int, devices: int, platform: str) -> dict[str, str]:
   if platform != "cpu":
     own = range(index * devices, (index + 1) * devices)
     return {"JAX_PLATFORMS": platform, "CUDA_VISIBLE_DEVICES": ",".join(map(str, own))}
-  kept = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if DEVICE_COUNT not in flag]
-  return {"JAX_PLATFORMS": platform, "XLA_FLAGS": " ".join([*kept, f"{DEVICE_COUNT}={devices}"])}
+  other_flags = [
+    flag for flag in os.environ.get("XLA_FLAGS", "").split() if DEVICE_COUNT not in flag
+  ]
+  return {
+    "JAX_PLATFORMS": platform,
+    "XLA_FLAGS": " ".join([*other_flags, f"{DEVICE_COUNT}={devices}"]),
+  }
 
 
 def run(
@@ -111,7 +116,7 @@ def _recorded(received: list[int]) -> Iterator[None]:
 
   If SIGINT is ignored, as in a background job, it stays ignored.
   """
-  before = {
+  previous_handlers = {
     number: signal.signal(number, lambda number, _: received.append(number))
     for number in (signal.SIGTERM, signal.SIGINT)
     if number != signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN
@@ -119,7 +124,7 @@ def _recorded(received: list[int]) -> Iterator[None]:
   try:
     yield
   finally:
-    for number, handler in before.items():
+    for number, handler in previous_handlers.items():
       signal.signal(number, handler)
 
 
@@ -158,9 +163,9 @@ def _wait(children: Sequence[subprocess.Popen], received: list[int], grace_secon
     if deadline is None and any(child.returncode for child in children):
       deadline = time.monotonic() + grace_seconds
     if deadline is not None and time.monotonic() > deadline:
-      late = [str(index) for index, child in enumerate(children) if child.returncode is None]
+      running = [str(index) for index, child in enumerate(children) if child.returncode is None]
       problem = f"still running {grace_seconds:g} s after another failed: killed"
-      print(f"process {', '.join(late)} {problem}", file=sys.stderr)
+      print(f"process {', '.join(running)} {problem}", file=sys.stderr)
       return
     time.sleep(POLL_SECONDS)
 
@@ -199,8 +204,8 @@ def main() -> None:
     if dry_run.value:
       for index, own in enumerate(commands(command, processes.value, free_port())):
         variables = settings(index, devices.value, platform.value)
-        shown = " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items())
-        print(f"[{index}] {shown} {shlex.join(own)}")
+        environment = " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items())
+        print(f"[{index}] {environment} {shlex.join(own)}")
       return 0
     try:
       codes = run(command, processes.value, devices.value, platform.value, grace_seconds.value)

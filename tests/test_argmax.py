@@ -1,4 +1,4 @@
-"""Claims about argmax: every form finds the first of the highest logits."""
+"""Claims about argmax: every implementation returns the first of the largest logits."""
 
 import jax
 import numpy as np
@@ -12,8 +12,8 @@ FORMS = (argmax.plain, argmax.most_likely, argmax._by_maximum, argmax._by_tiles)
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("vocab_size", [3, 100, 64 * 7])
-def test_every_form_finds_the_first_of_the_highest(vocab_size: int, form):
-  """Few values, so that each row has equal ones, first in a different place."""
+def test_every_implementation_returns_the_first_of_the_largest_logits(vocab_size: int, form):
+  """Logits have few distinct values, so that each row has ties."""
   logits_BV = np.random.default_rng(0).integers(-9, 0, (50, vocab_size)).astype(np.float32)
   logits_BV[0] = 1.0
   index_B = jax.jit(form)(jnp.asarray(logits_BV))

@@ -1,4 +1,4 @@
-"""Claims about attention: each form equals the plain one; the TPU's compiles for every head."""
+"""Claims about attention: each kernel equals the plain one; the TPU's compiles for every head."""
 
 import functools
 

@@ -83,7 +83,7 @@ def test_a_full_window_forgets_the_oldest_patch(slots, model, params, token_BPK)
 
 
 def test_an_example_that_starts_later_sees_nothing_before_its_start(model, params, token_BPK):
-  """Padded in front with anything, it has the hidden states that it has alone."""
+  """Padding in front, of any tokens, does not change its hidden states."""
   start_B = jnp.array([0, 2, 4])
   cache = memory.Cache.empty(PATCHES + 1, start_B)
   padded_BPD, cache = layers.apply(model, params, token_BPK, None, cache)

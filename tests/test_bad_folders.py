@@ -64,7 +64,7 @@ def ghost(folder: pathlib.Path) -> None:
   path.write_text(json.dumps(index))
 
 
-def gone(folder: pathlib.Path) -> None:
+def missing_shard(folder: pathlib.Path) -> None:
   sharded(folder)
   (folder / "model-1.safetensors").unlink()
 
@@ -215,10 +215,10 @@ BAD: dict[str, tuple[Callable[[pathlib.Path], None], str]] = {
   "index outside": (outside, r"names a file outside its folder: '../model-0.safetensors'"),
   "index wrong": (misplaced, "holds 'embed_proj.0.(bias|weight)', which .* does not assign to it"),
   "index of more": (ghost, "says that 'more' is in 'model-1.safetensors', which has no such ten"),
-  "shard gone": (gone, "names 'model-1.safetensors', which does not exist"),
+  "shard gone": (missing_shard, "names 'model-1.safetensors', which does not exist"),
   "pickle with code": (code_in_a_pickle, "pytorch_model.bin as plain weights.* is not executed"),
   "pickle of a list": (pickle_of([1, 2]), "holds no tensors by name, but a list"),
-  "pickle of numbers": (pickle_of({"a": 1}), "holds 'a', which is no tensor: int"),
+  "pickle of numbers": (pickle_of({"a": 1}), "holds 'a', which is not a tensor: int"),
   "empty pickle": (pickle_of(None), "pytorch_model.bin as plain weights; it is damaged"),
   "no weights": (no_weights, "no weights in .*neither model.safetensors nor pytorch_model.bin"),
   "width": (config_of(hidden_size=64), "says hidden_size = 64, but its weights have 32"),
@@ -236,15 +236,18 @@ BAD: dict[str, tuple[Callable[[pathlib.Path], None], str]] = {
   "rotary": (config_of(rope_theta="1e4"), "rope_theta must be a number above 0, got '1e4'"),
   "rotary type": (config_of(rope_parameters="x"), "rope_type is 'x'"),
   "few rows": (too_few_rows, "has 100 rows, too few for the 101 tokens"),
-  "config too deep": (config_text('{"a": ' + NESTED), "config.json is no valid JSON: nested too d"),
+  "config too deep": (
+    config_text('{"a": ' + NESTED),
+    "config.json is not valid JSON: nested too d",
+  ),
   "config a list": (config_text("[]"), "config.json must hold a JSON object, got list"),
-  "config no text": (config_text("\x00\x01"), "config.json is no valid JSON"),
+  "config no text": (config_text("\x00\x01"), "config.json is not valid JSON"),
   "config a pipe": (pipe("config.json"), "config.json is a pipe, a device or a socket"),
   "config a device": (device("config.json"), "config.json is a pipe, a device or a socket"),
   "long list": (config_of(rope_parameters=[1] * 999), r"rope_type is \[1, 1.*\.\.\.\]; only"),
   "list for a number": (config_of(num_attention_heads=[4]), "must be a number above 0, got .4."),
   "list for a size": (config_of(vocab_size=[]), "vocab_size must be a number above 0"),
-  "index too deep": (index_of(NESTED), "index.json is no valid JSON: nested too deep"),
+  "index too deep": (index_of(NESTED), "index.json is not valid JSON: nested too deep"),
   "index a list": (index_of("[1]"), "index.json must hold a JSON object, got list"),
   "map a list": (index_of('{"weight_map": ["a"]}'), "has no weight_map from tensors to files"),
   "map of lists": (index_of('{"weight_map": {"a": ["b"]}}'), "has no weight_map from tensors to"),

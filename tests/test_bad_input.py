@@ -63,7 +63,7 @@ def nothing_heldout(tokens: str, tmp_path_factory: pytest.TempPathFactory) -> st
   return prepare.prepare(settings).path
 
 
-def test_a_store_without_a_held_out_split_if_evaluations_are_due(
+def test_a_store_without_a_held_out_split_if_evaluations_are_due_is_refused(
   autoencoder_run, nothing_heldout, tmp_path, capfd
 ):
   run = changed(autoencoder_run, data={"path": nothing_heldout})
@@ -76,7 +76,7 @@ def test_a_store_without_a_held_out_split_if_evaluations_are_due(
   assert "heldout split" not in output
 
 
-def test_a_store_whose_tokenizer_was_swapped(autoencoder_run, tokens, tmp_path):
+def test_a_store_whose_tokenizer_was_swapped_is_refused(autoencoder_run, tokens, tmp_path):
   store = shutil.copytree(tokens, tmp_path / "store")
   with (store / "tokenizer.model").open("ab") as file:
     file.write(b"x")
@@ -87,34 +87,36 @@ def test_a_store_whose_tokenizer_was_swapped(autoencoder_run, tokens, tmp_path):
 def test_splits_of_few_blocks_cause_a_warning(tokens):
   store = store_lib.TokenStore.open(tokens)
   heldout = store.num_tokens("heldout")
-  assert heldout < store.num_tokens("train") and not pipeline.of_few_blocks(store, 32, True)
+  assert heldout < store.num_tokens("train") and not pipeline.few_blocks_warnings(store, 32, True)
   context = heldout // 19
-  (line,) = pipeline.of_few_blocks(store, context, True)
+  (line,) = pipeline.few_blocks_warnings(store, context, True)
   assert f"the heldout split of {tokens} holds only 19 blocks of {context} tokens" in line
-  assert not pipeline.of_few_blocks(store, context, False)
-  assert len(pipeline.of_few_blocks(store, store.num_tokens("train"), True)) == 2
+  assert not pipeline.few_blocks_warnings(store, context, False)
+  assert len(pipeline.few_blocks_warnings(store, store.num_tokens("train"), True)) == 2
 
 
 @pytest.mark.parametrize("context", [30, 4])
-def test_a_context_that_is_not_a_multiple_of_k_or_is_one_patch(autoencoder_run, tmp_path, context):
+def test_a_context_that_is_not_a_multiple_of_k_or_is_one_patch_is_refused(
+  autoencoder_run, tmp_path, context
+):
   run = changed(autoencoder_run, data={"context": context})
   refused(run, tmp_path / "new", f"multiple of K = 4 .* got {context}")
 
 
-def test_a_context_longer_than_the_text(autoencoder_run, tmp_path):
+def test_a_context_longer_than_the_text_is_refused(autoencoder_run, tmp_path):
   run = changed(autoencoder_run, data={"context": 400_000})
   refused(run, tmp_path / "new", "prepare more text or shorten the context")
 
 
-def test_no_store_and_a_missing_store(autoencoder_run, tmp_path):
+def test_an_empty_and_a_missing_store_are_refused(autoencoder_run, tmp_path):
   refused(
     changed(autoencoder_run, data={"path": ""}), tmp_path / "new", "config.data.path is empty"
   )
-  gone = changed(autoencoder_run, data={"path": f"{tmp_path}/gone"})
-  refused(gone, tmp_path / "new", "no such token store: .*gone")
+  missing_store = changed(autoencoder_run, data={"path": f"{tmp_path}/gone"})
+  refused(missing_store, tmp_path / "new", "no such token store: .*gone")
 
 
-def test_no_autoencoder_a_missing_one_and_a_workdir_of_another_stage(
+def test_an_autoencoder_that_is_empty_missing_or_of_another_stage_is_refused(
   calm_run, trained_calm, tmp_path
 ):
   for path, reason in (
@@ -126,7 +128,9 @@ def test_no_autoencoder_a_missing_one_and_a_workdir_of_another_stage(
 
 
 @pytest.mark.parametrize("dry_run", [True, False])
-def test_a_run_for_another_k_is_refused_with_both_and_the_flags(calm_run, tmp_path, dry_run):
+def test_a_run_with_another_k_is_refused_with_both_values_and_the_flags(
+  calm_run, tmp_path, dry_run
+):
   run = changed(calm_run, model={"patch_size": 2})
   reason = (
     f"patch_size is 2, but the autoencoder in {calm_run.autoencoder} has K = 4 .* "
@@ -150,7 +154,7 @@ def test_a_run_can_not_start_from_weights_of_another_k(calm_run, trained_calm, t
   refused(run, tmp_path / "new", "give --config.model.patch_size=4")
 
 
-def test_a_store_that_does_not_match_the_autoencoder(
+def test_a_store_that_does_not_match_the_autoencoder_is_refused(
   calm_run, trained_autoencoder, other_tokens, tmp_path
 ):
   own = workdir.read_origin(str(trained_autoencoder)).tokenizer_hash
@@ -159,7 +163,7 @@ def test_a_store_that_does_not_match_the_autoencoder(
   refused(changed(calm_run, data={"path": other_tokens}), tmp_path / "new", f"{other}.*{own}")
 
 
-def test_a_workdir_whose_config_differs(autoencoder_run, trained_autoencoder):
+def test_a_workdir_whose_config_differs_is_refused(autoencoder_run, trained_autoencoder):
   before = (trained_autoencoder / "config.json").read_text()
   run = changed(autoencoder_run, optimizer={"learning_rate": 0.5})
   with pytest.raises(errors.CalmError, match=r"optimizer.learning_rate: 0.003, 0.5"):
@@ -221,7 +225,9 @@ def test_a_tokenizer_with_an_unusual_eos_is_loaded_by_the_id(trained_calm, tmp_p
   assert workdir.tokenizer(str(tmp_path), origin).eos_id == 1
 
 
-def test_other_data_for_a_started_run(autoencoder_run, trained_autoencoder, other_tokens, tmp_path):
+def test_other_data_for_a_started_run_is_refused(
+  autoencoder_run, trained_autoencoder, other_tokens, tmp_path
+):
   shutil.copytree(trained_autoencoder, tmp_path / "copy")
   run = changed(autoencoder_run, data={"path": other_tokens})
   with pytest.raises(errors.CalmError, match="was trained with tokenizer_hash"):
@@ -230,14 +236,16 @@ def test_other_data_for_a_started_run(autoencoder_run, trained_autoencoder, othe
     assert (tmp_path / "copy" / name).read_text() == (trained_autoencoder / name).read_text()
 
 
-def test_a_workdir_without_a_checkpoint(trained_autoencoder, calm_run, tmp_path):
+def test_a_workdir_without_a_checkpoint_is_refused(trained_autoencoder, calm_run, tmp_path):
   shutil.copytree(trained_autoencoder, tmp_path / "copy")
   shutil.rmtree(tmp_path / "copy/checkpoints")
   run = dataclasses.replace(calm_run, autoencoder=str(tmp_path / "copy"))
   refused(run, tmp_path / "new", "has no checkpoint yet: train it first")
 
 
-def test_another_tokenizer_than_that_of_the_training(trained_calm, other_tokens, tmp_path):
+def test_another_tokenizer_than_that_of_the_training_is_refused(
+  trained_calm, other_tokens, tmp_path
+):
   shutil.copytree(trained_calm, tmp_path / "copy")
   shutil.copy(f"{other_tokens}/tokenizer.model", tmp_path / "copy")
   origin = workdir.read_origin(str(tmp_path / "copy"))
@@ -348,7 +356,7 @@ COMMANDS = {
   "temperatures of an autoencoder": (
     "evaluate",
     "--workdir={autoencoder} --temperatures=0.5",
-    "writes no text",
+    "generates no text",
   ),
   "a sampler without a choice": (
     "evaluate",
@@ -373,7 +381,7 @@ COMMANDS = {
   "text of an autoencoder": (
     "generate",
     "--workdir={autoencoder}",
-    "holds an autoencoder, which writes no text",
+    "holds an autoencoder, which generates no text",
   ),
   "report on nothing": ("report", "--workdir={new}", "no workdir at"),
   "no such input": (
@@ -392,7 +400,7 @@ COMMANDS = {
   "no folder to convert": (
     "convert",
     "--source={new} --output={new} --format=workdir",
-    "no folder with a config.json",
+    "not a folder with a config.json",
   ),
   "a tokenizer for an export": (
     "convert",
@@ -435,7 +443,7 @@ def test_a_bad_command_ends_in_one_line(name: str, ended):
   assert "Traceback" not in complaint and not new.exists()
 
 
-def test_a_prompt_that_is_not_utf8(trained_calm):
+def test_a_prompt_that_is_not_utf8_is_refused(trained_calm):
   command = [sys.executable, "-m", "calm_jax.generate", f"--workdir={trained_calm}", "--prompt=-"]
   done = subprocess.run(command, cwd=ROOT, capture_output=True, input=b"caf\xe9", timeout=120)
   assert done.returncode == 2 and b"error: the prompt is not UTF-8" in done.stderr

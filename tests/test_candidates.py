@@ -1,4 +1,4 @@
-"""Claims about rounds of draws: patches have the law of their rule, whatever the round sizes."""
+"""Claims about rounds of draws: patches have the distribution of their rule at any round size."""
 
 import functools
 import itertools
@@ -17,7 +17,7 @@ ROWS = 500
 
 
 def draw_from(law: np.ndarray, key_B: jax.Array):
-  """Returns a function that draws patches of two tokens, (x, 2x), where x has the law `law`."""
+  """Returns a function that draws patches of two tokens, (x, 2x), where x is drawn from `law`."""
 
   def draw(row_S, number_S):
     keys_S = candidates.keys_of(key_B[row_S], candidates.DRAW, number_S)
@@ -57,7 +57,7 @@ def outcomes(rule: str, power: float, limit: int, batches: int, law=LAW, **setti
   return jax.tree.map(lambda *x: np.concatenate(x), *choices)
 
 
-# Batches of rows for a test of a law: 10,000 draws here, 100,000 by hand.
+# Batches of rows for a test of a distribution: 10,000 draws here, 100,000 by hand.
 BATCHES = pytest.mark.parametrize("batches", [20, pytest.param(200, marks=pytest.mark.exhaustive)])
 
 
@@ -72,7 +72,7 @@ LIMIT = 21.1
 
 @BATCHES
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 0.5, 0.4])
-def test_exact_draws_have_the_exact_law_and_take_the_expected_number(
+def test_exact_draws_have_the_exact_distribution_and_the_expected_number(
   temperature: float, batches: int
 ):
   power = 1 / temperature
@@ -88,7 +88,7 @@ def test_exact_draws_have_the_exact_law_and_take_the_expected_number(
 
 
 def race(power: float) -> np.ndarray:
-  """Returns the law of the first patch drawn n times, times P^a, summed over all sequences."""
+  """Returns the distribution of the first patch drawn n times, times P^a, over all sequences."""
   n, won = int(power), np.zeros(len(LAW))
   ways = {(0,) * len(LAW): 1.0}
   while ways:
@@ -106,7 +106,7 @@ def race(power: float) -> np.ndarray:
 
 @BATCHES
 @pytest.mark.parametrize("power", [2.0, 3.0, 2.5])
-def test_the_first_patch_drawn_n_times_has_the_law_of_the_race(power: float, batches: int):
+def test_the_first_patch_drawn_n_times_has_the_distribution_of_the_race(power: float, batches: int):
   result = outcomes("first", power, 120, batches)
   assert result.settled_B.all()
   assert chi_square(result.patch.token_K[:, 0], race(power)) < LIMIT
@@ -118,14 +118,14 @@ def weight(count: int, level: float) -> float:
 
 
 def shares(counts: np.ndarray, power: float) -> np.ndarray:
-  """Returns the law of the choice, given how often each outcome was drawn."""
+  """Returns the distribution of the choice, given how often each outcome was drawn."""
   level = power - max(int(power) - max(counts), 0)
   weights = np.array([weight(count, level) for count in counts])
   return weights / weights.sum()
 
 
 def batch_law(power: float, limit: int) -> np.ndarray:
-  """Returns the law of the batch rule, summed over all counts of `limit` draws."""
+  """Returns the distribution of the batch rule, summed over all counts of `limit` draws."""
   law = np.zeros(len(LAW))
   for counts in itertools.product(range(limit + 1), repeat=len(LAW)):
     if sum(counts) != limit:
@@ -137,7 +137,7 @@ def batch_law(power: float, limit: int) -> np.ndarray:
 
 @BATCHES
 @pytest.mark.parametrize("power", [2.0, 3.0, 2.5, 1.25])
-def test_the_batch_rule_has_the_law_of_its_weights(power: float, batches: int):
+def test_the_batch_rule_has_the_distribution_of_its_weights(power: float, batches: int):
   result = outcomes("none", power, 10, batches)
   assert not result.settled_B.any() and (result.drawn_B == 10).all()
   assert chi_square(result.patch.token_K[:, 0], batch_law(power, 10)) < LIMIT
@@ -164,8 +164,10 @@ def test_the_batch_rule_chooses_when_the_draws_run_out(batches: int):
 
 @BATCHES
 @pytest.mark.parametrize("power", [2.0, 2.5])
-def test_the_prefix_rule_gives_each_token_the_law_of_its_weights(power: float, batches: int):
-  """Patches (x // 2, x), with the law summed over all sequences of four draws."""
+def test_the_prefix_rule_gives_each_token_the_distribution_of_its_weights(
+  power: float, batches: int
+):
+  """Patches (x // 2, x), with the distribution summed over all sequences of four draws."""
   law = np.zeros(4)
   for sequence in itertools.product(range(4), repeat=4):
     p = np.prod(LAW[list(sequence)])

@@ -1,4 +1,4 @@
-"""Claims about checkpoints: whole or not at all, damage found, the last good one kept."""
+"""Claims about checkpoints: complete or absent, damage is detected, the last intact one is used."""
 
 import json
 import pathlib
@@ -24,17 +24,17 @@ def rest(step: int):
   return {"step": jnp.int32(step), "mean": {"w": jnp.full((3, 2), step, jnp.bfloat16)}}
 
 
-def saved(directory: pathlib.Path, *steps: int, **options) -> list[str]:
-  """Saves steps one after the other and returns what was reported."""
-  said: list[str] = []
+def save_steps(directory: pathlib.Path, *steps: int, **options) -> list[str]:
+  """Saves steps one after the other and returns the reported lines."""
+  reports: list[str] = []
   options = {"keep_latest": 1} | options
-  checkpoints = checkpoint.Checkpoints(str(directory), report=said.append, **options)
+  checkpoints = checkpoint.Checkpoints(str(directory), report=reports.append, **options)
   for step in steps:
     record = {"data": {"next": 10 * step}, "seal": "own"}
     checkpoints.save(step, params(step), rest(step), record)
     checkpoints.wait()
   checkpoints.close()
-  return said
+  return reports
 
 
 def abstract(tree):
@@ -42,20 +42,20 @@ def abstract(tree):
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
 
 
-def restored(directory: pathlib.Path, with_rest: bool = True, bound: str = ""):
-  """Returns what is restored, and what was reported."""
-  said: list[str] = []
-  checkpoints = checkpoint.Checkpoints(str(directory), report=said.append)
+def restore(directory: pathlib.Path, with_rest: bool = True, bound: str = ""):
+  """Returns the restored checkpoint and the reported lines."""
+  reports: list[str] = []
+  checkpoints = checkpoint.Checkpoints(str(directory), report=reports.append)
   try:
     trees = [abstract(jax.eval_shape(make, 0)) for make in (params, rest)]
-    return checkpoints.restore(*trees[: 1 + with_rest], bound=bound), said
+    return checkpoints.restore(*trees[: 1 + with_rest], bound=bound), reports
   finally:
     checkpoints.close()
 
 
-def assert_step(found: checkpoint.Restored | None, step: int):
-  assert found is not None and found.step == step
-  np.testing.assert_array_equal(found.params["w"], params(step)["w"])
+def assert_step(loaded: checkpoint.Restored | None, step: int):
+  assert loaded is not None and loaded.step == step
+  np.testing.assert_array_equal(loaded.params["w"], params(step)["w"])
 
 
 def damage(directory: pathlib.Path, step: int):
@@ -68,87 +68,87 @@ def damage(directory: pathlib.Path, step: int):
     file.write_bytes(content)
 
 
-def test_what_is_saved_comes_back(tmp_path: pathlib.Path):
-  assert saved(tmp_path, 7) == []
-  found, said = restored(tmp_path)
-  assert_step(found, 7)
-  assert found.meta["data"] == {"next": 70} and said == []
-  jax.tree.map(np.testing.assert_array_equal, found.rest, rest(7))
-  assert found.rest["mean"]["w"].dtype == jnp.bfloat16
+def test_a_checkpoint_reads_back_as_saved(tmp_path: pathlib.Path):
+  assert save_steps(tmp_path, 7) == []
+  loaded, reports = restore(tmp_path)
+  assert_step(loaded, 7)
+  assert loaded.meta["data"] == {"next": 70} and reports == []
+  jax.tree.map(np.testing.assert_array_equal, loaded.rest, rest(7))
+  assert loaded.rest["mean"]["w"].dtype == jnp.bfloat16
 
 
 def test_parameters_can_be_read_alone(tmp_path: pathlib.Path):
-  saved(tmp_path, 7)
-  found, _ = restored(tmp_path, with_rest=False)
-  assert_step(found, 7)
-  assert found.rest is None
+  save_steps(tmp_path, 7)
+  loaded, _ = restore(tmp_path, with_rest=False)
+  assert_step(loaded, 7)
+  assert loaded.rest is None
 
 
-def test_without_a_checkpoint_there_is_none(tmp_path: pathlib.Path):
-  assert restored(tmp_path) == (None, [])
+def test_without_a_checkpoint_none_is_restored(tmp_path: pathlib.Path):
+  assert restore(tmp_path) == (None, [])
 
 
-def test_the_latest_and_every_third_are_kept(tmp_path: pathlib.Path):
-  saved(tmp_path, *range(1, 8), keep_latest=2, keep_every=3)
-  kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
-  assert kept == [3, 6, 7]
+def test_the_latest_two_and_every_third_checkpoint_are_kept(tmp_path: pathlib.Path):
+  save_steps(tmp_path, *range(1, 8), keep_latest=2, keep_every=3)
+  remaining = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
+  assert remaining == [3, 6, 7]
 
 
-def test_a_damaged_checkpoint_is_told_and_the_one_before_is_taken(tmp_path: pathlib.Path):
-  saved(tmp_path, 1, 2, 3, keep_latest=3)
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_is_used(tmp_path: pathlib.Path):
+  save_steps(tmp_path, 1, 2, 3, keep_latest=3)
   damage(tmp_path, 3)
-  found, said = restored(tmp_path)
-  assert_step(found, 2)
-  assert len(said) == 1 and "step 3" in said[0] and "falling back" in said[0]
+  loaded, reports = restore(tmp_path)
+  assert_step(loaded, 2)
+  assert len(reports) == 1 and "step 3" in reports[0] and "falling back" in reports[0]
 
 
-def test_a_file_that_is_gone_counts_as_damage(tmp_path: pathlib.Path):
-  saved(tmp_path, 1, 2, keep_latest=2)
+def test_a_missing_file_counts_as_damage(tmp_path: pathlib.Path):
+  save_steps(tmp_path, 1, 2, keep_latest=2)
   (tmp_path / "checkpoints/2/rest/manifest.ocdbt").unlink()
-  found, said = restored(tmp_path)
-  assert_step(found, 1)
-  assert "step 2" in said[0]
+  loaded, reports = restore(tmp_path)
+  assert_step(loaded, 1)
+  assert "step 2" in reports[0]
 
 
-def test_a_fingerprint_finds_what_the_format_does_not(tmp_path: pathlib.Path):
-  """A checkpoint whose parameters are not those that were saved reads back without an error."""
-  saved(tmp_path, 1, 2, keep_latest=2)
+def test_fingerprints_detect_damage_that_the_format_does_not(tmp_path: pathlib.Path):
+  """Parameters of another checkpoint read back without an error."""
+  save_steps(tmp_path, 1, 2, keep_latest=2)
   shutil.rmtree(tmp_path / "checkpoints/2/params")
   shutil.copytree(tmp_path / "checkpoints/1/params", tmp_path / "checkpoints/2/params")
-  found, said = restored(tmp_path)
-  assert_step(found, 1)
-  assert "damaged" in said[0]
+  loaded, reports = restore(tmp_path)
+  assert_step(loaded, 1)
+  assert "damaged" in reports[0]
 
 
-def test_if_every_checkpoint_is_damaged_the_steps_are_named(tmp_path: pathlib.Path):
-  saved(tmp_path, 1, 2, keep_latest=2)
+def test_if_all_checkpoints_are_damaged_their_steps_are_named(tmp_path: pathlib.Path):
+  save_steps(tmp_path, 1, 2, keep_latest=2)
   damage(tmp_path, 1)
   damage(tmp_path, 2)
   with pytest.raises(errors.CalmError, match=r"none of the checkpoints .* \(steps \[1, 2\]\)"):
-    restored(tmp_path)
+    restore(tmp_path)
 
 
-def test_a_save_cut_short_is_no_checkpoint(tmp_path: pathlib.Path):
-  saved(tmp_path, 1)
+def test_an_interrupted_save_is_not_a_checkpoint(tmp_path: pathlib.Path):
+  save_steps(tmp_path, 1)
   (tmp_path / "checkpoints/2.orbax-checkpoint-tmp/params").mkdir(parents=True)
-  assert_step(restored(tmp_path)[0], 1)
+  assert_step(restore(tmp_path)[0], 1)
 
 
-def test_a_full_disk_is_told_and_leaves_the_checkpoint_before(tmp_path: pathlib.Path):
-  saved(tmp_path, 1)
+def test_a_full_disk_is_reported_and_keeps_the_previous_checkpoint(tmp_path: pathlib.Path):
+  save_steps(tmp_path, 1)
   soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE, hard))  # A quarter of the parameters.
   try:
-    said = saved(tmp_path, 2, keep_latest=2)
+    reports = save_steps(tmp_path, 2, keep_latest=2)
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-  assert said and "failed" in said[0] and "the last good one is step 1" in said[-1]
-  assert_step(restored(tmp_path)[0], 1)
+  assert reports and "failed" in reports[0] and "the last good one is step 1" in reports[-1]
+  assert_step(restore(tmp_path)[0], 1)
 
 
-def test_a_save_after_a_failed_one_counts_by_itself(tmp_path: pathlib.Path):
-  said: list[str] = []
-  checkpoints = checkpoint.Checkpoints(str(tmp_path), keep_latest=2, report=said.append)
+def test_a_save_after_a_failed_save_succeeds(tmp_path: pathlib.Path):
+  reports: list[str] = []
+  checkpoints = checkpoint.Checkpoints(str(tmp_path), keep_latest=2, report=reports.append)
   soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE, hard))
   try:
@@ -156,14 +156,14 @@ def test_a_save_after_a_failed_one_counts_by_itself(tmp_path: pathlib.Path):
     assert not checkpoints.wait()
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-  assert "failed" in said[0]
+  assert "failed" in reports[0]
   assert checkpoints.save(2, params(2), rest(2), {}) and checkpoints.wait()
   checkpoints.close()
-  assert_step(restored(tmp_path)[0], 2)
+  assert_step(restore(tmp_path)[0], 2)
 
 
-def test_what_is_newer_than_a_step_is_set_aside(tmp_path: pathlib.Path):
-  saved(tmp_path, 1, 2, 3, keep_latest=3)
+def test_checkpoints_newer_than_a_step_are_set_aside(tmp_path: pathlib.Path):
+  save_steps(tmp_path, 1, 2, 3, keep_latest=3)
   checkpoints = checkpoint.Checkpoints(str(tmp_path), keep_latest=3, report=lambda line: None)
   checkpoints.set_aside_after(1)
   assert checkpoints.steps() == [1]
@@ -172,7 +172,7 @@ def test_what_is_newer_than_a_step_is_set_aside(tmp_path: pathlib.Path):
 
 
 def edit_meta(directory: pathlib.Path, step: int, edit, rehash: bool = False) -> None:
-  """Edits a checkpoint's meta; with `rehash` as somebody who knows of its hash."""
+  """Edits a checkpoint's metadata; with `rehash` its hash is updated too."""
   (path,) = (directory / f"checkpoints/{step}/meta").glob("metadata*")
   values = json.loads(path.read_text())
   edit(values)
@@ -183,28 +183,28 @@ def edit_meta(directory: pathlib.Path, step: int, edit, rehash: bool = False) ->
   path.write_text(json.dumps(values))
 
 
-def test_a_position_that_was_edited_is_not_believed(tmp_path: pathlib.Path):
-  saved(tmp_path, 1, 2, keep_latest=2)
+def test_an_edited_data_position_counts_as_damage(tmp_path: pathlib.Path):
+  save_steps(tmp_path, 1, 2, keep_latest=2)
   edit_meta(tmp_path, 2, lambda values: values["data"].update(next=21))
-  found, said = restored(tmp_path)
-  assert_step(found, 1)
-  assert "its meta was changed since it was saved" in said[0]
+  loaded, reports = restore(tmp_path)
+  assert_step(loaded, 1)
+  assert "its meta was changed since it was saved" in reports[0]
 
 
-def test_a_checkpoint_of_another_run_is_refused_and_no_older_one_taken(tmp_path: pathlib.Path):
-  saved(tmp_path, 1, 2, keep_latest=2)
-  assert_step(restored(tmp_path, bound="own")[0], 2)
+def test_a_checkpoint_of_another_run_is_refused_and_no_older_one_is_used(tmp_path: pathlib.Path):
+  save_steps(tmp_path, 1, 2, keep_latest=2)
+  assert_step(restore(tmp_path, bound="own")[0], 2)
   edit_meta(tmp_path, 2, lambda values: values.update(seal="other"), rehash=True)
   with pytest.raises(errors.CalmError, match=r"checkpoints/2 is a checkpoint of another run: put"):
-    restored(tmp_path, bound="own")
+    restore(tmp_path, bound="own")
 
 
-def test_a_checkpoint_under_another_step_s_name_is_refused(tmp_path: pathlib.Path):
-  saved(tmp_path, 1, 2, keep_latest=2)
+def test_a_checkpoint_renamed_to_another_step_is_refused(tmp_path: pathlib.Path):
+  save_steps(tmp_path, 1, 2, keep_latest=2)
   shutil.rmtree(tmp_path / "checkpoints/2")
   (tmp_path / "checkpoints/1").rename(tmp_path / "checkpoints/2")
   with pytest.raises(errors.CalmError, match=r"checkpoints/2 holds the checkpoint of step 1: put"):
-    restored(tmp_path)
+    restore(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -216,45 +216,45 @@ def test_a_checkpoint_under_another_step_s_name_is_refused(tmp_path: pathlib.Pat
     ValueError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 byte."),
   ],
 )
-def test_what_can_t_be_read_now_is_no_damage(error, tmp_path, monkeypatch):
-  saved(tmp_path, 1, 2, keep_latest=2)
+def test_temporarily_unreadable_files_do_not_count_as_damage(error, tmp_path, monkeypatch):
+  save_steps(tmp_path, 1, 2, keep_latest=2)
 
-  def fails(self, step, *others):
+  def fail(self, step, *others):
     raise ValueError("reading failed") from error
 
-  monkeypatch.setattr(checkpoint.Checkpoints, "_read", fails)
+  monkeypatch.setattr(checkpoint.Checkpoints, "_read", fail)
   with pytest.raises(errors.CalmError, match=r"step 2 .* can't be read now .*nothing was changed"):
-    restored(tmp_path)
+    restore(tmp_path)
   assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"1", "2"}
 
 
-def test_one_that_goes_while_it_is_read_is_looked_for_again(tmp_path, monkeypatch):
-  """The trainer of another process keeps the latest only."""
-  saved(tmp_path, 1)
+def test_a_checkpoint_removed_during_a_read_makes_the_search_restart(tmp_path, monkeypatch):
+  """The trainer in another process keeps only the latest checkpoint."""
+  save_steps(tmp_path, 1)
   read = checkpoint.Checkpoints._read
 
-  def overtaken(self, step, *others):
+  def read_after_save(self, step, *others):
     if step == 1:
-      saved(tmp_path, 2)
+      save_steps(tmp_path, 2)
       assert not (tmp_path / "checkpoints/1").exists()
     return read(self, step, *others)
 
-  monkeypatch.setattr(checkpoint.Checkpoints, "_read", overtaken)
-  found, said = restored(tmp_path)
-  assert_step(found, 2)
-  assert said == []
+  monkeypatch.setattr(checkpoint.Checkpoints, "_read", read_after_save)
+  loaded, reports = restore(tmp_path)
+  assert_step(loaded, 2)
+  assert reports == []
 
 
 @pytest.mark.parametrize("name", ["lr[1e-3]", "a[", "a]", "a*b", "why?", "back\\slash", "a**b"])
 def test_a_path_that_would_be_read_as_a_pattern_is_refused(name: str, tmp_path: pathlib.Path):
   for place in (tmp_path / name, tmp_path / name / "run"):
     with pytest.raises(errors.CalmError, match="is read as a pattern; give another") as caught:
-      saved(place, 1)
+      save_steps(place, 1)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / name).exists()
 
 
-def test_a_checkpoint_that_does_not_read_back_is_told_and_set_aside(tmp_path: pathlib.Path):
+def test_a_checkpoint_that_does_not_read_back_is_refused_and_set_aside(tmp_path: pathlib.Path):
   checkpoints = checkpoint.Checkpoints(str(tmp_path), keep_latest=3, report=lambda line: None)
   for step in (1, 2):
     assert checkpoints.save(step, params(step), rest(step), {}) and checkpoints.wait()
@@ -267,7 +267,7 @@ def test_a_checkpoint_that_does_not_read_back_is_told_and_set_aside(tmp_path: pa
   checkpoints.close()
 
 
-def test_a_checkpoint_that_reads_back_as_other_values_is_told(tmp_path: pathlib.Path):
+def test_a_checkpoint_that_reads_back_with_other_values_is_refused(tmp_path: pathlib.Path):
   checkpoints = checkpoint.Checkpoints(str(tmp_path), keep_latest=3, report=lambda line: None)
   for step in (1, 2):
     assert checkpoints.save(step, params(step), rest(step), {}) and checkpoints.wait()
@@ -278,29 +278,29 @@ def test_a_checkpoint_that_reads_back_as_other_values_is_told(tmp_path: pathlib.
   checkpoints.close()
 
 
-def test_a_newer_folder_in_the_way_of_a_save_is_set_aside(tmp_path: pathlib.Path):
-  saved(tmp_path, 1)
+def test_a_folder_of_a_later_step_is_set_aside_before_a_save(tmp_path: pathlib.Path):
+  save_steps(tmp_path, 1)
   (tmp_path / "checkpoints/9").mkdir()
-  said = saved(tmp_path, 2, keep_latest=2)
-  assert_step(restored(tmp_path)[0], 2)
-  assert "moved the checkpoint of step 9" in said[0]
+  reports = save_steps(tmp_path, 2, keep_latest=2)
+  assert_step(restore(tmp_path)[0], 2)
+  assert "moved the checkpoint of step 9" in reports[0]
 
 
-def test_a_file_in_the_place_of_a_checkpoint_is_told(tmp_path: pathlib.Path):
-  saved(tmp_path, 1)
+def test_a_file_instead_of_a_checkpoint_is_reported(tmp_path: pathlib.Path):
+  save_steps(tmp_path, 1)
   (tmp_path / "checkpoints/9").write_text("")
-  found, said = restored(tmp_path)
-  assert_step(found, 1)
-  assert said == [f"{tmp_path}/checkpoints/9 is a file, and no checkpoint"]
+  loaded, reports = restore(tmp_path)
+  assert_step(loaded, 1)
+  assert reports == [f"{tmp_path}/checkpoints/9 is a file, not a checkpoint"]
 
 
-def test_a_save_that_orbax_leaves_out_has_failed(tmp_path, monkeypatch):
+def test_a_save_that_orbax_skips_is_reported_as_failed(tmp_path, monkeypatch):
   monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "save", lambda *args, **named: False)
-  said: list[str] = []
-  checkpoints = checkpoint.Checkpoints(str(tmp_path), keep_latest=1, report=said.append)
+  reports: list[str] = []
+  checkpoints = checkpoint.Checkpoints(str(tmp_path), keep_latest=1, report=reports.append)
   assert not checkpoints.save(1, params(1), rest(1), {})
   checkpoints.close()
-  assert "saving the checkpoint of step 1 failed" in said[0]
+  assert "saving the checkpoint of step 1 failed" in reports[0]
 
 
 def test_only_finite_trees_are_all_finite():

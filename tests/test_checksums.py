@@ -59,7 +59,9 @@ def test_each_changed_or_missing_file_is_named(exported, tmp_path):
     with pytest.raises(errors.CalmError, match=reason) as caught:
       converted(tmp_path / "copy")
     path.unlink()
-    with pytest.raises(errors.CalmError, match=f"{name} is missing: SHA|no folder with a config"):
+    with pytest.raises(
+      errors.CalmError, match=f"{name} is missing: SHA|not a folder with a config"
+    ):
       converted(tmp_path / "copy")
     assert "\n" not in str(caught.value) and not list(tmp_path.glob("copy_*"))
     shutil.rmtree(tmp_path / "copy")
@@ -194,7 +196,7 @@ def test_programs_are_compared_with_the_weights(trained_autoencoder, tmp_path):
   path = tmp_path / "out/decode.stablehlo"
   intact = path.read_bytes()
   path.write_bytes(intact[:100])
-  with pytest.raises(errors.CalmError, match=r"decode.stablehlo is no artefact of jax.export"):
+  with pytest.raises(errors.CalmError, match=r"decode.stablehlo is not an artefact of jax.export"):
     checking.shapes(tmp_path / "out")
   path.write_bytes(intact)
   tensors.write_folder(tmp_path / "out", [])

@@ -17,7 +17,7 @@ LINK = 50e9
 
 
 def placement(topology: topologies.Topology) -> collectives.Placement:
-  """All devices, slice by slice, row-major over chips, the devices of a chip together."""
+  """Returns all devices, slice by slice, row-major over chips, the devices of a chip together."""
   places = [
     place for place in np.ndindex(*topology.shape) for _ in range(topology.chip.devices)
   ] * topology.slices

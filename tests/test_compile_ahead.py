@@ -145,7 +145,7 @@ def test_sizes_that_do_not_divide_are_refused():
     job(changed(CALM, training={"batch": 6}))
   with pytest.raises(errors.CalmError, match="needs a multiple of 3 devices and there are 4"):
     job(changed(CALM, mesh={"data": 3}))
-  with pytest.raises(errors.CalmError, match="writes no text"):
+  with pytest.raises(errors.CalmError, match="generates no text"):
     steps.decode_plans(job(dataclasses.replace(PARENTS["autoencoder"], data=CALM.data)))
 
 

@@ -41,9 +41,9 @@ def added():
   """Runs an example, and restores the tables after the test."""
   before = [dict(rows) for rows in TABLES]
   yield run_example
-  for rows, kept in zip(TABLES, before, strict=True):
+  for rows, original in zip(TABLES, before, strict=True):
     rows.clear()
-    rows.update(kept)
+    rows.update(original)
 
 
 def test_every_addition_has_an_example():

@@ -165,7 +165,7 @@ def test_converting_in_the_wrong_direction_is_refused(trained_calm, tmp_path):
 def test_buckets_are_refused(source, output, trained_calm, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   kind = "workdir" if output == "x" else "reference"
-  with pytest.raises(errors.CalmError, match="gs://b/a is no local folder"):
+  with pytest.raises(errors.CalmError, match="gs://b/a is not a local folder"):
     conversion.convert(source.format(calm=trained_calm), output, kind)
   assert not list(tmp_path.iterdir())
 

@@ -23,13 +23,13 @@ LAYERS = {"layers": 2, "width": 64, "ffn": 128, "heads": 4, "kv_heads": 2}
 
 
 def program_flops(function, *inputs) -> float:
-  """FLOPs of a function's matrix products, compiled for this machine."""
+  """Returns the FLOPs of a function's matrix products, compiled for this machine."""
   compiled = jax.jit(function).lower(*inputs).compile()
   return matmuls.flops(runs.read(compiled.as_text()))
 
 
 def law_of(run: calm_stage.Run | transformer_stage.Run):
-  """The law that writes text, with abstract parameters."""
+  """Returns the distribution of the next patch, with abstract parameters."""
   trained = untrained.trained(run, PARENTS, VOCAB, untrained.abstract)
   return texts.decoder(trained, requests.Sampler(), print).law
 
@@ -99,8 +99,8 @@ def test_two_hundred_draws_cost_seventy_times_the_transformer():
   )
 
 
-def test_more_texts_share_the_weights():
-  """A step of one text is bound by memory, by a count by hand; one of very many by compute."""
+def test_a_larger_batch_shares_the_weights():
+  """By hand: a step of one text is bound by memory, a step of very many texts by compute."""
   row, chip = published.ROWS[3], topologies.CHIPS["v5e"]
 
   def bound(batch: int, window: int) -> tuple[float, str]:

@@ -58,10 +58,10 @@ def test_folders_in_use_and_folders_of_others_are_left_alone(tmp_path):
   own = tmp_path / ".out.notes"
   own.mkdir()
   with writing(tmp_path / "out") as process:
-    (held,) = set(tmp_path.iterdir()) - {own}
+    (locked_folder,) = set(tmp_path.iterdir()) - {own}
     with destination.new_folder(str(tmp_path / "out")):
       pass
-    assert (held / "out/half").exists() and own.exists()
+    assert (locked_folder / "out/half").exists() and own.exists()
     process.kill()
 
 

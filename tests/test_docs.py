@@ -46,8 +46,8 @@ def test_the_tree_of_the_readme_names_every_file():
 def test_the_figures_of_the_readme_are_those_of_the_json_files():
   text = (ROOT / "README.md").read_text()
   assert documents.updated(text, ROOT) == text
-  kept = {f"benchmarks/{path.name}" for path in (ROOT / "benchmarks").glob("*.json")}
-  assert kept and kept == set(re.findall(r"<!-- (\S+\.json) -->", text))
+  json_files = {f"benchmarks/{path.name}" for path in (ROOT / "benchmarks").glob("*.json")}
+  assert json_files and json_files == set(re.findall(r"<!-- (\S+\.json) -->", text))
 
 
 def commands() -> list[tuple[str, str]]:

@@ -31,13 +31,13 @@ def refused_in_one_line(act: Callable[[], object], reason: str) -> None:
 NESTED = "[" * 100_000
 # JSON that is not valid settings.
 NO_SETTINGS = {
-  "nested too deep": (NESTED, "config.json is no valid JSON: nested too deep"),
+  "nested too deep": (NESTED, "config.json is not valid JSON: nested too deep"),
   "nested in a setting": ('{"stage": "calm", "data": ' + NESTED, "nested too deep"),
   "a list": ("[]", "config.json must hold a JSON object, got list"),
-  "no UTF-8": (b"\xff{}", "config.json is no valid JSON"),
+  "no UTF-8": (b"\xff{}", "config.json is not valid JSON"),
   "a list for a stage": ('{"stage": []}', r"config.stage is \[\]"),
   "a list for settings": ('{"stage": "calm", "model": [[[[[[[[]]]]]]]]}', r"hold settings, got \["),
-  "a huge number": (f'{{"stage": "calm", "data": {{"context": 1{"0" * 5000}}}}}', "no valid JSON"),
+  "a huge number": (f'{{"stage": "calm", "data": {{"context": 1{"0" * 5000}}}}}', "not valid JSON"),
   "a huge float": (
     '{"stage": "calm", "model": {"rope_theta": 1%s}}' % ("0" * 400),
     "rope_theta must be finite",

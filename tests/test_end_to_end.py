@@ -1,4 +1,4 @@
-"""The whole story by its commands, at toy size, as a person types them; and Ctrl-C."""
+"""The complete pipeline at toy size, by its commands; and Ctrl-C."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def act(name: str, *flags: str, code: int = 0) -> subprocess.CompletedProcess[st
 
 @pytest.fixture(scope="module")
 def folder(tokens: str, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-  """Both stages and the baseline trained by their commands."""
+  """Workdirs of both stages and the baseline, trained by their commands."""
   root = tmp_path_factory.mktemp("story")
   data = f"--config.data.path={tokens}"
   act(
@@ -83,7 +83,7 @@ def test_evaluation_text_and_report(folder: pathlib.Path):
   assert (folder / "report.html").read_text().count("<img") > 10
 
 
-def test_the_baseline_is_evaluated_writes_and_is_reported(folder: pathlib.Path):
+def test_the_baseline_is_evaluated_generates_and_is_reported(folder: pathlib.Path):
   directory = f"--workdir={folder}/transformer"
   figures = json.loads(act("evaluate", directory, "--blocks=3").stdout)
   assert {"brier_lm", "brier_lm_marginal", "cross_entropy", "cross_entropy_stderr"} <= set(figures)
@@ -95,7 +95,9 @@ def test_the_baseline_is_evaluated_writes_and_is_reported(folder: pathlib.Path):
   assert "Baseline: Transformer" in page and "Cross-entropy" in page
 
 
-def test_weights_go_out_come_back_and_are_trained_on(folder: pathlib.Path, tokens: str):
+def test_exported_weights_are_imported_evaluated_and_trained_further(
+  folder: pathlib.Path, tokens: str
+):
   def convert(source: str, output: str, kind: str) -> str:
     flags = (f"--source={folder}/{source}", f"--output={folder}/{output}", f"--format={kind}")
     return act("convert", *flags).stdout
@@ -104,9 +106,11 @@ def test_weights_go_out_come_back_and_are_trained_on(folder: pathlib.Path, token
   convert("out", "back", "workdir")
   (folder / "back/evaluation.json").unlink(missing_ok=True)
   printed = act("evaluate", f"--workdir={folder}/back", f"--data={tokens}", "--context=32").stdout
-  there = act("evaluate", f"--workdir={folder}/calm", "--seed=0").stdout
-  same = ("brier_1", "accuracy_1", "collision_1", "tokens")
-  assert [json.loads(printed)[name] for name in same] == [json.loads(there)[name] for name in same]
+  original = act("evaluate", f"--workdir={folder}/calm", "--seed=0").stdout
+  names = ("brier_1", "accuracy_1", "collision_1", "tokens")
+  assert [json.loads(printed)[name] for name in names] == [
+    json.loads(original)[name] for name in names
+  ]
   act("generate", f"--workdir={folder}/back", "--prompt=The cats of number", "--max_tokens=4")
   act(
     "main", "--config=configs/calm.py:quickstart", f"--config.data.path={tokens}", *TRAINING,
@@ -115,7 +119,7 @@ def test_weights_go_out_come_back_and_are_trained_on(folder: pathlib.Path, token
   assert (folder / "further/autoencoder/checkpoints").exists()
 
 
-def test_ctrl_c_saves_and_the_same_command_goes_on(folder: pathlib.Path, tokens: str):
+def test_ctrl_c_saves_and_the_same_command_resumes(folder: pathlib.Path, tokens: str):
   flags = (
     "--config=configs/autoencoder.py:quickstart", f"--config.data.path={tokens}", *TRAINING,
     *AUTOENCODER, "--config.training.steps=100000", "--config.training.log_every=1",

@@ -32,7 +32,7 @@ def inputs():
   return jax.random.normal(hidden_key, (2, 6, WIDTH)), noise_NBPR
 
 
-def awake(params):
+def with_nonzero_output(params):
   """Returns the parameters with a last layer that is not zero."""
   kernel = jax.random.normal(jax.random.key(2), params["out"]["kernel"].shape)
   return {**params, "out": {**params["out"], "kernel": kernel}}
@@ -50,11 +50,15 @@ def test_at_the_start_every_sample_is_zero(head, params, inputs):
 
 def test_a_sample_reads_its_own_noise_and_its_own_hidden_state(head, params, inputs):
   hidden_BPD, noise_NBPR = inputs
-  before = samples(head, awake(params), hidden_BPD, noise_NBPR)
-  other_noise = samples(head, awake(params), hidden_BPD, noise_NBPR.at[1, 0, 3].add(0.2))
+  before = samples(head, with_nonzero_output(params), hidden_BPD, noise_NBPR)
+  other_noise = samples(
+    head, with_nonzero_output(params), hidden_BPD, noise_NBPR.at[1, 0, 3].add(0.2)
+  )
   changed = np.argwhere(np.any(np.asarray(before != other_noise), axis=-1))
   np.testing.assert_array_equal(changed, [[1, 0, 3]])
-  other_hidden = samples(head, awake(params), hidden_BPD.at[0, 3].multiply(-1), noise_NBPR)
+  other_hidden = samples(
+    head, with_nonzero_output(params), hidden_BPD.at[0, 3].multiply(-1), noise_NBPR
+  )
   changed = np.argwhere(np.any(np.asarray(before != other_hidden), axis=-1))
   np.testing.assert_array_equal(changed, [[n, 0, 3] for n in range(4)])
 

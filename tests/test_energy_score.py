@@ -163,7 +163,7 @@ def test_the_expected_distance_is_that_of_a_noncentral_chi_where_all_widths_are_
   np.testing.assert_allclose(distance_P[0], width * mean, rtol=error)
 
 
-def test_the_expected_attraction_to_a_point_is_the_distance_and_pulls_nowhere_there():
+def test_the_expected_attraction_to_a_point_is_the_distance_with_zero_gradient_there():
   mean_PZ = jnp.ones((1, 3))
 
   def total(sample_NPZ):

@@ -75,12 +75,12 @@ def test_a_digest_is_that_of_the_bytes(tmp_path: pathlib.Path):
 @pytest.mark.parametrize(
   "text, reason",
   [
-    (b"{", "no valid JSON"),
-    (b'"\xff"', "no valid JSON"),
-    (b'{"a": ' + b"[" * 10**6, "no valid JSON: nested too deep"),
+    (b"{", "not valid JSON"),
+    (b'"\xff"', "not valid JSON"),
+    (b'{"a": ' + b"[" * 10**6, "not valid JSON: nested too deep"),
     (b"[1]", "must hold a JSON object, got list"),
     (b'"x"', "must hold a JSON object, got str"),
-    (b'{"a": %s}' % (b"1" * 5000), "no valid JSON"),  # Python reads integers of 4,300 digits.
+    (b'{"a": %s}' % (b"1" * 5000), "not valid JSON"),  # Python reads integers of 4,300 digits.
   ],
 )
 def test_json_that_is_no_object_is_reported_with_its_path(

@@ -21,7 +21,7 @@ def build(kind: str) -> head_lib.Head:
   return registry.build(sizes, TRUNK)
 
 
-def awake(params):
+def with_nonzero_layers(params):
   """Returns the parameters with no layer at its zero initial value."""
   leaves, tree = jax.tree.flatten(params)
   keys = jax.random.split(jax.random.key(3), len(leaves))
@@ -37,7 +37,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 def test_samples_read_their_own_noise_and_hidden_state(kind: str):
   head = build(kind)
   params, hidden_PD = (
-    awake(head.init(jax.random.key(0))),
+    with_nonzero_layers(head.init(jax.random.key(0))),
     jax.random.normal(jax.random.key(1), (5, WIDTH)),
   )
   noise = head.draw_noise(jax.random.key(2), (4, 5))
@@ -54,7 +54,7 @@ def test_samples_read_their_own_noise_and_hidden_state(kind: str):
 
 def test_a_key_decides_the_samples(kind: str):
   head = build(kind)
-  params, hidden_PD = awake(head.init(jax.random.key(0))), jnp.ones((5, WIDTH))
+  params, hidden_PD = with_nonzero_layers(head.init(jax.random.key(0))), jnp.ones((5, WIDTH))
   a, b, c = (head.sample(params, hidden_PD, jax.random.key(seed), 4) for seed in (0, 0, 1))
   assert a.shape == (4, 5, LATENT)
   np.testing.assert_array_equal(a, b)

@@ -24,7 +24,7 @@ from calm_jax.training import stage as stage_lib
 STEPS, VOCAB = 5, 320
 # Sizes that are divisible by eight.
 SIZES = dict(layers=2, width=32, ffn=64, heads=8, kv_heads=8, init="fan_in")
-CODEC = config.Autoencoder(width=32, ffn=64, latent=8, init="fan_in")
+AUTOENCODER = config.Autoencoder(width=32, ffn=64, latent=8, init="fan_in")
 # Adam divides by the root mean square of gradients. Without a larger eps, rounding errors of a
 # gradient near zero would become full steps.
 OPTIMIZER = config.Optimizer(learning_rate=1e-2, warmup_steps=2, eps=1e-3)
@@ -32,7 +32,7 @@ TRAINING = config.Training(steps=STEPS, batch=16, compute_dtype="float32")
 COMMON = dict(data=config.Data("", 32), optimizer=OPTIMIZER, training=TRAINING)
 
 RUNS: dict[str, config.Run] = {
-  "autoencoder": autoencoder_stage.Run(model=CODEC, **COMMON),
+  "autoencoder": autoencoder_stage.Run(model=AUTOENCODER, **COMMON),
   "transformer": transformer_stage.Run(model=config.Transformer(**SIZES), **COMMON),
 } | {
   kind: calm_stage.Run(
@@ -67,11 +67,11 @@ PAIRS = [
 @functools.cache
 def frozen_params():
   """Returns the parameters of the frozen autoencoder."""
-  return jax.jit(autoencoder.Autoencoder(CODEC, VOCAB).initial)(jax.random.key(7))
+  return jax.jit(autoencoder.Autoencoder(AUTOENCODER, VOCAB).initial)(jax.random.key(7))
 
 
 def built(run: config.Run) -> stage_lib.Stage:
-  parents = {"autoencoder": autoencoder_stage.Run(model=CODEC)}
+  parents = {"autoencoder": autoencoder_stage.Run(model=AUTOENCODER)}
   return untrained.functions(run, parents, VOCAB, lambda _: frozen_params())
 
 

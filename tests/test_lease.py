@@ -74,14 +74,14 @@ def read(folder: pathlib.Path) -> dict:
 @pytest.mark.parametrize("name", ["plain", "lr[1e-3]", "back\\slash", "a b/c%20d"])
 def test_a_lease_is_renewed_while_held_and_then_removed(tmp_path: pathlib.Path, name: str):
   folder = tmp_path / name
-  with of(folder) as held:
+  with of(folder) as folder_lease:
     first = read(folder)
     assert [path.name for path in folder.iterdir()] == [".lease"]
     deadline = time.monotonic() + 30
     while read(folder)["beat"] == first["beat"]:
       assert time.monotonic() < deadline
       time.sleep(0.01)
-    held.require_held()
+    folder_lease.require_held()
   assert not list(tmp_path.iterdir())
 
 
@@ -148,9 +148,9 @@ def test_the_lease_of_another_machine_is_taken_when_its_heartbeat_stops(
 ):
   write(tmp_path, pid=1, **place)
   began = time.monotonic()
-  with of(tmp_path) as held:
+  with of(tmp_path) as folder_lease:
     assert time.monotonic() - began > 0.5
-    held.require_held()
+    folder_lease.require_held()
   (line,) = capsys.readouterr().err.splitlines()
   assert re.fullmatch(
     r"--output=.* is held by process 1 on .* \(since 0 s\): waiting up to 0 s for a sign of life",
@@ -238,7 +238,7 @@ def test_exactly_one_of_two_simultaneous_processes_gets_the_lease(tmp_path: path
     start(sys.executable, "-c", RACE, tmp_path, me, other, rounds) for me, other in ("ab", "ba")
   ]
   ended = [finish(process) for process in processes]
-  assert [(code, said) for code, _, said in ended] == [(0, "")] * 2
+  assert [(code, output) for code, _, output in ended] == [(0, "")] * 2
   won = [list(map(int, output.split())) for _, output, _ in ended]
   assert [sum(x) for x in zip(*won, strict=True)] == [1] * rounds
   assert not list(tmp_path.glob("folder*/.lease"))
@@ -257,7 +257,7 @@ def stop_between_beats(process: subprocess.Popen, folder: pathlib.Path) -> None:
 def test_a_lease_whose_write_got_no_answer_belongs_to_its_writer(
   tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ):
-  held, write = of(tmp_path), lease.Lease._write
+  folder_lease, write = of(tmp_path), lease.Lease._write
 
   def lost(self, content, generation):
     monkeypatch.setattr(lease.Lease, "_write", write)
@@ -265,8 +265,8 @@ def test_a_lease_whose_write_got_no_answer_belongs_to_its_writer(
     raise errors.CalmError("no answer")
 
   monkeypatch.setattr(lease.Lease, "_write", lost)
-  with held:
-    held.require_held()
+  with folder_lease:
+    folder_lease.require_held()
   assert not list(tmp_path.iterdir())
 
 
@@ -274,23 +274,23 @@ def test_a_lease_whose_write_got_no_answer_belongs_to_its_writer(
 def test_a_suspended_process_learns_that_another_took_over(ended: bool, tmp_path: pathlib.Path):
   with holding(tmp_path, "far") as process:
     stop_between_beats(process, tmp_path)
-    with of(tmp_path) as held:
+    with of(tmp_path) as folder_lease:
       if ended:
-        held.release()
+        folder_lease.release()
       process.send_signal(signal.SIGCONT)
-      said, _ = process.communicate("\n", timeout=60)
-      held.require_held()
-  assert f"--output={tmp_path} was taken over by " in said
-  assert ("a process that has ended" if ended else f"process {os.getpid()} on ") in said
+      output, _ = process.communicate("\n", timeout=60)
+      folder_lease.require_held()
+  assert f"--output={tmp_path} was taken over by " in output
+  assert ("a process that has ended" if ended else f"process {os.getpid()} on ") in output
   assert not list(tmp_path.iterdir())
 
 
 def test_a_lease_that_another_process_took_is_left_alone(tmp_path: pathlib.Path):
-  with of(tmp_path) as held:
+  with of(tmp_path) as folder_lease:
     write(tmp_path, host="far")
-    held._renew()
+    folder_lease._renew()
     with pytest.raises(errors.CalmError, match=r"was taken over by process .* on far"):
-      held.require_held()
+      folder_lease.require_held()
   assert read(tmp_path)["host"] == "far"
 
 
@@ -299,10 +299,10 @@ def test_a_lease_removed_or_damaged_by_hand_is_still_held(
   harm: Callable[[str], None], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ):
   monkeypatch.setattr(lease, "EXPIRE", 60.0)
-  with of(tmp_path) as held:
+  with of(tmp_path) as folder_lease:
     harm(f"{tmp_path}/.lease")
-    held._renew()
-    held.require_held()
+    folder_lease._renew()
+    folder_lease.require_held()
     assert read(tmp_path)["pid"] == os.getpid()
   assert not (tmp_path / ".lease").exists()
 
@@ -310,7 +310,7 @@ def test_a_lease_removed_or_damaged_by_hand_is_still_held(
 def test_heartbeats_continue_after_disk_errors(
   tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ):
-  with of(tmp_path) as held:
+  with of(tmp_path) as folder_lease:
     failed = threading.Event()
 
     class Full:
@@ -319,14 +319,14 @@ def test_heartbeats_continue_after_disk_errors(
         raise ValueError("no space left on device")
 
     with monkeypatch.context() as patch:
-      patch.setattr(held, "_store", Full())
+      patch.setattr(folder_lease, "_store", Full())
       assert failed.wait(30)
     before = read(tmp_path)["beat"]
     deadline = time.monotonic() + 30
     while read(tmp_path)["beat"] == before:
       assert time.monotonic() < deadline
       time.sleep(0.01)
-    held.require_held()
+    folder_lease.require_held()
 
 
 def test_a_lease_does_not_keep_its_process_alive_and_is_released_at_its_end(
@@ -353,8 +353,8 @@ with guard.Guard(config.Limits()) as guarded, train._leased(sys.argv[1]):
 
 def test_a_process_that_exits_immediately_releases_its_lease_too(tmp_path: pathlib.Path):
   """Otherwise the next process, on another machine, would have to wait."""
-  code, _, said = finish(start(sys.executable, "-c", ENDED, tmp_path / "run"))
-  assert (code, said.count("\n")) == (errors.EXIT_RESTART, 1), said
+  code, _, output = finish(start(sys.executable, "-c", ENDED, tmp_path / "run"))
+  assert (code, output.count("\n")) == (errors.EXIT_RESTART, 1), output
   assert not list(tmp_path.iterdir())
 
 
@@ -429,7 +429,9 @@ def test_an_output_of_texts_in_use_is_refused_before_the_model_is_loaded(
   output = tmp_path / "texts.jsonl"
   command = [sys.executable, "-m", "calm_jax.generate", "--workdir=nowhere", "--prompts=x"]
   with lease.Lease(lease.of_file(output), f"--output={output}"):
-    code, _, said = finish(start(*command, f"--output={output}"))
-  assert code == 2 and said.count("\n") == 1
-  assert said.startswith(f"error: --output={output} is being written by process {os.getpid()} on ")
+    code, _, stderr = finish(start(*command, f"--output={output}"))
+  assert code == 2 and stderr.count("\n") == 1
+  assert stderr.startswith(
+    f"error: --output={output} is being written by process {os.getpid()} on "
+  )
   assert not list(tmp_path.iterdir())

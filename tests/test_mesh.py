@@ -6,7 +6,7 @@ import math
 import jax
 import numpy as np
 import pytest
-from test_layouts import CODEC, RUNS, VOCAB, built
+from test_layouts import AUTOENCODER, RUNS, VOCAB, built
 
 from calm_jax import config, errors
 from calm_jax.data import pipeline
@@ -111,7 +111,7 @@ def published() -> dict[str, program.TrainProgram]:
   }
 
 
-def test_hardly_a_byte_of_the_published_models_is_undivided():
+def test_almost_all_bytes_of_the_published_models_are_sharded():
   for made in published().values():
     mesh = made.mesh
     assert rules.require_sharded(made.state.params, mesh) < 0.001
@@ -167,5 +167,5 @@ def test_the_table_lists_every_parameter():
     RUNS["autoencoder"], built(RUNS["autoencoder"]), mesh, pipeline.fields(32)
   )
   text = rules.table(rules.placed(made.state.params, mesh))
-  assert f"embed/embedding  [{VOCAB}, {CODEC.width}]  token table" in text
+  assert f"embed/embedding  [{VOCAB}, {AUTOENCODER.width}]  token table" in text
   assert text.count("\n") + 1 == len(jax.tree.leaves(made.state.params))

@@ -1,4 +1,4 @@
-"""Claims about the record of a run: what is written, what is shown, what a resume forgets."""
+"""Claims about metrics: what is stored and printed, and what a resumed run removes."""
 
 import json
 import pathlib
@@ -31,16 +31,20 @@ def writer(path: pathlib.Path, first_step: int = 0) -> metrics.Writer:
   return metrics.Writer(epath.Path(path), 10, first_step)
 
 
-def test_off_a_terminal_each_report_is_a_plain_line(path, capsys: pytest.CaptureFixture[str]):
+def test_without_a_terminal_each_report_is_a_plain_line(path, capsys: pytest.CaptureFixture[str]):
   writer(path).write("train", 5, {"loss": 1.25, "hidden": 3.0}, ("loss",))
   assert capsys.readouterr().err == "train 5/10  loss 1.25\n"
   assert records(path)[0] | {"time": 0} == {
-    "kind": "train", "step": 5, "time": 0, "loss": 1.25, "hidden": 3.0,
-  }  # fmt: skip
+    "kind": "train",
+    "step": 5,
+    "time": 0,
+    "loss": 1.25,
+    "hidden": 3.0,
+  }
 
 
 class Clock:
-  """Seconds that pass only when a test says so."""
+  """A clock that a test advances."""
 
   def __init__(self):
     self.now = 1000.0
@@ -49,51 +53,49 @@ class Clock:
     return self.now
 
 
-def test_the_time_left_is_that_of_steps_without_compiling_and_pauses(
-  path, capsys: pytest.CaptureFixture[str]
-):
+def test_the_time_left_excludes_compilation_and_pauses(path, capsys: pytest.CaptureFixture[str]):
   clock = Clock()
-  out = metrics.Writer(epath.Path(path), 400, 100, clock)
+  metrics_writer = metrics.Writer(epath.Path(path), 400, 100, clock)
 
-  def told(step: int) -> str:
-    out.write("train", step, {"loss": 1.0}, ("loss",))
+  def time_left(step: int) -> str:
+    metrics_writer.write("train", step, {"loss": 1.0}, ("loss",))
     return capsys.readouterr().err.strip().partition("loss 1  ")[2]
 
   clock.now += 300  # Compiling and the first step.
-  out.advance(1)
-  assert told(101) == ""
+  metrics_writer.advance(1)
+  assert time_left(101) == ""
   for _ in range(99):
     clock.now += 2
-    out.advance(1)
-  assert told(200) == "6m40s left"  # 200 steps of 2 s.
+    metrics_writer.advance(1)
+  assert time_left(200) == "6m40s left"  # 200 steps of 2 s.
   clock.now += 600
-  out.pause(600)  # An evaluation.
+  metrics_writer.pause(600)  # An evaluation.
   for _ in range(100):
     clock.now += 2
-    out.advance(1)
-  assert told(300) == "3m20s left"
+    metrics_writer.advance(1)
+  assert time_left(300) == "3m20s left"
 
 
 @pytest.mark.parametrize(
-  ("seconds", "told"), [(59, "0m59s"), (3599, "59m59s"), (7500, "2h05m"), (266_400, "3d02h")]
+  ("seconds", "shown"), [(59, "0m59s"), (3599, "59m59s"), (7500, "2h05m"), (266_400, "3d02h")]
 )
-def test_a_long_time_is_told_in_hours_and_days(seconds: int, told: str):
+def test_the_time_left_is_shown_in_minutes_hours_or_days(seconds: int, shown: str):
   clock = Clock()
   pace = metrics.Pace(clock)
   pace.advance(1)
   clock.now += 1
   pace.advance(1)
-  assert pace.left(seconds) == told
+  assert pace.left(seconds) == shown
 
 
-def test_what_the_loop_books_as_a_pause_is_no_time_of_steps(path, monkeypatch: pytest.MonkeyPatch):
-  report, booked = report_on(path), []
-  monkeypatch.setattr(metrics.Writer, "pause", lambda self, seconds: booked.append(seconds))
+def test_pauses_of_the_reporter_reach_the_writer(path, monkeypatch: pytest.MonkeyPatch):
+  report, pauses = report_on(path), []
+  monkeypatch.setattr(metrics.Writer, "pause", lambda self, seconds: pauses.append(seconds))
   report.pause(3.0)
-  assert booked == [3.0]
+  assert pauses == [3.0]
 
 
-def test_a_resumed_run_forgets_what_came_after_its_checkpoint(path):
+def test_a_resumed_run_removes_reports_after_its_checkpoint(path):
   first = writer(path)
   for step in range(1, 6):
     first.write("train", step, {"loss": float(step)})
@@ -103,7 +105,7 @@ def test_a_resumed_run_forgets_what_came_after_its_checkpoint(path):
   assert [(r["step"], r["loss"]) for r in records(path)] == [(1, 1), (2, 2), (3, 3), (4, 40)]
 
 
-def test_lines_that_are_no_reports_are_put_aside_and_told_once(path, capsys):
+def test_unreadable_lines_are_set_aside_and_reported_once(path, capsys):
   first = writer(path)
   first.write("train", 1, {"loss": 1.0})
   bad = [
@@ -119,8 +121,8 @@ def test_lines_that_are_no_reports_are_put_aside_and_told_once(path, capsys):
   first.write("train", 2, {"loss": 2.0})
   capsys.readouterr()
   assert not writer(path, first_step=2).has("train", 3)
-  said = capsys.readouterr().err
-  assert said == f"{path} holds 6 line(s) that can't be read: moved to {path}.unreadable\n"
+  output = capsys.readouterr().err
+  assert output == f"{path} holds 6 line(s) that can't be read: moved to {path}.unreadable\n"
   assert [r["step"] for r in records(path)] == [1, 2]
   assert path.with_name("metrics.jsonl.unreadable").read_bytes().splitlines() == bad
   assert writer(path, first_step=2).has("train", 2)
@@ -129,9 +131,9 @@ def test_lines_that_are_no_reports_are_put_aside_and_told_once(path, capsys):
 
 
 class Board:
-  """What TensorBoard reads of the event files of all attempts, in place of tensorboardX's writer.
+  """A stand-in for tensorboardX's writer: the points that TensorBoard shows of all attempts.
 
-  As that, it keeps events to itself for a while: what `lose` names is gone at a kill.
+  The real writer buffers events; `lose` removes those that a kill would lose.
   """
 
   shown: ClassVar[dict[str, dict[int, float]]] = {}
@@ -153,7 +155,7 @@ class Board:
 
 
 def test_tensorboard_has_all_points_after_a_kill(path, monkeypatch):
-  """30 to 40 had been reported, not yet flushed; 50 was, and comes after the checkpoint."""
+  """Steps 30 and 40 were not flushed; step 50 was, and is after the checkpoint."""
   module = types.SimpleNamespace(SummaryWriter=Board, __spec__=object())
   monkeypatch.setitem(sys.modules, "tensorboardX", module)
   monkeypatch.setattr(Board, "shown", {})
@@ -170,7 +172,7 @@ def test_tensorboard_has_all_points_after_a_kill(path, monkeypatch):
   assert Board.shown["evaluation/brier_lm"] == {50: 1.0}
 
 
-def test_tensorboard_gets_no_more_than_the_last_minutes_again(path, monkeypatch):
+def test_tensorboard_receives_only_the_last_minutes_again(path, monkeypatch):
   module = types.SimpleNamespace(SummaryWriter=Board, __spec__=object())
   monkeypatch.setitem(sys.modules, "tensorboardX", module)
   monkeypatch.setattr(Board, "shown", {})
@@ -184,17 +186,17 @@ def test_tensorboard_gets_no_more_than_the_last_minutes_again(path, monkeypatch)
   assert len(Board.shown["train/loss"]) == 19
 
 
-def test_a_figure_that_is_not_finite_is_null(path):
+def test_non_finite_figures_are_stored_as_null(path):
   writer(path).write("train", 1, {"loss": float("nan"), "gradient_norm": float("inf")})
   (record,) = records(path)
   assert record["loss"] is record["gradient_norm"] is None
 
 
-def test_a_record_that_cannot_be_written_is_told_in_one_line(path):
-  out = writer(path)
+def test_a_report_that_can_not_be_written_is_an_error_of_one_line(path):
+  metrics_writer = writer(path)
   path.mkdir()
   with pytest.raises(errors.CalmError, match=r"metrics\.jsonl is a folder, not a file"):
-    out.write("train", 1, {"loss": 1.0})
+    metrics_writer.write("train", 1, {"loss": 1.0})
 
 
 def figures(step: int, loss: float = 1.0, in_a_row: int = 0) -> dict[str, jax.Array]:
@@ -211,7 +213,7 @@ def report_on(path: pathlib.Path, **training) -> reporter.Reporter:
   return reporter.Reporter(run, writer(path), flops_per_token=100.0, first_step=0, shown=())
 
 
-def test_a_step_is_read_when_the_next_one_has_been_dispatched(path):
+def test_a_steps_figures_are_read_after_the_next_dispatch(path):
   report = report_on(path, log_every=1)
   report.push(1, figures(1), np.arange(4))
   assert not path.exists()
@@ -221,7 +223,7 @@ def test_a_step_is_read_when_the_next_one_has_been_dispatched(path):
   assert [r["step"] for r in records(path)] == [1, 2]
 
 
-def test_speeds_follow_from_tokens_and_seconds(path):
+def test_speeds_are_tokens_divided_by_seconds(path):
   report = report_on(path, log_every=2)
   for step in range(1, 4):
     report.wait_for_data(1e-4)
@@ -233,13 +235,13 @@ def test_speeds_follow_from_tokens_and_seconds(path):
   assert record["data_wait_share"] > 0 and record["flops"] == 100 * tokens
 
 
-def test_skipped_steps_are_told_with_their_examples_and_too_many_end_the_run(
+def test_skipped_steps_are_reported_with_their_examples_and_too_many_end_the_run(
   path, capsys: pytest.CaptureFixture[str]
 ):
   report = report_on(path, max_skipped=2)
   report.push(1, figures(1, np.nan, in_a_row=1), np.array([7, 3, 4, 5]))
   report.push(2, figures(2, np.inf, in_a_row=2), np.array([9, 1, 0, 12]))
-  said = capsys.readouterr().err
-  assert "step 1 was skipped: loss nan" in said and "examples 3-5, 7" in said
+  output = capsys.readouterr().err
+  assert "step 1 was skipped: loss nan" in output and "examples 3-5, 7" in output
   with pytest.raises(errors.CalmError, match=r"2 non-finite steps in a row.*examples 0-1, 9, 12"):
     report.flush()

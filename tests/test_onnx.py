@@ -26,15 +26,15 @@ def test_the_graphs_compute_the_same_samples_patch_by_patch(
     str(GOLDEN / "k2_gqa" / model), str(tmp_path / "in"), "workdir", tokenizer=words(97)
   )
   conversion.convert(str(tmp_path / "in"), str(tmp_path / "out"), "onnx")
-  here = loading.load(str(tmp_path / "in"))
+  trained = loading.load(str(tmp_path / "in"))
   rng = np.random.default_rng(0)
   token_PBK = rng.integers(0, 97, (4, 3, 2))
-  noise = np.array(here.model.head.draw_noise(jax.random.key(0), (2, 3)))
+  noise = np.array(trained.model.head.draw_noise(jax.random.key(0), (2, 3)))
   code = (tmp_path / "out/README.md").read_text().split("```python\n")[1].split("```")[0]
   scope = {"tokens": token_PBK[0], "noise": noise}
   exec(code.replace("FOLDER", str(tmp_path / "out")), scope)
 
-  parent = here.parents["autoencoder"]
+  parent = trained.parents["autoencoder"]
   autoencoder, frozen = parent.model, parent.params
   mean, log_std = autoencoder.apply({"params": frozen}, token_PBK[0], method="encode")
   agree(scope["mean"], mean, 1e-5)
@@ -47,8 +47,8 @@ def test_the_graphs_compute_the_same_samples_patch_by_patch(
       scope["candidates"], scope["latents"], *present = outputs
       scope["past"] = dict(zip(scope["past"], present, strict=True))
     text_BPK = np.moveaxis(token_PBK[: patch + 1], 0, 1)
-    hidden_BPD, _ = here.model.hidden(here.params, text_BPK)
-    sample_NBZ = here.model.samples(here.params, hidden_BPD[:, -1], noise)
+    hidden_BPD, _ = trained.model.hidden(trained.params, text_BPK)
+    sample_NBZ = trained.model.samples(trained.params, hidden_BPD[:, -1], noise)
     agree(scope["latents"], sample_NBZ, 1e-5)
     expected = calm.decode_tokens(autoencoder, frozen, sample_NBZ)
     np.testing.assert_array_equal(scope["candidates"], expected)
@@ -60,17 +60,17 @@ def test_the_graphs_read_latents_as_input(latent_reader, tmp_path):
   """Runs the code of the folder's own card, which feeds the mean of the posterior."""
   source = latent_reader("continuous")
   conversion.convert(source, str(tmp_path / "out"), "onnx")
-  here = loading.load(source)
+  trained = loading.load(source)
   token_BK = np.random.default_rng(0).integers(0, 300, (3, 4))
-  noise = np.array(here.model.head.draw_noise(jax.random.key(0), (2, 3)))
+  noise = np.array(trained.model.head.draw_noise(jax.random.key(0), (2, 3)))
   code = (tmp_path / "out/README.md").read_text().split("```python\n")[1].split("```")[0]
   scope = {"tokens": token_BK, "noise": noise}
   exec(code.replace("FOLDER", str(tmp_path / "out")), scope)
-  parent = here.parents["autoencoder"]
+  parent = trained.parents["autoencoder"]
   autoencoder, frozen = parent.model, parent.params
   mean, _ = autoencoder.apply({"params": frozen}, token_BK, method="encode")
-  hidden_B1D, _ = here.model.hidden(here.params, token_BK[:, None], mean[:, None])
-  agree(scope["latents"], here.model.samples(here.params, hidden_B1D[:, 0], noise), 1e-5)
+  hidden_B1D, _ = trained.model.hidden(trained.params, token_BK[:, None], mean[:, None])
+  agree(scope["latents"], trained.model.samples(trained.params, hidden_B1D[:, 0], noise), 1e-5)
 
 
 def test_an_autoencoder_is_exported_without_next_patch(trained_autoencoder, tmp_path):
@@ -78,8 +78,8 @@ def test_an_autoencoder_is_exported_without_next_patch(trained_autoencoder, tmp_
   scope = {"tokens": np.arange(8).reshape(2, 4)}
   code = (tmp_path / "out/README.md").read_text().split("```python\n")[1].split("```")[0]
   exec(code.replace("FOLDER", str(tmp_path / "out")), scope)
-  here = loading.load(str(trained_autoencoder))
-  mean, _ = here.model.apply({"params": here.params}, scope["tokens"], method="encode")
+  trained = loading.load(str(trained_autoencoder))
+  mean, _ = trained.model.apply({"params": trained.params}, scope["tokens"], method="encode")
   agree(scope["mean"], mean, 1e-5)
   assert not (tmp_path / "out/next_patch.onnx").exists()
 

@@ -1,3 +1,5 @@
+"""Claims about the optimizer: schedules by hand, decay of matrices only, the first Adam step."""
+
 import jax
 import numpy as np
 import pytest
@@ -16,21 +18,21 @@ def test_warmup_rises_from_the_first_step_to_the_peak():
   np.testing.assert_allclose(rates(6, warmup_steps=4), [0.25, 0.5, 0.75, 1.0, 1.0, 1.0], rtol=1e-6)
 
 
-def test_constant_heeds_its_warmup_and_no_warmup_means_none():
+def test_the_constant_schedule_without_warmup_starts_at_the_peak():
   np.testing.assert_array_equal(rates(3, warmup_steps=0), [1, 1, 1])
 
 
-def test_cosine_falls_from_the_peak_towards_its_final_share():
-  found = rates(102, schedule="cosine", warmup_steps=2, final_share=0.1)
-  assert found[1] == 1.0
-  assert found[52] == pytest.approx(0.55, abs=1e-6)
-  assert found[-1] == pytest.approx(0.1, abs=1e-3)
-  assert np.all(np.diff(found[2:]) < 0)
+def test_cosine_decays_from_the_peak_to_its_final_share():
+  learning_rates = rates(102, schedule="cosine", warmup_steps=2, final_share=0.1)
+  assert learning_rates[1] == 1.0
+  assert learning_rates[52] == pytest.approx(0.55, abs=1e-6)
+  assert learning_rates[-1] == pytest.approx(0.1, abs=1e-3)
+  assert np.all(np.diff(learning_rates[2:]) < 0)
 
 
-def test_warmup_stable_decay_is_flat_until_its_decay():
-  found = rates(10, schedule="wsd", warmup_steps=2, decay_steps=4, final_share=0.0)
-  np.testing.assert_allclose(found, [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25], rtol=1e-6)
+def test_warmup_stable_decay_is_constant_until_its_decay():
+  learning_rates = rates(10, schedule="wsd", warmup_steps=2, decay_steps=4, final_share=0.0)
+  np.testing.assert_allclose(learning_rates, [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25], rtol=1e-6)
 
 
 def test_biases_and_norms_are_not_decayed():

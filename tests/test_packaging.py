@@ -31,11 +31,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
   """A wheel of this checkout, built in a copy: the checkout may hold an old build/."""
   pytest.importorskip("pip")
   root = tmp_path_factory.mktemp("wheel")
-  kept = shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__", "runs", "venv*")
-  shutil.copytree(ROOT, root / "source", ignore=kept)
+  ignore_patterns = shutil.ignore_patterns(
+    ".*", "build", "*.egg-info", "__pycache__", "runs", "venv*"
+  )
+  shutil.copytree(ROOT, root / "source", ignore=ignore_patterns)
   pip("wheel", ".", "--no-build-isolation", f"--wheel-dir={root}", cwd=root / "source")
-  (found,) = root.glob("*.whl")
-  return found
+  (path,) = root.glob("*.whl")
+  return path
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +121,7 @@ def test_shipped_settings_are_found_by_their_name(name: str, run):
   assert f"settings of {name} and" in done.stdout
 
 
-def test_what_goes_with_a_size_is_found_too(run):
+def test_companions_of_a_shipped_size_are_found(run):
   done = run("-m", "calm_jax", "cost", "--config=transformer.py:quickstart", "--baseline=calm.py:m")
   assert done.returncode == 0 and done.stderr.startswith("vocabulary 1,024 (--vocab_size)")
 
@@ -132,13 +134,13 @@ def test_an_unknown_config_file_names_those_that_are_shipped(run):
   )
 
 
-def test_a_file_of_ones_own_comes_before_a_shipped_one_of_its_name(run, tmp_path: pathlib.Path):
+def test_a_local_file_takes_precedence_over_a_shipped_file_of_its_name(run, tmp_path: pathlib.Path):
   (tmp_path / "calm.py").write_text("def get_config(size=''):\n  raise ValueError('own')")
   done = run("-m", "calm_jax", "cost", "--config=calm.py")
   assert done.stderr == "error: can't load --config=calm.py: ValueError: own\n"
 
 
-def test_benchmarks_say_how_to_get_them(run):
+def test_without_benchmarks_the_error_says_how_to_install_them(run):
   done = run("-m", "calm_jax.benchmark", "--suite=loss")
   assert (done.returncode, done.stdout) == (2, "")
   assert done.stderr.startswith("error: the wheel has no benchmarks")

@@ -82,8 +82,8 @@ def test_a_duplicate_member_is_refused(pickled):
   ("value", "reason"),
   [
     (torch.ones(1).expand(10**9, 10**6), r"holds 4 bytes for 'x', .* needs 4000000000000000"),
-    (torch.eye(3).to_sparse(), "holds 'x', which is no plain tensor"),
-    (torch.ones(3, device="meta"), "holds 'x', which is no plain tensor"),
+    (torch.eye(3).to_sparse(), "holds 'x', which is not a plain tensor"),
+    (torch.ones(3, device="meta"), "holds 'x', which is not a plain tensor"),
   ],
   ids=["strides of 0", "sparse", "without values"],
 )

@@ -68,8 +68,8 @@ def test_heldout_blocks_are_in_order_and_padding_does_not_count(store):
   parts = list(pipeline.heldout_batches(store, 32, batch=4, limit=0))
   assert sum(count for _, count in parts) == total and total % 4
   assert all(batch["tokens"].shape == (4, 32) for batch, _ in parts)
-  kept = np.concatenate([batch["tokens"][:count] for batch, count in parts])
-  np.testing.assert_array_equal(kept, whole)
+  valid_rows = np.concatenate([batch["tokens"][:count] for batch, count in parts])
+  np.testing.assert_array_equal(valid_rows, whole)
 
 
 def test_a_limited_number_of_heldout_blocks_is_spread_over_the_split(store):

@@ -45,9 +45,9 @@ def test_a_refusal_is_parsed():
 def test_the_peak_counts_donated_arrays_once():
   state, batch, metrics, temporaries = 1000, 10, 1, 500
   donated = memory.Memory(state + batch, state + metrics, state, temporaries)
-  kept = dataclasses.replace(donated, aliased=0)
+  not_donated = dataclasses.replace(donated, aliased=0)
   assert donated.peak == state + batch + metrics + temporaries
-  assert kept.peak == donated.peak + state
+  assert not_donated.peak == donated.peak + state
 
 
 def test_donation_and_arguments_are_parsed_from_the_text():
@@ -69,8 +69,8 @@ def test_donation_and_arguments_are_parsed_from_the_text():
     (8 * 16 + 32) * 4,
   )
   assert parsed.peak == needed
-  kept = runs.read(jax.jit(step).lower(state, jnp.ones(64)).compile().as_text())
-  assert memory.aliases(kept) == []
+  not_donated = runs.read(jax.jit(step).lower(state, jnp.ones(64)).compile().as_text())
+  assert memory.aliases(not_donated) == []
 
 
 def test_the_largest_buffers_are_parsed():

@@ -1,4 +1,4 @@
-"""Claims about several processes: they compute what one does, stop together, go on as others.
+"""Claims about several processes: they compute the same as one, and stop and resume together.
 
 Real processes on this machine, through launch/local_processes.py.
 """
@@ -34,16 +34,16 @@ SETTINGS = dict(
 
 
 def flags(directory: pathlib.Path, **changes) -> list[str]:
-  """The command's settings and workdir; `changes` are of training, or by their whole name."""
-  given = {f"{part}.{name}": x for part, group in SETTINGS.items() for name, x in group.items()}
-  given |= {name.replace("__", ".") if "__" in name else f"training.{name}": x
+  """Returns flags; `changes` are training settings, or full names with __ instead of dots."""
+  values = {f"{part}.{name}": x for part, group in SETTINGS.items() for name, x in group.items()}
+  values |= {name.replace("__", ".") if "__" in name else f"training.{name}": x
             for name, x in changes.items()}  # fmt: skip
-  settings = [f"--config.{name}={value}" for name, value in given.items()]
+  settings = [f"--config.{name}={value}" for name, value in values.items()]
   return ["--config=configs/autoencoder.py", f"--workdir={directory}", *settings]
 
 
 def command(processes: int, *words: str, grace: int = 60) -> list[str]:
-  """`words` as so many processes, the devices shared out."""
+  """Returns the command of several processes that share DEVICES devices."""
   launcher = [
     sys.executable, "launch/local_processes.py", f"--processes={processes}",
     f"--devices={DEVICES // processes}", f"--grace_seconds={grace}", "--",
@@ -51,12 +51,12 @@ def command(processes: int, *words: str, grace: int = 60) -> list[str]:
   return [*launcher, sys.executable, "-m", "calm_jax.main", *words]
 
 
-def ran(processes: int, *words: str, expected: int = 0) -> str:
-  """Runs to the end and returns what was printed on standard error."""
+def run_job(processes: int, *words: str, expected: int = 0) -> str:
+  """Runs a job to its end and returns its standard error."""
   process = start(*command(processes, *words))
-  _, said = process.communicate(timeout=200)
-  assert process.returncode == expected, said
-  return said
+  _, output = process.communicate(timeout=200)
+  assert process.returncode == expected, output
+  return output
 
 
 def records(directory: pathlib.Path, kind: str = "train") -> list[dict]:
@@ -75,25 +75,25 @@ def params(directory: pathlib.Path) -> list[np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+def one_process_run(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
   """The workdir of an uninterrupted run of one process."""
   directory = tmp_path_factory.mktemp("whole") / "run"
-  ran(1, *flags(directory))
+  run_job(1, *flags(directory))
   return directory
 
 
 @pytest.fixture(scope="module")
-def of_four(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, str]:
-  """The workdir of an uninterrupted run of four processes, and what they printed."""
+def four_process_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, str]:
+  """The workdir of an uninterrupted run of four processes, and their standard error."""
   directory = tmp_path_factory.mktemp("four") / "run"
-  return directory, ran(4, *flags(directory))
+  return directory, run_job(4, *flags(directory))
 
 
 def assert_same(a: pathlib.Path, b: pathlib.Path) -> None:
-  """The mesh is the same whoever has its devices, and so is every number but for rounding.
+  """Asserts equal reports and parameters, up to rounding.
 
-  Processes add in another order, and Adam makes a step of a tiny gradient's last digits: of
-  18e-3 that a parameter can move in all.
+  The order of sums depends on the processes, and Adam turns rounding errors of a tiny gradient into
+  steps. A parameter can move by 18e-3 in total.
   """
   assert [record["step"] for record in records(a)] == list(range(1, STEPS + 1))
   np.testing.assert_allclose(losses(a), losses(b), rtol=1e-6)
@@ -101,42 +101,42 @@ def assert_same(a: pathlib.Path, b: pathlib.Path) -> None:
     np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
 
 
-def test_four_processes_compute_what_one_does(of_four, whole):
-  directory, said = of_four
-  assert_same(directory, whole)
+def test_four_processes_compute_the_same_as_one(four_process_run, one_process_run):
+  directory, output = four_process_run
+  assert_same(directory, one_process_run)
   for name in ("token_accuracy", "cross_entropy"):
     np.testing.assert_allclose(
       [record[name] for record in records(directory, "evaluation")],
-      [record[name] for record in records(whole, "evaluation")],
+      [record[name] for record in records(one_process_run, "evaluation")],
       rtol=1e-5,
     )
-  told = re.findall(
-    r"process (\d) of 4: 1 of 4 devices \(cpu\), slice 0, jax \S+, config (\w+)", said
+  descriptions = re.findall(
+    r"process (\d) of 4: 1 of 4 devices \(cpu\), slice 0, jax \S+, config (\w+)", output
   )
-  assert sorted(index for index, _ in told) == ["0", "1", "2", "3"]
-  assert len({config for _, config in told}) == 1
-  assert said.count("train 3/6") == 1  # Process 0 alone tells the figures.
+  assert sorted(index for index, _ in descriptions) == ["0", "1", "2", "3"]
+  assert len({config for _, config in descriptions}) == 1
+  assert output.count("train 3/6") == 1  # Only process 0 prints figures.
 
 
-def test_a_run_goes_on_with_another_number_of_processes(whole, tmp_path: pathlib.Path):
-  """Four processes begin, one goes on, two end; and on another mesh."""
+def test_a_run_resumes_with_another_number_of_processes(one_process_run, tmp_path: pathlib.Path):
+  """Four processes start, one continues on another mesh, two finish."""
   directory = tmp_path / "run"
-  ran(4, *flags(directory, steps=2), "--allow_config_change")
-  ran(1, *flags(directory, steps=4, mesh__data=2, mesh__fsdp=2), "--allow_config_change")
-  ran(2, *flags(directory), "--allow_config_change")
-  assert_same(directory, whole)
+  run_job(4, *flags(directory, steps=2), "--allow_config_change")
+  run_job(1, *flags(directory, steps=4, mesh__data=2, mesh__fsdp=2), "--allow_config_change")
+  run_job(2, *flags(directory), "--allow_config_change")
+  assert_same(directory, one_process_run)
 
 
 def test_a_workdir_in_use_is_refused_by_all_processes(tmp_path: pathlib.Path):
   directory = tmp_path / "run"
   with lease.Lease(lease.of_folder(directory), f"--workdir={directory}"):
-    said = ran(2, *flags(directory), expected=errors.EXIT_BAD_INPUT)
-  refusals = [line for line in said.splitlines() if "is being written by process" in line]
-  assert len(refusals) == 2 and "Traceback" not in said
+    output = run_job(2, *flags(directory), expected=errors.EXIT_BAD_INPUT)
+  refusals = [line for line in output.splitlines() if "is being written by process" in line]
+  assert len(refusals) == 2 and "Traceback" not in output
   assert not directory.exists()
 
 
-def started(processes: int, directory: pathlib.Path, *words: str, **changes):
+def start_job(processes: int, directory: pathlib.Path, *words: str, **changes):
   return start(*command(processes, *flags(directory, **changes), *words))
 
 
@@ -147,52 +147,52 @@ def wait_for_step(directory: pathlib.Path, step: int) -> None:
     time.sleep(0.02)
 
 
-def test_sigterm_saves_one_step_for_all_and_asks_for_another_start(tmp_path: pathlib.Path):
+def test_sigterm_saves_the_same_step_on_all_and_requests_a_restart(tmp_path: pathlib.Path):
   directory = tmp_path / "run"
-  process = started(2, directory, steps=100_000, eval_every=0, checkpoint_every=100_000)
+  process = start_job(2, directory, steps=100_000, eval_every=0, checkpoint_every=100_000)
   wait_for_step(directory, 3)
   process.send_signal(signal.SIGTERM)
-  _, said = process.communicate(timeout=60)
-  assert process.returncode == errors.EXIT_RESTART, said
+  _, output = process.communicate(timeout=60)
+  assert process.returncode == errors.EXIT_RESTART, output
   (step,) = [int(path.name) for path in (directory / "checkpoints").iterdir()]
-  assert f"SIGTERM: saved step {step}; the same command resumes from it" in said
+  assert f"SIGTERM: saved step {step}; the same command resumes from it" in output
   assert [record["step"] for record in records(directory)] == list(range(1, step + 1))
 
 
 def pids(process) -> list[int]:
-  """The launched processes, by their number."""
+  """Returns the ids of the launched processes, ordered by their number."""
   children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
   number = {}
   for child in map(int, children):
     words = pathlib.Path(f"/proc/{child}/cmdline").read_text().split("\0")
-    found = [word for word in words if word.startswith("--process_id=")]
-    number[int(found[0].split("=")[1])] = child
+    (flag,) = [word for word in words if word.startswith("--process_id=")]
+    number[int(flag.split("=")[1])] = child
   return [number[index] for index in sorted(number)]
 
 
-def test_one_dead_of_four_stops_the_others_and_the_restarted_job_goes_on(tmp_path: pathlib.Path):
+def test_a_killed_process_stops_the_others_and_the_job_resumes(tmp_path: pathlib.Path):
   directory = tmp_path / "run"
-  process = started(
+  process = start_job(
     4, directory, "--heartbeat_timeout=6", steps=100_000, eval_every=0, checkpoint_every=2
   )
   wait_for_step(directory, 5)
   os.kill(pids(process)[2], signal.SIGKILL)
   killed = time.monotonic()
-  _, said = process.communicate(timeout=90)
-  assert process.returncode == errors.EXIT_RESTART, said
+  _, output = process.communicate(timeout=90)
+  assert process.returncode == errors.EXIT_RESTART, output
   assert time.monotonic() - killed < 40
-  assert re.search(r"process \d of 4: process 2 has shown no sign of life for \d+ s", said)
+  assert re.search(r"process \d of 4: process 2 has shown no sign of life for \d+ s", output)
   newest = max(int(path.name) for path in (directory / "checkpoints").iterdir())
   changed = dict(steps=newest + 3, eval_every=0, checkpoint_every=2)
-  assert f"resuming after step {newest}" in ran(
+  assert f"resuming after step {newest}" in run_job(
     4, *flags(directory, **changed), "--allow_config_change"
   )
-  ran(1, *flags(tmp_path / "alone", **changed))
+  run_job(1, *flags(tmp_path / "alone", **changed))
   assert len(losses(directory)) == newest + 3
   np.testing.assert_allclose(losses(directory), losses(tmp_path / "alone"), rtol=1e-5)
 
 
-# A process whose second reads hang, so that it can take part in void steps alone.
+# In process 1, reads after the fourth hang, so that it takes part only in void steps.
 HANGING = """
 import sys, time
 from calm_jax import cli, main
@@ -208,39 +208,43 @@ cli.run(main.main)
 """
 
 
-def test_a_process_without_data_stops_all_at_the_last_step_that_all_took(tmp_path: pathlib.Path):
+def test_a_process_without_data_stops_all_at_their_last_common_step(tmp_path: pathlib.Path):
   directory = tmp_path / "run"
   words = [sys.executable, "-c", HANGING, *flags(directory, eval_every=0, checkpoint_every=100)]
   process = start(*command(2)[:-3], *words)
   wait_for_step(directory, 3)
   time.sleep(1)
   process.send_signal(signal.SIGTERM)
-  _, said = process.communicate(timeout=60)
-  assert process.returncode == errors.EXIT_RESTART, said
-  assert "SIGTERM: saved step 4;" in said
+  _, output = process.communicate(timeout=60)
+  assert process.returncode == errors.EXIT_RESTART, output
+  assert "SIGTERM: saved step 4;" in output
   changed = dict(eval_every=0, checkpoint_every=100)
-  ran(2, *flags(directory, **changed))
-  ran(1, *flags(tmp_path / "alone", **changed))
+  run_job(2, *flags(directory, **changed))
+  run_job(1, *flags(tmp_path / "alone", **changed))
   assert [record["step"] for record in records(directory)] == list(range(1, STEPS + 1))
   np.testing.assert_allclose(losses(directory), losses(tmp_path / "alone"), rtol=1e-5)
 
 
-def each_says(said: str, processes: int, message: str) -> None:
+def assert_each_reports(output: str, processes: int, message: str) -> None:
   for index in range(processes):
-    lines = [line for line in said.splitlines() if line.startswith(f"[{index}] error:")]
-    assert len(lines) == 1 and message in lines[0], said
+    lines = [line for line in output.splitlines() if line.startswith(f"[{index}] error:")]
+    assert len(lines) == 1 and message in lines[0], output
 
 
-def test_bad_input_of_all_is_told_by_each(tmp_path: pathlib.Path):
-  said = ran(2, *flags(tmp_path / "run", mesh__fsdp=3), expected=errors.EXIT_BAD_INPUT)
-  each_says(said, 2, "needs a multiple of 3 devices and there are 4: change --config.mesh.fsdp")
-  said = ran(2, *flags(tmp_path / "run", batch=6), expected=errors.EXIT_BAD_INPUT)
-  each_says(said, 2, "must be a multiple of accumulation * data * fsdp = 4 on this mesh, got 6")
+def test_bad_input_is_reported_by_each_process(tmp_path: pathlib.Path):
+  output = run_job(2, *flags(tmp_path / "run", mesh__fsdp=3), expected=errors.EXIT_BAD_INPUT)
+  assert_each_reports(
+    output, 2, "needs a multiple of 3 devices and there are 4: change --config.mesh.fsdp"
+  )
+  output = run_job(2, *flags(tmp_path / "run", batch=6), expected=errors.EXIT_BAD_INPUT)
+  assert_each_reports(
+    output, 2, "must be a multiple of accumulation * data * fsdp = 4 on this mesh, got 6"
+  )
   assert not (tmp_path / "run").exists()
 
 
-def apart(tmp_path: pathlib.Path, *words: list[str]) -> list[tuple[int, str]]:
-  """Processes of one job with words of their own: the exit code and errors of each."""
+def run_processes(tmp_path: pathlib.Path, *words: list[str]) -> list[tuple[int, str]]:
+  """Returns exit code and standard error of each process; each has its own words."""
   address = f"127.0.0.1:{launcher.free_port()}"
   processes = [
     start(
@@ -253,27 +257,27 @@ def apart(tmp_path: pathlib.Path, *words: list[str]) -> list[tuple[int, str]]:
   return [(process.wait(100), process.communicate()[1]) for process in processes]
 
 
-def test_processes_with_different_configs_refuse_within_a_minute(tmp_path: pathlib.Path):
+def test_processes_with_different_configs_are_refused_within_a_minute(tmp_path: pathlib.Path):
   began = time.monotonic()
-  found = apart(tmp_path, flags(tmp_path / "run"), flags(tmp_path / "run", seed=1))
+  results = run_processes(tmp_path, flags(tmp_path / "run"), flags(tmp_path / "run", seed=1))
   assert time.monotonic() - began < 60
-  for code, said in found:
+  for code, output in results:
     assert code == errors.EXIT_BAD_INPUT
-    assert re.search(r"error: process 0 has config \w{8}, process 1 has \w{8}: start all", said)
+    assert re.search(r"error: process 0 has config \w{8}, process 1 has \w{8}: start all", output)
 
 
-def test_an_error_of_one_process_is_told_by_the_others(tmp_path: pathlib.Path):
+def test_an_error_of_one_process_is_reported_by_the_others(tmp_path: pathlib.Path):
   words = flags(tmp_path / "run")
   broken = [w.replace("synthetic:300", str(tmp_path / "nothing")) for w in words]
-  for index, (code, said) in enumerate(apart(tmp_path, words, broken)):
+  for index, (code, output) in enumerate(run_processes(tmp_path, words, broken)):
     assert code == errors.EXIT_BAD_INPUT
-    assert ("error: process 1: no such token" if index == 0 else "error: no such token") in said
+    assert ("error: process 1: no such token" if index == 0 else "error: no such token") in output
 
 
-def test_a_missing_process_is_told_by_those_that_came(tmp_path: pathlib.Path):
+def test_a_missing_process_is_reported_by_the_others(tmp_path: pathlib.Path):
   address = f"--coordinator_address=127.0.0.1:{launcher.free_port()}"
   words = [*flags(tmp_path / "run"), address, "--num_processes=2", "--initialization_timeout=5"]
   process = start(sys.executable, "-m", "calm_jax.main", *words, "--process_id=0")
-  _, said = process.communicate(timeout=60)
-  assert process.returncode == errors.EXIT_RESTART, said
-  assert "not all 2 processes came within --initialization_timeout=5 s" in said
+  _, output = process.communicate(timeout=60)
+  assert process.returncode == errors.EXIT_RESTART, output
+  assert "not all 2 processes joined within --initialization_timeout=5 s" in output

@@ -25,8 +25,8 @@ from calm_jax import errors
 
 
 def without_autoencoder(folder: pathlib.Path) -> None:
-  kept = {name: x for name, x in weights(folder).items() if not name.startswith("ae_model.")}
-  rewrite(folder, kept)
+  remaining = {name: x for name, x in weights(folder).items() if not name.startswith("ae_model.")}
+  rewrite(folder, remaining)
 
 
 def repeated_table(folder: pathlib.Path) -> None:

@@ -76,33 +76,36 @@ def test_the_reference_decodes_the_same_with_an_exported_autoencoder(
   source = str(GOLDEN / case / "autoencoder")
   conversion.convert(source, str(tmp_path / "in"), "workdir", tokenizer=words(VOCAB[case]))
   conversion.convert(str(tmp_path / "in"), str(tmp_path / "out"), "reference")
-  here, there = loading.load(str(tmp_path / "in")), opened_autoencoder(tmp_path / "out")
-  z_BZ = np.random.default_rng(0).normal(size=(50, here.run.model.latent)).astype(np.float32)
-  logits_BKV = layers.apply(here.model, here.params, z_BZ, method="decode")
-  found_BKV = there.decode(torch.from_numpy(z_BZ))
-  agree(found_BKV, logits_BKV)
-  np.testing.assert_array_equal(found_BKV.argmax(-1), np.argmax(logits_BKV, -1))
+  trained, reference_model = (
+    loading.load(str(tmp_path / "in")),
+    opened_autoencoder(tmp_path / "out"),
+  )
+  z_BZ = np.random.default_rng(0).normal(size=(50, trained.run.model.latent)).astype(np.float32)
+  logits_BKV = layers.apply(trained.model, trained.params, z_BZ, method="decode")
+  actual_BKV = reference_model.decode(torch.from_numpy(z_BZ))
+  agree(actual_BKV, logits_BKV)
+  np.testing.assert_array_equal(actual_BKV.argmax(-1), np.argmax(logits_BKV, -1))
 
 
 @pytest.mark.parametrize("head", ["energy", "flow", "diffusion"])
-def test_the_reference_writes_the_same_tokens_with_an_exported_model(
+def test_the_reference_generates_the_same_tokens_with_an_exported_model(
   head: str, shard_bytes, words, tmp_path
 ):
   source = str(GOLDEN / "k4" / head)
   conversion.convert(source, str(tmp_path / "in"), "workdir", tokenizer=words(VOCAB["k4"]))
   conversion.convert(str(tmp_path / "in"), str(tmp_path / "out"), "reference")
-  here = loading.load(str(tmp_path / "in"))
-  there = opened_language_model(tmp_path / "out", head)
+  trained = loading.load(str(tmp_path / "in"))
+  reference_model = opened_language_model(tmp_path / "out", head)
   token_BPK = np.random.default_rng(0).integers(0, 90, (3, 5, 4)).astype(np.int32)
-  hidden_BPD, _ = here.model.hidden(here.params, token_BPK)
-  agree(there.hidden_states(torch.from_numpy(token_BPK)), hidden_BPD)
-  noise = np.array(here.model.head.draw_noise(jax.random.key(0), (8, 3)))
-  sample_NBZ = here.model.samples(here.params, hidden_BPD[:, -1], noise)
+  hidden_BPD, _ = trained.model.hidden(trained.params, token_BPK)
+  agree(reference_model.hidden_states(torch.from_numpy(token_BPK)), hidden_BPD)
+  noise = np.array(trained.model.head.draw_noise(jax.random.key(0), (8, 3)))
+  sample_NBZ = trained.model.samples(trained.params, hidden_BPD[:, -1], noise)
   token_NBK = calm.decode_tokens(
-    here.parents["autoencoder"].model, here.parents["autoencoder"].params, sample_NBZ
+    trained.parents["autoencoder"].model, trained.parents["autoencoder"].params, sample_NBZ
   )
-  found_BPD = there.hidden_states(torch.from_numpy(token_BPK))
-  found_NBZ = there.samples(found_BPD[:, -1], torch.from_numpy(noise))
-  np.testing.assert_array_equal(there.next_tokens(found_NBZ), token_NBK)
+  actual_BPD = reference_model.hidden_states(torch.from_numpy(token_BPK))
+  actual_NBZ = reference_model.samples(actual_BPD[:, -1], torch.from_numpy(noise))
+  np.testing.assert_array_equal(reference_model.next_tokens(actual_NBZ), token_NBK)
   inner = opened_autoencoder(tmp_path / "out/autoencoder")
-  np.testing.assert_array_equal(inner.decode(found_NBZ).argmax(-1), token_NBK)
+  np.testing.assert_array_equal(inner.decode(actual_NBZ).argmax(-1), token_NBK)

@@ -14,7 +14,7 @@ import pytest
 
 from calm_jax import config, errors, resolve, seal, workdir
 from calm_jax.reporting import page, provenance, records, summary, tables
-from calm_jax.running import loading
+from calm_jax.running import accounts
 from calm_jax.stages import autoencoder as autoencoder_stage
 from calm_jax.stages import calm as calm_stage
 from calm_jax.stages import table
@@ -127,8 +127,7 @@ def calm(tmp_path: pathlib.Path) -> pathlib.Path:
 
 
 def account_of(directory: pathlib.Path | str) -> records.Account:
-  run = loading.read_run(str(directory))
-  return records.read(str(directory), run, table.of(run).presentation)
+  return accounts.read(str(directory))
 
 
 def render(*directories: pathlib.Path) -> str:

@@ -1,4 +1,4 @@
-"""Claims about a run that was cut: the rest of it equals the uninterrupted run, bit for bit."""
+"""Claims about interrupted runs: resumed, they equal the uninterrupted run bit for bit."""
 
 import dataclasses
 import json
@@ -24,14 +24,14 @@ STAGES = ("autoencoder", "calm")
 
 
 @pytest.fixture(params=STAGES)
-def run_and_whole(request: pytest.FixtureRequest) -> tuple[config.Run, pathlib.Path]:
-  """A run, and the workdir in which it ran uninterrupted."""
+def run_and_reference(request: pytest.FixtureRequest) -> tuple[config.Run, pathlib.Path]:
+  """The settings of a run, and the workdir of its uninterrupted training."""
   stage = request.param
   return request.getfixturevalue(f"{stage}_run"), request.getfixturevalue(f"trained_{stage}")
 
 
 def at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], None]) -> None:
-  """Calls `action` when the loop has dispatched a step."""
+  """Calls `action` after the loop has dispatched a step."""
   push = reporter.Reporter.push
 
   def pushed(self, done, *others):
@@ -51,7 +51,7 @@ def weights(directory: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def figures(directory: pathlib.Path, kind: str) -> list[dict]:
-  """The reports of a kind, without what depends on the clock."""
+  """Returns the reports of a kind without the figures that depend on the clock."""
   timed = {"time", "seconds", "data_wait_share", "tokens_per_second", "patches_per_second"}
   records = map(json.loads, (directory / workdir.METRICS).read_text().splitlines())
   return [
@@ -62,33 +62,35 @@ def figures(directory: pathlib.Path, kind: str) -> list[dict]:
 
 
 def assert_same(a: pathlib.Path, b: pathlib.Path) -> None:
-  found, expected = weights(a), weights(b)
-  assert found.keys() == expected.keys()
+  actual, expected = weights(a), weights(b)
+  assert actual.keys() == expected.keys()
   for name, value in expected.items():
-    np.testing.assert_array_equal(found[name], value, err_msg=name)
+    np.testing.assert_array_equal(actual[name], value, err_msg=name)
   for kind in ("train", "evaluation"):
     assert figures(a, kind) == figures(b, kind)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_run_saves_and_goes_on_to_the_same_end(
-  run_and_whole, number: signal.Signals, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+def test_a_stopped_run_saves_and_resumes_to_the_same_result(
+  run_and_reference, number: signal.Signals, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ):
-  run, whole = run_and_whole
+  run, reference = run_and_reference
   with monkeypatch.context() as patch:
     at_step(patch, 3, lambda: signal.raise_signal(number))
     with pytest.raises(errors.Interrupted):
       train.train_run(run, str(tmp_path))
   assert weights(tmp_path)["step"] == 3
   train.train_run(run, str(tmp_path))
-  assert_same(tmp_path, whole)
+  assert_same(tmp_path, reference)
 
 
-def test_a_damaged_checkpoint_costs_steps_not_the_run(
-  run_and_whole, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch,
+def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(
+  run_and_reference,
+  tmp_path: pathlib.Path,
+  monkeypatch: pytest.MonkeyPatch,
   capsys: pytest.CaptureFixture[str],
-):  # fmt: skip
-  run, whole = run_and_whole
+):
+  run, reference = run_and_reference
   with monkeypatch.context() as patch:
     at_step(patch, 5, lambda: signal.raise_signal(signal.SIGINT))
     with pytest.raises(errors.Interrupted):
@@ -96,16 +98,18 @@ def test_a_damaged_checkpoint_costs_steps_not_the_run(
   for file in (tmp_path / "checkpoints/5/params/d").iterdir():
     file.write_bytes(b"")
   train.train_run(run, str(tmp_path))
-  said = capsys.readouterr().err
-  assert "checkpoint of step 5" in said and "resuming after step 4" in said
-  assert_same(tmp_path, whole)
+  output = capsys.readouterr().err
+  assert "checkpoint of step 5" in output and "resuming after step 4" in output
+  assert_same(tmp_path, reference)
 
 
-def test_a_full_disk_stops_the_run_and_spares_the_last_good_checkpoint(
-  run_and_whole, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch,
+def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(
+  run_and_reference,
+  tmp_path: pathlib.Path,
+  monkeypatch: pytest.MonkeyPatch,
   capsys: pytest.CaptureFixture[str],
-):  # fmt: skip
-  run, whole = run_and_whole
+):
+  run, reference = run_and_reference
   soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
   def fill_the_disk() -> None:
@@ -123,21 +127,21 @@ def test_a_full_disk_stops_the_run_and_spares_the_last_good_checkpoint(
   assert "the last good one is step 2" in capsys.readouterr().err
   assert weights(tmp_path)["step"] == 2
   train.train_run(run, str(tmp_path))
-  assert_same(tmp_path, whole)
+  assert_same(tmp_path, reference)
 
 
-def test_an_evaluation_is_given_up_for_a_signal_and_made_up_after_the_resume(
+def test_an_evaluation_ended_by_a_signal_is_repeated_after_the_resume(
   calm_run, trained_calm, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ):
-  """Step 3 is to be evaluated, and saved in place of that."""
+  """The evaluation after step 3 is interrupted; the step is saved instead."""
   evaluate = evaluation.Evaluator.__call__
 
-  def interrupted(self, params, stopped):
+  def evaluate_after_signal(self, params, stopped):
     signal.raise_signal(signal.SIGINT)
     return evaluate(self, params, stopped)
 
   with monkeypatch.context() as patch:
-    patch.setattr(evaluation.Evaluator, "__call__", interrupted)
+    patch.setattr(evaluation.Evaluator, "__call__", evaluate_after_signal)
     with pytest.raises(errors.Interrupted):
       train.train_run(calm_run, str(tmp_path))
   assert weights(tmp_path)["step"] == 3
@@ -147,18 +151,18 @@ def test_an_evaluation_is_given_up_for_a_signal_and_made_up_after_the_resume(
 
 
 def test_a_run_that_waits_for_data_stops_at_the_last_step(
-  run_and_whole, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+  run_and_reference, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ):
-  """By a step that changes nothing: the next run reads the batch that never came."""
-  run, whole = run_and_whole
-  read, over = pipeline.TrainingBatches.__next__, threading.Event()
+  """A void step ends the wait; the next run reads the batch that was missing."""
+  run, reference = run_and_reference
+  read, released = pipeline.TrainingBatches.__next__, threading.Event()
   taken = []
 
   def hangs_after_three(self):
     if len(taken) == 3:
-      time.sleep(2)  # The loop has come to wait for this.
+      time.sleep(2)  # The loop is now waiting for this batch.
       signal.raise_signal(signal.SIGTERM)
-      over.wait()
+      released.wait()
     taken.append(1)
     return read(self)
 
@@ -166,15 +170,15 @@ def test_a_run_that_waits_for_data_stops_at_the_last_step(
     patch.setattr(pipeline.TrainingBatches, "__next__", hangs_after_three)
     with pytest.raises(errors.Interrupted) as stopped:
       train.train_run(run, str(tmp_path))
-    over.set()
+    released.set()
   assert stopped.value.code == errors.EXIT_RESTART
   assert weights(tmp_path)["step"] == 3
   assert len(figures(tmp_path, "train")) == 3
   train.train_run(run, str(tmp_path))
-  assert_same(tmp_path, whole)
+  assert_same(tmp_path, reference)
 
 
-def test_a_checkpoint_is_due_after_minutes_too(autoencoder_run, tmp_path: pathlib.Path):
+def test_checkpoint_minutes_causes_saves(autoencoder_run, tmp_path: pathlib.Path):
   training = dataclasses.replace(
     autoencoder_run.training, checkpoint_every=100, checkpoint_minutes=1e-9, keep_latest=9
   )
@@ -182,7 +186,7 @@ def test_a_checkpoint_is_due_after_minutes_too(autoencoder_run, tmp_path: pathli
   assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [*range(1, 7)]
 
 
-def test_an_evaluation_that_a_kill_cost_is_made_up(
+def test_an_evaluation_lost_by_a_kill_is_repeated(
   calm_run, trained_calm: pathlib.Path, tmp_path: pathlib.Path
 ):
   shutil.copytree(trained_calm, tmp_path / "copy")
@@ -194,7 +198,7 @@ def test_an_evaluation_that_a_kill_cost_is_made_up(
   assert_same(tmp_path / "copy", trained_calm)
 
 
-def test_a_finished_run_does_nothing_when_run_again(
+def test_running_a_finished_run_again_changes_nothing(
   calm_run: calm_stage.Run, trained_calm: pathlib.Path
 ):
   before = {p: p.stat().st_mtime_ns for p in trained_calm.rglob("checkpoints/6/**/*")}

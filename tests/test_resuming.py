@@ -1,4 +1,4 @@
-"""Claims about runs that stop being finite: what is saved of them, and what they go on from."""
+"""Claims about runs with non-finite steps: what they save, and what they resume from."""
 
 import dataclasses
 import pathlib
@@ -25,11 +25,11 @@ def run(autoencoder_run: autoencoder_stage.Run) -> autoencoder_stage.Run:
   return dataclasses.replace(autoencoder_run, training=training)
 
 
-def spoil(patch: pytest.MonkeyPatch, first: int) -> None:
+def make_loss_nan(patch: pytest.MonkeyPatch, first: int) -> None:
   """Makes the loss NaN from a step on."""
   spec = table.STAGES["autoencoder"]
 
-  def spoilt(run, model, parents):
+  def nan_stage(run, model, parents):
     stage = spec.stage(run, model, parents)
 
     def loss(params, frozen, batch, key):
@@ -39,7 +39,7 @@ def spoil(patch: pytest.MonkeyPatch, first: int) -> None:
 
     return dataclasses.replace(stage, loss=loss)
 
-  patch.setitem(table.STAGES, "autoencoder", dataclasses.replace(spec, stage=spoilt))
+  patch.setitem(table.STAGES, "autoencoder", dataclasses.replace(spec, stage=nan_stage))
 
 
 def steps(directory: pathlib.Path, folder: str = checkpoint.DIRECTORY) -> list[int]:
@@ -47,19 +47,21 @@ def steps(directory: pathlib.Path, folder: str = checkpoint.DIRECTORY) -> list[i
   return sorted(int(path.name) for path in place.iterdir()) if place.exists() else []
 
 
-def stopped(run: config.Run, directory: pathlib.Path, reason: str) -> None:
+def assert_stops(run: config.Run, directory: pathlib.Path, reason: str) -> None:
   with pytest.raises(errors.CalmError, match=reason) as caught:
     train.train_run(run, str(directory))
   assert "\n" not in str(caught.value)
 
 
-def test_a_checkpoint_that_nothing_finite_came_after_is_not_gone_on_from(
+def test_a_checkpoint_without_a_finite_step_after_it_is_not_resumed_from(
   run, tmp_path, monkeypatch, capsys
 ):
   with monkeypatch.context() as patch:
-    spoil(patch, first=5)
-    reason = r"4 non-finite steps .*step 4, which nothing .* set aside; the last good one is step 2"
-    stopped(run, tmp_path, reason + ": resume from it with a --config.optimizer.learning_rate")
+    make_loss_nan(patch, first=5)
+    reason = (
+      r"4 non-finite steps .*step 4, which no finite step .* set aside; the last good one is step 2"
+    )
+    assert_stops(run, tmp_path, reason + ": resume from it with a --config.optimizer.learning_rate")
   assert steps(tmp_path) == [2]
   assert steps(tmp_path, checkpoint.UNREADABLE) == [4]
   assert "step 6 is not saved, as the 2 before it were skipped" in capsys.readouterr().err
@@ -70,49 +72,49 @@ def test_a_checkpoint_that_nothing_finite_came_after_is_not_gone_on_from(
   assert steps(tmp_path)[-1] == 12
 
 
-class Kept:
-  """Checkpoints of these steps."""
+class FakeCheckpoints:
+  """A stand-in for `checkpoint.Checkpoints` with these steps."""
 
   def __init__(self, *steps: int):
-    self.found = list(steps)
+    self.saved_steps = list(steps)
 
   def wait(self) -> bool:
     return True
 
   def steps(self) -> list[int]:
-    return self.found
+    return self.saved_steps
 
   def set_aside_after(self, step: int) -> None:
-    self.found = [other for other in self.found if other <= step]
+    self.saved_steps = [other for other in self.saved_steps if other <= step]
 
 
 @pytest.mark.parametrize(
-  ("kept", "good", "left", "told"),
+  ("before", "good", "after", "advice"),
   [
-    ([2, 4], 4, [2], "step 4, which nothing finite came after, is set aside; .* is step 2: resume"),
+    ([2, 4], 4, [2], "step 4, which no finite step followed, is set aside; .* is step 2: resume"),
     ([2, 4], 5, [2, 4], "the last good checkpoint is step 4: resume from it with a --config.opt"),
-    ([2], 2, [2], "the only checkpoint, step 2, may be spoilt, .*, or give a new --workdir"),
+    ([2], 2, [2], "the only checkpoint, step 2, may be damaged, .*, or give a new --workdir"),
     ([], 1, [], "there is no checkpoint: run the same command again with a --config.optimizer"),
   ],
 )
-def test_only_a_checkpoint_with_no_finite_step_after_it_is_set_aside(kept, good, left, told):
-  checkpoints = Kept(*kept)
+def test_only_a_checkpoint_with_no_finite_step_after_it_is_set_aside(before, good, after, advice):
+  checkpoints = FakeCheckpoints(*before)
   error = resuming.NonFinite("", good)
-  found = resuming.step_back(checkpoints, error, 0.5)
-  assert re.search(told, found) and "learning_rate below 0.5" in found
-  assert checkpoints.found == left
+  message = resuming.step_back(checkpoints, error, 0.5)
+  assert re.search(advice, message) and "learning_rate below 0.5" in message
+  assert checkpoints.saved_steps == after
 
 
-def test_a_run_whose_last_steps_were_skipped_has_not_ended_well(run, tmp_path, monkeypatch):
-  spoil(monkeypatch, first=11)
-  stopped(run, tmp_path, "step 12 is not saved, as the 2 before it were skipped; the checkpoint of")
+def test_a_run_whose_last_steps_were_skipped_is_an_error(run, tmp_path, monkeypatch):
+  make_loss_nan(monkeypatch, first=11)
+  assert_stops(
+    run, tmp_path, "step 12 is not saved, as the 2 before it were skipped; the checkpoint of"
+  )
   assert steps(tmp_path) == [6, 8]
 
 
-def test_a_workdir_may_be_named_from_where_the_run_starts(
-  calm_run, trained_autoencoder, tmp_path, monkeypatch
-):
-  """Orbax reads absolute paths alone: the first save was read back as damaged."""
+def test_a_workdir_may_be_a_relative_path(calm_run, trained_autoencoder, tmp_path, monkeypatch):
+  """Orbax reads only absolute paths: a first save once read back as damaged."""
   monkeypatch.chdir(tmp_path)
   shutil.copytree(trained_autoencoder, "ae")
   training = dataclasses.replace(calm_run.training, steps=2, eval_every=0)
@@ -123,42 +125,46 @@ def test_a_workdir_may_be_named_from_where_the_run_starts(
   assert shown[-1].endswith("checks, all as written")
 
 
-def test_a_save_that_failed_is_not_told_as_saved(run, tmp_path, monkeypatch):
+def test_a_failed_save_is_not_reported_as_saved(run, tmp_path, monkeypatch):
   monkeypatch.setattr(checkpoint.Checkpoints, "save", lambda *args: False)
   at_step(monkeypatch, 2, lambda: signal.raise_signal(signal.SIGTERM))
-  stopped(run, tmp_path, "step 2 could not be saved")
+  assert_stops(run, tmp_path, "step 2 could not be saved")
 
 
-def test_a_stop_while_steps_are_skipped_saves_nothing(run, tmp_path, monkeypatch):
-  spoil(monkeypatch, first=5)
+def test_a_stop_after_skipped_steps_saves_nothing(run, tmp_path, monkeypatch):
+  make_loss_nan(monkeypatch, first=5)
   at_step(monkeypatch, 6, lambda: signal.raise_signal(signal.SIGTERM))
   with pytest.raises(errors.Interrupted, match="SIGTERM: the same command resumes from step 4"):
     train.train_run(run, str(tmp_path))
   assert steps(tmp_path) == [2, 4]
 
 
-def test_a_state_that_is_not_finite_is_not_saved(run, tmp_path, monkeypatch):
-  whole = checkpoint.all_finite
+def test_a_non_finite_state_is_not_saved(run, tmp_path, monkeypatch):
+  all_finite = checkpoint.all_finite
   tested = []
 
-  def turns_bad(tree):
+  def finite_twice(tree):
     tested.append(1)
-    return len(tested) < 3 and whole(tree)
+    return len(tested) < 3 and all_finite(tree)
 
-  monkeypatch.setattr(checkpoint, "all_finite", turns_bad)
-  stopped(run, tmp_path, "after step 6 holds non-finite values; the last good .* is step 4: resume")
+  monkeypatch.setattr(checkpoint, "all_finite", finite_twice)
+  assert_stops(
+    run, tmp_path, "after step 6 holds non-finite values; the last good .* is step 4: resume"
+  )
   assert steps(tmp_path) == [2, 4]
 
 
 def test_a_first_checkpoint_that_does_not_read_back_ends_the_run(run, tmp_path, monkeypatch):
   wait = checkpoint.Checkpoints.wait
 
-  def cuts(self):
+  def wait_and_truncate(self):
     good = wait(self)
     for file in (tmp_path / "checkpoints").glob("2/params/d/*"):
       file.write_bytes(file.read_bytes()[:-1])
     return good
 
-  monkeypatch.setattr(checkpoint.Checkpoints, "wait", cuts)
-  stopped(run, tmp_path, r"step 2 was saved .* can't be read back .*last good checkpoint is none")
+  monkeypatch.setattr(checkpoint.Checkpoints, "wait", wait_and_truncate)
+  assert_stops(
+    run, tmp_path, r"step 2 was saved .* can't be read back .*last good checkpoint is none"
+  )
   assert steps(tmp_path) == []

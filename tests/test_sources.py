@@ -236,10 +236,10 @@ def test_a_folder_that_can_not_be_listed_is_an_error_and_not_left_out(
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
-@pytest.mark.parametrize("kept", [1, 100, -1])
-def test_a_truncated_file_is_an_error(tmp_path: pathlib.Path, suffix: str, kept: int):
+@pytest.mark.parametrize("size", [1, 100, -1])
+def test_a_truncated_file_is_an_error(tmp_path: pathlib.Path, suffix: str, size: int):
   path = tmp_path / f"a.jsonl{suffix}"
-  path.write_bytes(compress(json_lines([str(i) for i in range(1000)]), suffix)[:kept])
+  path.write_bytes(compress(json_lines([str(i) for i in range(1000)]), suffix)[:size])
   with pytest.raises(errors.CalmError, match=r"can't read .*a\.jsonl.*: Truncated"):
     read(str(path))
 

@@ -1,3 +1,5 @@
+"""Claims about a train step: accumulation, the update, skipped steps and signals."""
+
 import jax
 import numpy as np
 from jax import numpy as jnp
@@ -9,7 +11,7 @@ SETTINGS = config.Optimizer(learning_rate=0.1, warmup_steps=0, weight_decay=0.0)
 
 
 def loss(params, frozen, batch, key):
-  """Mean of w·x over the entries that count; parts may hold different numbers of them."""
+  """Returns the mean of w·x over the unmasked entries, whose number may differ between parts."""
   tokens = jnp.sum(batch["counts"])
   value = jnp.sum(batch["x"] * batch["counts"] * params["w"]) / tokens
   return value, {"tokens": tokens, "twice": 2 * value}
@@ -33,7 +35,7 @@ def test_accumulation_weighs_parts_by_their_tokens():
     assert metrics["tokens"] == 3
 
 
-def test_a_step_goes_against_the_gradient_by_the_learning_rate():
+def test_the_first_step_has_the_size_of_the_learning_rate():
   state = step.new_state({"w": jnp.float32(5.0)}, SETTINGS)
   state, metrics = step.make_step(loss, SETTINGS, config.Training(steps=10))(state, {}, batch())
   np.testing.assert_allclose(state.params["w"], 4.9, rtol=1e-6)
@@ -44,11 +46,11 @@ def test_a_step_goes_against_the_gradient_by_the_learning_rate():
 
 def test_a_non_finite_step_changes_nothing_but_the_counters():
   state = step.new_state({"w": jnp.float32(5.0)}, SETTINGS)
-  take = step.make_step(loss, SETTINGS, config.Training(steps=10))
-  state, _ = take(state, {}, batch())
+  take_step = step.make_step(loss, SETTINGS, config.Training(steps=10))
+  state, _ = take_step(state, {}, batch())
   for bad in (jnp.nan, jnp.inf):
     before = state
-    state, metrics = take(state, {}, batch() | {"x": jnp.full((4,), bad)})
+    state, metrics = take_step(state, {}, batch() | {"x": jnp.full((4,), bad)})
     assert not metrics["finite"]
     jax.tree.map(
       np.testing.assert_array_equal,
@@ -56,19 +58,19 @@ def test_a_non_finite_step_changes_nothing_but_the_counters():
       (before.params, before.optimizer),
     )
   assert (int(state.step), int(state.skipped), int(state.skipped_in_a_row)) == (3, 2, 2)
-  state, _ = take(state, {}, batch())
+  state, _ = take_step(state, {}, batch())
   assert (int(state.step), int(state.skipped), int(state.skipped_in_a_row)) == (4, 2, 0)
 
 
 def test_a_void_step_leaves_the_state_unchanged():
-  take = step.with_signals(step.make_step(loss, SETTINGS, config.Training(steps=10)))
+  take_step = step.with_signals(step.make_step(loss, SETTINGS, config.Training(steps=10)))
   before = step.new_state({"w": jnp.float32(5.0)}, SETTINGS)
-  after, metrics = take(before, {}, batch(), jnp.array([[0, 0, 0], [0, 0, 1]]))
+  after, metrics = take_step(before, {}, batch(), jnp.array([[0, 0, 0], [0, 0, 1]]))
   jax.tree.map(np.testing.assert_array_equal, after, before)
   assert [int(metrics[name]) for name in step.SIGNALS] == [0, 0, 1]
 
 
-def test_a_signal_of_any_device_is_returned_and_the_step_is_the_plain_one():
+def test_a_signal_of_any_device_is_returned_and_does_not_change_the_step():
   plain = step.make_step(loss, SETTINGS, config.Training(steps=10))
   before = step.new_state({"w": jnp.float32(5.0)}, SETTINGS)
   expected, _ = plain(before, {}, batch())

@@ -247,7 +247,7 @@ def test_a_pipe_in_place_of_a_file_does_not_block(store: store_lib.TokenStore, n
   file = pathlib.Path(store.path) / name
   file.unlink()
   os.mkfifo(file)
-  with pytest.raises(errors.CalmError, match=rf"{name} is (a pipe|missing or no file)"):
+  with pytest.raises(errors.CalmError, match=rf"{name} is (a pipe|missing or not a file)"):
     store_lib.TokenStore.open(store.path)
 
 

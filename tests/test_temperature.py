@@ -9,7 +9,7 @@ from calm_jax.generation import temperature
 
 
 def weights(letters: str, power: float) -> dict[str, float]:
-  """Returns the law of the choice among the draws of a pool, by letter."""
+  """Returns the probability of each letter when one draw of a pool is chosen."""
   count_1N = jnp.array([[letters.count(letter) for letter in letters]])
   weight_N = np.exp(temperature.log_weights(count_1N, jnp.array([power]))[0])
   total: dict[str, float] = {}
@@ -19,7 +19,7 @@ def weights(letters: str, power: float) -> dict[str, float]:
   return {letter: value / mass for letter, value in total.items() if value}
 
 
-def test_the_published_pool_gives_its_published_law():
+def test_the_published_pool_gives_the_published_probabilities():
   assert weights("ACADBEAFBG", 2) == pytest.approx({"A": 0.75, "B": 0.25}, rel=1e-4)
 
 
@@ -67,7 +67,7 @@ def test_the_power_of_a_tiny_temperature_is_infinite():
 
 
 @pytest.mark.parametrize("value", [0.25, 1.0, 7.0])
-def test_single_tokens_have_the_law_raised_to_one_over_t(value: float):
+def test_single_tokens_have_probabilities_raised_to_one_over_t(value: float):
   logits_1V = np.array([[3.0, 1.0, 2.5]])
   power = temperature.token_power(value)
   law_1V = np.exp(temperature.tempered(jnp.array(logits_1V), jnp.array([power])))

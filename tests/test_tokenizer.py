@@ -217,8 +217,8 @@ def test_the_vocabulary_bounds_ids_that_have_gaps(tmp_path: pathlib.Path):
     ("a.json", b"[]", "can't read tokenizer"),
     ("a.json", b"\xff", "can't read tokenizer"),
     ("a.model", None, "no such tokenizer"),
-    ("a.bpe", b"", "is no tokenizer"),
-    ("train", None, "is no tokenizer"),
+    ("a.bpe", b"", "is not a tokenizer"),
+    ("train", None, "is not a tokenizer"),
   ],
 )
 def test_a_bad_file_is_reported_in_one_line(

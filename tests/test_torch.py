@@ -58,69 +58,71 @@ def some_tokens(vocab: int, *shape: int) -> np.ndarray:
 @pytest.mark.parametrize("model", ["energy", "flow", "diffusion"])
 def test_a_language_model_computes_the_same_in_torch(case, model, opened, golden):
   source = golden(case, model)
-  there, here = opened(source), loading.load(str(source))
-  size = here.parents["autoencoder"].run.model.patch_size
+  torch_model, trained = opened(source), loading.load(str(source))
+  size = trained.parents["autoencoder"].run.model.patch_size
   token_BPK = some_tokens(90, 3, 5, size)
-  hidden_BPD, _ = here.model.hidden(here.params, token_BPK)
-  found_BPD = there.hidden_states(torch.from_numpy(token_BPK))
-  agree(found_BPD, hidden_BPD)
-  noise = here.model.head.draw_noise(jax.random.key(0), (2, 3))
-  sample_NBZ = here.model.samples(here.params, hidden_BPD[:, -1], noise)
-  found_NBZ = there.samples(found_BPD[:, -1], torch.from_numpy(np.array(noise)))
-  agree(found_NBZ, sample_NBZ, 1e-4 if model == "diffusion" else 1e-5)
+  hidden_BPD, _ = trained.model.hidden(trained.params, token_BPK)
+  actual_BPD = torch_model.hidden_states(torch.from_numpy(token_BPK))
+  agree(actual_BPD, hidden_BPD)
+  noise = trained.model.head.draw_noise(jax.random.key(0), (2, 3))
+  sample_NBZ = trained.model.samples(trained.params, hidden_BPD[:, -1], noise)
+  actual_NBZ = torch_model.samples(actual_BPD[:, -1], torch.from_numpy(np.array(noise)))
+  agree(actual_NBZ, sample_NBZ, 1e-4 if model == "diffusion" else 1e-5)
   token_NBK = calm.decode_tokens(
-    here.parents["autoencoder"].model, here.parents["autoencoder"].params, sample_NBZ
+    trained.parents["autoencoder"].model, trained.parents["autoencoder"].params, sample_NBZ
   )
-  np.testing.assert_array_equal(there.next_tokens(found_NBZ), token_NBK)
+  np.testing.assert_array_equal(torch_model.next_tokens(actual_NBZ), token_NBK)
 
 
 def test_an_autoencoder_computes_the_same_in_torch(opened, trained_autoencoder):
-  there, here = opened(trained_autoencoder), loading.load(str(trained_autoencoder))
+  torch_model, trained = opened(trained_autoencoder), loading.load(str(trained_autoencoder))
   token_BPK = some_tokens(300, 2, 3, 4)
-  posterior = layers.apply(here.model, here.params, token_BPK, method="encode")
-  for found, expected in zip(there.encode(torch.from_numpy(token_BPK)), posterior, strict=True):
-    agree(found, expected)
-  logits_BPKV = layers.apply(here.model, here.params, posterior[0], method="decode")
-  agree(there.decode(torch.from_numpy(np.array(posterior[0]))), logits_BPKV)
+  posterior = layers.apply(trained.model, trained.params, token_BPK, method="encode")
+  for actual, expected in zip(
+    torch_model.encode(torch.from_numpy(token_BPK)), posterior, strict=True
+  ):
+    agree(actual, expected)
+  logits_BPKV = layers.apply(trained.model, trained.params, posterior[0], method="decode")
+  agree(torch_model.decode(torch.from_numpy(np.array(posterior[0]))), logits_BPKV)
 
 
 @pytest.mark.parametrize("kind", ["continuous", "both"])
 def test_the_latent_input_computes_the_same_in_torch(kind, opened, latent_reader, tmp_path):
   source = latent_reader(kind)
-  there, here = opened(source), loading.load(source)
+  torch_model, trained = opened(source), loading.load(source)
   token_BPK = some_tokens(300, 2, 5, 4)
   latent_BPZ = np.random.default_rng(1).normal(size=(2, 5, 8)).astype(np.float32)
-  hidden_BPD, _ = here.model.hidden(here.params, token_BPK, latent_BPZ)
-  found_BPD = there.hidden_states(torch.from_numpy(token_BPK), torch.from_numpy(latent_BPZ))
-  agree(found_BPD, hidden_BPD)
-  there.config.eos_token_id = None  # So that no draw ends a text.
-  assert there.generate(torch.from_numpy(token_BPK[0].reshape(-1)).long(), 8).shape == (8,)
+  hidden_BPD, _ = trained.model.hidden(trained.params, token_BPK, latent_BPZ)
+  actual_BPD = torch_model.hidden_states(torch.from_numpy(token_BPK), torch.from_numpy(latent_BPZ))
+  agree(actual_BPD, hidden_BPD)
+  torch_model.config.eos_token_id = None  # So that no draw ends a text.
+  assert torch_model.generate(torch.from_numpy(token_BPK[0].reshape(-1)).long(), 8).shape == (8,)
   conversion.convert(str(tmp_path / "out"), str(tmp_path / "back"), "workdir")
   back = loading.load(str(tmp_path / "back"))
   assert back.run.model.input == kind
-  jax.tree.map(np.testing.assert_array_equal, back.params, here.params)
+  jax.tree.map(np.testing.assert_array_equal, back.params, trained.params)
 
 
-def test_torch_writes_text(opened, trained_calm):
+def test_torch_generates_text(opened, trained_calm):
   """The cache gives the same patches as recomputing the hidden states."""
-  there, start = opened(trained_calm), loading.load(str(trained_calm)).origin.start_patch
-  there.config.eos_token_id = None  # So that no draw ends a text.
+  torch_model, start = opened(trained_calm), loading.load(str(trained_calm)).origin.start_patch
+  torch_model.config.eos_token_id = None  # So that no draw ends a text.
   prompt_S = torch.tensor([*start, *range(20, 28)])
-  new_S = there.generate(prompt_S, 12, generator=torch.Generator().manual_seed(0))
+  new_S = torch_model.generate(prompt_S, 12, generator=torch.Generator().manual_seed(0))
   generator, text_S = torch.Generator().manual_seed(0), prompt_S
   for _ in range(3):
-    hidden_1PD = there.hidden_states(text_S.reshape(1, -1, 4))
-    patch_1K, _ = there.choose(hidden_1PD[:, -1], 1, 1, generator)
+    hidden_1PD = torch_model.hidden_states(text_S.reshape(1, -1, 4))
+    patch_1K, _ = torch_model.choose(hidden_1PD[:, -1], 1, 1, generator)
     text_S = torch.cat([text_S, patch_1K[0]])
   np.testing.assert_array_equal(new_S, text_S[len(prompt_S) :])
   with pytest.raises(ValueError, match="whole patches of 4 tokens"):
-    there.generate(prompt_S[:3], 4)
+    torch_model.generate(prompt_S[:3], 4)
 
 
 def test_a_text_ends_at_eos_in_torch(opened, trained_calm, monkeypatch):
   """One text ends in its second patch, the other at the requested length."""
-  there = opened(trained_calm)
-  eos, patches = there.config.eos_token_id, iter([[5, 6, 7, 8], [9, 1, 9, 9], [5, 6, 7, 8]])
+  torch_model = opened(trained_calm)
+  eos, patches = torch_model.config.eos_token_id, iter([[5, 6, 7, 8], [9, 1, 9, 9], [5, 6, 7, 8]])
   assert eos == 1
 
   def choose(hidden_BD, n, count, generator=None):
@@ -128,8 +130,8 @@ def test_a_text_ends_at_eos_in_torch(opened, trained_calm, monkeypatch):
     without_eos_K = torch.where(patch_K == eos, 2, patch_K)
     return torch.stack([patch_K, without_eos_K]), torch.zeros(2, 8)
 
-  monkeypatch.setattr(there, "choose", choose)
-  new_BS = there.generate(torch.arange(20, 28).expand(2, -1), 10)
+  monkeypatch.setattr(torch_model, "choose", choose)
+  new_BS = torch_model.generate(torch.arange(20, 28).expand(2, -1), 10)
   assert new_BS.tolist() == [[5, 6, 7, 8, 9] + 5 * [1], [5, 6, 7, 8, 9, 2, 9, 9, 5, 6]]
 
 
@@ -156,27 +158,27 @@ def test_what_transformers_saves_opens_again(opened, trained_calm, tmp_path):
 @pytest.mark.parametrize("kind", ["llama", "reference"])
 def test_transformers_loads_the_baseline_as_a_llama(kind, trained_transformer, tmp_path):
   conversion.convert(str(trained_transformer), str(tmp_path / "out"), kind)
-  there = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-  assert type(there).__name__ == "LlamaForCausalLM"
-  here = loading.load(str(trained_transformer), "transformer")
+  torch_model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+  assert type(torch_model).__name__ == "LlamaForCausalLM"
+  trained = loading.load(str(trained_transformer), "transformer")
   token_BS = some_tokens(300, 2, 20)
-  logits_BSV = layers.apply(here.model, here.params, token_BS)
-  agree(there(torch.from_numpy(token_BS)).logits, logits_BSV)
+  logits_BSV = layers.apply(trained.model, trained.params, token_BS)
+  agree(torch_model(torch.from_numpy(token_BS)).logits, logits_BSV)
 
 
 def test_a_llama_saved_by_transformers_is_imported(trained_transformer, tmp_path):
   """Its config.json names the rotary base and the type differently, depending on the version."""
   conversion.convert(str(trained_transformer), str(tmp_path / "out"), "llama")
-  there = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-  there.save_pretrained(tmp_path / "saved")
-  here = loading.load(str(trained_transformer))
+  torch_model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+  torch_model.save_pretrained(tmp_path / "saved")
+  trained = loading.load(str(trained_transformer))
   tokenizer = str(tmp_path / "out/tokenizer.model")
   conversion.convert(
     str(tmp_path / "saved"), str(tmp_path / "back"), "workdir", tokenizer=tokenizer
   )
   back = loading.load(str(tmp_path / "back"))
-  jax.tree.map(np.testing.assert_array_equal, back.params, here.params)
-  assert vars(back.run.model) | {"init": "fan_in"} == vars(here.run.model)
+  jax.tree.map(np.testing.assert_array_equal, back.params, trained.params)
+  assert vars(back.run.model) | {"init": "fan_in"} == vars(trained.run.model)
 
 
 @pytest.mark.parametrize(

@@ -20,11 +20,10 @@ from calm_jax.models import calm, flops, layers
 from calm_jax.models.heads import head, registry
 from calm_jax.objectives import energy_score
 from calm_jax.planning import writing
-from calm_jax.reporting import page, records
-from calm_jax.running import conversion, counting, loading, texts, train
+from calm_jax.reporting import page
+from calm_jax.running import accounts, conversion, counting, loading, texts, train
 from calm_jax.stages import autoencoder as autoencoder_stage
 from calm_jax.stages import calm as calm_stage
-from calm_jax.stages import table
 
 ROOT = pathlib.Path(__file__).parent.parent
 KIND = "gaussian"
@@ -152,7 +151,7 @@ def test_its_flops_are_counted(toy_run: calm_stage.Run):
     counting.program_per_token(toy_run, PARENTS, VOCAB)
 
 
-def test_it_trains_is_evaluated_and_resumes_as_complete(toy: tuple[calm_stage.Run, str]):
+def test_it_trains_is_evaluated_and_a_finished_run_resumes(toy: tuple[calm_stage.Run, str]):
   run, directory = toy
   reports = [line for line in lines(directory) if line["kind"] == "train"]
   assert reports[-1]["step"] == run.training.steps and np.isfinite(reports[-1]["loss"])
@@ -163,15 +162,13 @@ def test_it_trains_is_evaluated_and_resumes_as_complete(toy: tuple[calm_stage.Ru
   assert loading.load(directory).step == run.training.steps
 
 
-def test_it_writes_text_and_is_reported(toy: tuple[calm_stage.Run, str], tmp_path: pathlib.Path):
-  run, directory = toy
+def test_it_generates_text_and_is_reported(toy: tuple[calm_stage.Run, str], tmp_path: pathlib.Path):
+  _, directory = toy
   trained = loading.load(directory)
   decoder = texts.decoder(trained, requests.Sampler(), lambda line: None)
   text = decoder.start([requests.Request((), max_tokens=8)])
   assert len(text.advance(2)[0].tokens) == 8
-  report = pathlib.Path(
-    page.write([records.read(directory, run, table.of(run).presentation)], str(tmp_path))
-  ).read_text()
+  report = pathlib.Path(page.write([accounts.read(directory)], str(tmp_path))).read_text()
   assert "Training loss" in report and KIND in report
 
 

@@ -29,8 +29,9 @@ from calm_jax.figures import LOWER, Figure
 from calm_jax.generation import requests
 from calm_jax.models import layers
 from calm_jax.parallel import mesh as mesh_lib
-from calm_jax.reporting import page, presentation, records
+from calm_jax.reporting import page, presentation
 from calm_jax.running import (
+  accounts,
   conversion,
   counting,
   evaluating,
@@ -306,7 +307,7 @@ def test_it_is_evaluated_and_reported(
   store = starting.synthetic.open_store(tokens)
   scores = evaluation.Evaluator(functions, store, 32, 4, 0, 0)(loaded.params)
   assert scores and figures["surprise"] == pytest.approx(scores["surprise"], rel=1e-5)
-  account = records.read(str(trained), run_of(trained), SPEC.presentation)
+  account = accounts.read(str(trained))
   text = pathlib.Path(page.write([account], str(tmp_path))).read_text()
   assert "A parrot" in text and "Surprise" in text and "Training loss" in text
 
@@ -339,5 +340,5 @@ def test_unsupported_requests_are_refused_in_one_line(
 ):
   with pytest.raises(errors.CalmError, match="--format=torch is for autoencoder and calm, but "):
     conversion.convert(str(trained), str(tmp_path / "out"), "torch")
-  with pytest.raises(errors.CalmError, match="a parrot, which writes no text"):
+  with pytest.raises(errors.CalmError, match="a parrot, which generates no text"):
     texts.decoder(loading.load(str(trained)), requests.Sampler(), print)

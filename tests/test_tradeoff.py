@@ -21,9 +21,13 @@ def test_each_sampler_temperature_and_number_of_candidates_is_a_row(trained_calm
   rows = tradeoff.of_calm(trained, store, (1.0, 0.5), (4, 16), (FIRST, PUBLISHED), 20, seed=0)
   settings = [(row["rule"], row["temperature"], row["num_candidates"]) for row in rows]
   assert settings == [
-    ("first", 1.0, 1), ("first", 0.5, 4), ("first", 0.5, 16),
-    ("none", 1.0, 1), ("none", 0.5, 4), ("none", 0.5, 16),
-  ]  # fmt: skip
+    ("first", 1.0, 1),
+    ("first", 0.5, 4),
+    ("first", 0.5, 16),
+    ("none", 1.0, 1),
+    ("none", 0.5, 4),
+    ("none", 0.5, 16),
+  ]
   draws = [row["draws"] for row in rows]
   assert draws[3:] == [1, 4, 16] and draws[0] == 1 and draws[2] <= 16
   assert all(row["patches"] == 20 and len(row["accuracy"]) == 4 for row in rows)
@@ -31,7 +35,9 @@ def test_each_sampler_temperature_and_number_of_candidates_is_a_row(trained_calm
   assert all(same)  # At temperature 1 the only draw is taken.
 
 
-def test_the_baselines_figures_are_computed_from_its_law(trained_transformer: pathlib.Path):
+def test_the_baselines_figures_are_computed_from_its_probabilities(
+  trained_transformer: pathlib.Path,
+):
   trained = loading.load(str(trained_transformer), "transformer")
   store = synthetic.open_store(trained.run.data.path)
   (row,) = tradeoff.of_transformer(trained, store, (0.5,), (), (), 31, 0)

@@ -23,10 +23,12 @@ RUN = transformer_stage.Run(
 def params():
   model = transformer.Transformer(RUN.model, VOCAB)
   params = model.initial(jax.random.key(0))
-  return jax.tree.map(lambda x: 3 * x if x.ndim > 1 else x, params)  # A law far from uniform.
+  return jax.tree.map(
+    lambda x: 3 * x if x.ndim > 1 else x, params
+  )  # A distribution far from uniform.
 
 
-def next_law(params, text: tuple[int, ...]) -> np.ndarray:
+def next_distribution(params, text: tuple[int, ...]) -> np.ndarray:
   model = transformer.Transformer(RUN.model, VOCAB)
   logits_SV = layers.apply(model, params, jnp.array([text]))[0]
   return np.asarray(jax.nn.softmax(logits_SV[-1]), np.float64)
@@ -38,9 +40,9 @@ def test_brier_of_the_baseline_is_exact_accuracy_and_an_unbiased_collision(param
   text = tuple(int(x) for x in jax.random.randint(jax.random.key(1), (TOKENS,), 0, VOCAB))
   cache = {}
 
-  def law(prefix):
+  def cached_distribution(prefix):
     if prefix not in cache:
-      cache[prefix] = next_law(params, prefix)
+      cache[prefix] = next_distribution(params, prefix)
     return cache[prefix]
 
   starts = range(1, TOKENS - 3)
@@ -48,10 +50,10 @@ def test_brier_of_the_baseline_is_exact_accuracy_and_an_unbiased_collision(param
   for row, start in enumerate(starts):
     right = 1.0
     for n in range(4):
-      right *= law(text[: start + n])[text[start + n]]
+      right *= cached_distribution(text[: start + n])[text[start + n]]
       accuracy[row, n] = right
       for gram in itertools.product(range(VOCAB), repeat=n + 1):
-        chances = [law(text[:start] + gram[:j])[gram[j]] for j in range(n + 1)]
+        chances = [cached_distribution(text[:start] + gram[:j])[gram[j]] for j in range(n + 1)]
         collision[row, n] += np.prod(chances) ** 2
   rows = 2000
   batch = {
@@ -72,6 +74,6 @@ def test_the_loss_is_the_cross_entropy_of_the_next_token(params):
   value, metrics = stage.loss(
     params, {}, {"tokens": jnp.array([text]), "index": jnp.array([0])}, jax.random.key(0)
   )
-  expected = [-np.log(next_law(params, text[:i])[text[i]]) for i in (1, 2, 3)]
+  expected = [-np.log(next_distribution(params, text[:i])[text[i]]) for i in (1, 2, 3)]
   assert float(value) == pytest.approx(np.mean(expected), rel=1e-5)
   assert metrics["tokens"] == 3

@@ -83,7 +83,7 @@ def test_a_workdir_with_a_file_of_checksums_is_still_checked_as_a_workdir(
   assert lines(places["workdir"])[0].startswith("workdir")
 
 
-def test_a_checkpoint_that_its_run_removes_meanwhile_is_no_difference(
+def test_a_checkpoint_that_its_run_removes_during_verify_is_not_an_error(
   places: dict[str, pathlib.Path], monkeypatch: pytest.MonkeyPatch
 ):
   steps_in = checkpoint.steps_in
@@ -96,8 +96,8 @@ def test_a_checkpoint_that_its_run_removes_meanwhile_is_no_difference(
   assert "removed by the run in the meantime" in "\n".join(lines(places["workdir"]))
 
 
-def test_a_folder_of_no_kind_is_refused(tmp_path: pathlib.Path):
-  with pytest.raises(errors.CalmError, match="is no token store or workdir or exported folder"):
+def test_a_folder_of_an_unknown_kind_is_refused(tmp_path: pathlib.Path):
+  with pytest.raises(errors.CalmError, match="is not a token store or workdir or exported folder"):
     lines(tmp_path)
   with pytest.raises(errors.CalmError, match="x does not exist"):
     lines(tmp_path / "x")

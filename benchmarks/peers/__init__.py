@@ -1,1 +1,1 @@
-"""PyTorch's models, one file a stage, named after it: `Model(job)` maps tokens to the loss."""
+"""PyTorch's models, one file per stage, named after it: `Model(job)` maps tokens to the loss."""

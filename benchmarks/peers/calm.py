@@ -15,7 +15,7 @@ from calm_jax.interchange.torch_module import modeling_calm as modeling
 
 
 class Head(modeling.EnergyHead):
-  """The energy head as published: also what depends on the hidden state alone is per sample."""
+  """The energy head as published, which computes all layers once per sample."""
 
   def forward(self, hidden_D, noise_NR):
     x_ND = self.norm_noise(self.noise_embd(noise_NR))
@@ -36,7 +36,7 @@ class Model(nn.Module):
   """A language model of initial values over an autoencoder of initial values.
 
   Raises:
-    CalmError: for another head or another input, which are not written in PyTorch.
+    CalmError: for another head or another input, which are not implemented in PyTorch.
   """
 
   def __init__(self, job: jobs.BenchmarkJob):
@@ -74,7 +74,7 @@ class Model(nn.Module):
     shape = (count, *hidden_D.shape[:-1], self.noise)
     return self.generative_head(hidden_D, torch.rand(shape, device=hidden_D.device) - 0.5)
 
-  def _two(self, hidden_D):
+  def _two_samples(self, hidden_D):
     """Returns the tokens of two samples, [2, ..., K]."""
     z_NZ = self.samples(hidden_D, 2)
     chunks = [self.ae_model.decode(z_Z).argmax(-1) for z_Z in z_NZ.flatten(0, -2).split(1024)]
@@ -83,7 +83,7 @@ class Model(nn.Module):
   @torch.no_grad()
   def evaluate(self, token_BPK):
     """Returns Brier-4's term per position, [B, P]; as published, K < 4 costs a pass each."""
-    token_2BPK = self._two(self.hidden(token_BPK[:, :-1]))
+    token_2BPK = self._two_samples(self.hidden(token_BPK[:, :-1]))
     target_BPK, spanned = token_BPK[:, 1:], 4 // self.size
     for number in range(1, spanned):
       continuations = []
@@ -91,7 +91,7 @@ class Model(nn.Module):
         path_BPK = torch.cat(
           [token_BPK[:, : i + 1], token_2BPK[0, :, i].unflatten(-1, (-1, self.size))], dim=1
         )
-        continuations.append(self._two(self.hidden(path_BPK)[:, -1]))
+        continuations.append(self._two_samples(self.hidden(path_BPK)[:, -1]))
       token_2BPK = torch.cat([token_2BPK, torch.stack(continuations, dim=2)], dim=-1)
       following_BPK = token_BPK[:, 1:].roll(-number, 1)
       target_BPK = torch.cat([target_BPK, following_BPK], dim=-1)
@@ -105,8 +105,8 @@ class Model(nn.Module):
     sample_NBPZ = self.samples(self.hidden(token_BPK[:, :-1]), settings.samples)
     target_MBPZ = torch_parts.draw(mean_BPZ, log_std_BPZ, (settings.posterior_draws,))
     count, alpha = settings.samples, settings.alpha
-    among_NNBP = _distance(sample_NBPZ[:, None] - sample_NBPZ[None], alpha)
-    repulsion_BP = among_NNBP.sum((0, 1)) / (count * (count - 1))
+    distance_NNBP = _distance(sample_NBPZ[:, None] - sample_NBPZ[None], alpha)
+    repulsion_BP = distance_NNBP.sum((0, 1)) / (count * (count - 1))
     attraction_BP = _distance(sample_NBPZ[:, None] - target_MBPZ[None], alpha).mean((0, 1))
     return (2 * attraction_BP - repulsion_BP).mean()
 

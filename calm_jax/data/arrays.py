@@ -125,7 +125,7 @@ def _require_files(path: str, name: str, count: int) -> None:
   for shard in range(count):
     if str(shard) not in names:
       raise errors.CalmError(
-        f"can't read the token store {path}: {folder}c/{shard} is missing or no file"
+        f"can't read the token store {path}: {folder}c/{shard} is missing or not a file"
       )
 
 

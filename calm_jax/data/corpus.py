@@ -1,4 +1,4 @@
-"""Parts of a corpus -> texts: to decide what is held out, and to train a tokenizer on."""
+"""Parts of a corpus -> documents, to choose the held-out split and to train a tokenizer."""
 
 import dataclasses
 import functools
@@ -40,15 +40,15 @@ class Corpus:
     return holdout.decide(texts, share)
 
   def sample(self, division: holdout.Division) -> Iterator[str]:
-    """Yields training text from all over the corpus, at most about `_SAMPLE_BYTES`."""
+    """Yields training text from all parts of the corpus, about `_SAMPLE_BYTES` bytes at most."""
     sizes = [sum(span.num_bytes for span in part) for part in self.parts]
     share = min(1.0, _SAMPLE_BYTES / max(1, sum(sizes)))
     for part, size in enumerate(sizes):
-      left = share * size
+      bytes_left = share * size
       for number, document in enumerate(self.texts(part)):
         for split, text in division.split(part, number, document):
           if split == "train":
-            yield text[: int(left) + 1]
-            left -= len(text.encode())
-        if left <= 0:
+            yield text[: int(bytes_left) + 1]
+            bytes_left -= len(text.encode())
+        if bytes_left <= 0:
           break

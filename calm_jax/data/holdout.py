@@ -1,8 +1,8 @@
 """Documents -> splits: which documents are held out, decided before tokenization.
 
 Complete documents are held out by a hash of their text, so all copies of a document share a
-split. With fewer than 100 documents, where that is a lottery, or where it leaves a split empty,
-the end of the corpus is held out instead, and one document may be cut in two. The end is one
+split. With fewer than 100 documents, where that share would vary widely, or where a split would be
+empty, the end of the corpus is held out instead, and one document may be cut in two. The end is one
 stretch of the corpus rather than the end of each document: the ends of short documents would be
 fragments of a few tokens without context. Either way a document's split depends only on the
 input and the share, not on the number of workers or on a restart.
@@ -17,7 +17,7 @@ from calm_jax import errors
 DOCUMENTS, END, NOTHING = "documents", "end", "nothing"  # Manifest.heldout_by.
 FEW_DOCUMENTS = 100
 
-# A document is cut at the end of a line or word within so many characters before the exact cut.
+# A document is cut at the end of a line or word within this many characters before the exact cut.
 _MOST_BACK = 1000
 
 
@@ -67,9 +67,9 @@ class Division:
     """
     if self.cut is None:
       return [("heldout" if is_heldout(text, self.share) else "train", text)]
-    place, cut = (part, document), (self.cut.part, self.cut.document)
-    if place != cut:
-      return [("train" if place < cut else "heldout", text)]
+    position, cut = (part, document), (self.cut.part, self.cut.document)
+    if position != cut:
+      return [("train" if position < cut else "heldout", text)]
     pieces = [("train", text[: self.cut.character]), ("heldout", text[self.cut.character :])]
     return [(split, piece) for split, piece in pieces if piece]
 

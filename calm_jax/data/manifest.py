@@ -109,12 +109,12 @@ class Manifest:
     values = sealed_json.unsealed(values, where)
     try:
       manifest = _typed(cls, values)
-      manifest._require_sound()
+      manifest._require_valid()
       return manifest
     except (KeyError, TypeError, ValueError, AttributeError) as error:
       raise errors.CalmError(f"can't read {where}: {error!r}") from error
 
-  def _require_sound(self) -> None:
+  def _require_valid(self) -> None:
     """Raises ValueError for values that `prepare` never writes."""
     tokenizer, sizes = self.tokenizer, [(s.tokens, s.documents) for s in self.splits.values()]
     if tokenizer.file not in ("tokenizer.model", "tokenizer.json"):

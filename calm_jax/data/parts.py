@@ -1,8 +1,8 @@
-"""Documents -> parts: the tokens of stretches of a corpus, made in parallel and kept.
+"""Documents -> parts: tokens of consecutive stretches of a corpus, written in parallel.
 
 A part is five files in a work folder: the tokens and document lengths of each split, and a JSON
-file of counts, written last, with the sums of the other files and of itself. An intact part is
-reused; a truncated, zeroed or edited one is made again.
+file of counts, written last, with the sums of the other files and of itself. After a restart,
+intact parts are reused; truncated, zeroed or edited parts are written again.
 """
 
 import collections
@@ -34,7 +34,7 @@ _LENGTH_DTYPE = np.dtype(np.int64)
 _FILES = tuple(f"{split}.{name}" for split in manifest.SPLITS for name in ("tokens", "lengths"))
 _READ_BYTES = 2**24
 # SentencePiece needs about 50 bytes of memory per character, so long documents are encoded in
-# pieces of so many characters that end at a newline.
+# pieces of this many characters that end at a newline.
 _PIECE_LENGTH = 2**22
 
 
@@ -82,17 +82,17 @@ class Part:
 
 
 def read_part(job: PartJob, part: int, spans: Sequence[readers.Span]) -> Part | None:
-  """Returns an intact part that was made before from the same input, None without one."""
+  """Returns the part of an earlier attempt if it is intact and of the same input, else None."""
   path = job.file(part, "json")
   try:
     values = sealed_json.unsealed(files.read_json(path), str(path))
     if values["made_of"] != job.digest(spans):
       return None
     loaded = Part(collections.Counter(values["counts"]), values["files"])
-    intact = all(files.digest(job.file(part, name)) == loaded.sums[name] for name in _FILES)
+    is_intact = all(files.digest(job.file(part, name)) == loaded.sums[name] for name in _FILES)
   except (errors.CalmError, KeyError):
     return None
-  return loaded if intact else None
+  return loaded if is_intact else None
 
 
 def make_part(job: PartJob, part: int, spans: Sequence[readers.Span]) -> Part:
@@ -133,7 +133,7 @@ def make_parts(
     for part, spans in spans_by_part.items():
       on_done(part, make_part(job, part, spans))
     return
-  before = set(multiprocessing.active_children())
+  earlier_children = set(multiprocessing.active_children())
   executor = concurrent.futures.ProcessPoolExecutor(
     workers, multiprocessing.get_context("spawn"), _start_worker
   )
@@ -150,7 +150,7 @@ def make_parts(
     ) from error
   finally:
     executor.shutdown(wait=False, cancel_futures=True)
-    for child in set(multiprocessing.active_children()) - before:
+    for child in set(multiprocessing.active_children()) - earlier_children:
       child.terminate()
 
 

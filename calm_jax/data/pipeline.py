@@ -10,7 +10,7 @@ import numpy as np
 from calm_jax import errors
 from calm_jax.data import store as store_lib
 
-# One array a field, one row an example.
+# Field name -> array with one row per example.
 Batch = Mapping[str, np.ndarray]
 
 
@@ -23,15 +23,15 @@ class Field:
 
 
 class Source(Protocol):
-  """Endless batches for the loop, of which every process reads its own rows.
+  """An endless stream of training batches, of which each process reads its own rows.
 
   `TrainingBatches` reads them from a token store. A stage whose targets come from elsewhere, such
-  as from generation, passes a source of its own. One thread, not the loop's, calls it, up to two
-  batches ahead of the loop. What it computes must stay on this process's devices: collectives of
-  several processes could start in another order than those of the steps.
+  as from generation, passes its own source. One prefetch thread calls it, up to two batches ahead
+  of the training loop. Its computations must stay on this process's devices: collectives between
+  processes could start in another order than those of the train steps.
 
   A batch has the fields of the stage's description. One of them is `index`, the example's number
-  in the whole stream, which keys all its noise.
+  in the stream, from which the keys of its noise are derived.
   """
 
   def __next__(self) -> Batch:
@@ -57,28 +57,30 @@ def fields(context: int) -> dict[str, Field]:
   return {"tokens": Field((context,), int32), "index": Field((), int32)}
 
 
-FEW_BLOCKS = 20  # Figures on fewer vary much.
+FEW_BLOCKS = 20  # Figures on fewer blocks are noisy.
 
 
-def require_heldout(store: store_lib.TokenStore, otherwise: str) -> None:
-  """Raises CalmError unless the store has a held-out split; `otherwise` is another way out."""
+def require_heldout(store: store_lib.TokenStore, alternative: str) -> None:
+  """Raises CalmError unless the store has a held-out split; the message ends in `alternative`."""
   if not store.num_tokens("heldout"):
     raise errors.CalmError(
       f"the token store {store.path} has no held-out split, as --heldout=0 asks: prepare the text "
-      f"with a share, as --heldout=0.02{otherwise}"
+      f"with a share, as --heldout=0.02{alternative}"
     )
 
 
-def of_few_blocks(store: store_lib.TokenStore, context: int, evaluates: bool) -> list[str]:
-  """Returns a line for each split that is used and holds few blocks of `context` tokens."""
+def few_blocks_warnings(
+  store: store_lib.TokenStore, context: int, has_evaluation: bool
+) -> list[str]:
+  """Returns a warning for each split in use that holds few blocks of `context` tokens."""
   return [
     f"warning: the {split} split of {store.path} holds only {blocks} blocks of {context} tokens, "
-    f"fewer than {FEW_BLOCKS}: {effect}; prepare more text{larger} or shorten --config.data.context"
-    for split, used, effect, larger in (
-      ("train", True, "they are soon learnt by heart", ""),
-      ("heldout", evaluates, "figures on them vary much", " or a larger --heldout"),
+    f"fewer than {FEW_BLOCKS}: {effect}; prepare more text{remedy} or shorten --config.data.context"
+    for split, is_used, effect, remedy in (
+      ("train", True, "training soon memorizes them", ""),
+      ("heldout", has_evaluation, "figures on them are noisy", " or a larger --heldout"),
     )
-    if used and (blocks := store.num_tokens(split) // context) < FEW_BLOCKS
+    if is_used and (blocks := store.num_tokens(split) // context) < FEW_BLOCKS
   ]
 
 
@@ -102,7 +104,7 @@ class Blocks:
     return self._count
 
   def batch(self, blocks: np.ndarray, index: np.ndarray) -> Batch:
-    """Returns a batch of these blocks, read in parallel, whose examples are numbered `index`."""
+    """Returns the batch of blocks number `blocks`, with example numbers `index`, both int [B]."""
     starts = (blocks * self._context).tolist()
     tokens = self._store.read_rows(self._split, starts, self._context)
     return {"tokens": tokens, "index": index.astype(np.int32)}
@@ -111,8 +113,8 @@ class Blocks:
 class TrainingBatches:
   """Endless batches of the training split, with `fields` of a block; see `Source`.
 
-  Every epoch is shuffled anew. Of each batch only `rows`, by default all of them, are
-  read. The position is the next batch's first index, whatever the batch size and the
+  Every epoch has its own order. Only `rows` of each batch are read, by default all of them. The
+  position is the next batch's first index, whatever the batch size and the
   number of processes.
   """
 
@@ -148,11 +150,11 @@ class TrainingBatches:
 def heldout_batches(
   store: store_lib.TokenStore, context: int, batch: int, limit: int, rows: np.ndarray | None = None
 ) -> Iterator[tuple[Batch, int]]:
-  """Yields (batch, number of its rows that count) over `limit` held-out blocks; 0 for all.
+  """Yields (batch, number of valid rows) over `limit` held-out blocks; 0 for all.
 
   Batches have the `fields` of a block. The blocks are spread evenly over the split;
   `index` numbers them. The last batch is filled up with its first block, so that all
-  batches have one shape. Of each batch only `rows`, by default all of them, are read.
+  batches have one shape. Only `rows` of each batch are read, by default all of them.
   """
   blocks = Blocks(store, "heldout", context)
   count = min(len(blocks), limit) if limit else len(blocks)

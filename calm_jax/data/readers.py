@@ -14,7 +14,7 @@ from calm_jax import errors, files
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}  # Suffix -> pyarrow's name.
 TOPICS = "documentation topics"  # A format without a file suffix; `sources` assigns it.
 
-# Limits on what is held in memory at once, whatever the size of a compressed file unpacked.
+# Limits on items in memory, which also bound what a compressed file unpacks to.
 _DOCUMENT_BYTES = 2**30  # Per file that is one document.
 _LINE_BYTES = 2**27  # Per line of JSON and per value of Parquet.
 _READ_BYTES = 2**20
@@ -260,7 +260,7 @@ def _require_text(path: str, schema, field: str) -> None:
 
 
 def _value_of(where: str, value) -> Item:
-  """Returns the text of a Parquet value, or the reason why it is none."""
+  """Returns the text of a Parquet value, or a BadLine with the reason why it has none."""
   try:
     text = value.as_py()
   except UnicodeDecodeError as error:

@@ -47,8 +47,8 @@ def find(inputs: Sequence[str]) -> tuple[list[str], list[Span]]:
 def require_unchanged(spans: Sequence[Span]) -> None:
   """Raises CalmError if the size or the time of a file changed since `find` saw it."""
   for span in spans:
-    now = _span(span.path, span.source) if span.mtime_ns else span
-    if (now.size, now.mtime_ns) != (span.size, span.mtime_ns):
+    current = _span(span.path, span.source) if span.mtime_ns else span
+    if (current.size, current.mtime_ns) != (span.size, span.mtime_ns):
       raise errors.CalmError(f"{span.path} changed while it was read: run prepare again")
 
 
@@ -84,8 +84,8 @@ def _find_files(pattern: str, source: int) -> tuple[str, list[Span]]:
     matches = _walk(path, _SKIPPED_FOLDERS) if os.path.isdir(path) else [path]
     spans += [_span(file, source) for file in matches]
   if not spans:
-    known = ", ".join(_known_suffixes())
-    raise errors.CalmError(f"no text in --input={pattern}: a folder is searched for {known}")
+    suffixes = ", ".join(_known_suffixes())
+    raise errors.CalmError(f"no text in --input={pattern}: a folder is searched for {suffixes}")
   return pathlib.PurePath(pattern).name, spans
 
 
@@ -108,13 +108,13 @@ def _walk(root: str, skipped: set[str]) -> list[str]:
   """Returns the visible files below `root` of known format, sorted."""
   paths = []
 
-  def unreadable(error: OSError) -> None:
+  def raise_error(error: OSError) -> None:
     raise errors.CalmError(f"can't read {error.filename}: {error.strerror}") from error
 
-  for folder, subfolders, names in os.walk(root, onerror=unreadable):
+  for folder, subfolders, names in os.walk(root, onerror=raise_error):
     subfolders[:] = (name for name in subfolders if name not in skipped and name[0] != ".")
-    known = (name for name in names if name[0] != "." and _format(name) in readers.READERS)
-    paths += [os.path.join(folder, name) for name in known]
+    texts = (name for name in names if name[0] != "." and _format(name) in readers.READERS)
+    paths += [os.path.join(folder, name) for name in texts]
   return sorted(paths, key=lambda path: pathlib.PurePath(path).relative_to(root).as_posix())
 
 

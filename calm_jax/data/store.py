@@ -10,7 +10,7 @@
 
 A block of 512 or of 8192 tokens takes one request, whatever its start. Opening checks the
 manifest's hash and the size of the arrays. Reading checks the CRC-32C of the chunks it reads, and
-the sums of offsets. `TokenStore.checks` check everything.
+the sums of offsets. `TokenStore.checks` covers the complete store.
 """
 
 import functools
@@ -85,7 +85,8 @@ class TokenStore:
     The rows are read in parallel.
 
     Raises:
-      ValueError: if the split does not hold them; CalmError if they are lost or damaged.
+      ValueError: if a range exceeds the split.
+      CalmError: if the tokens are missing or damaged.
     """
     size, tokens = self.num_tokens(split), self._tokens[split]
     for start in starts:

@@ -1,4 +1,4 @@
-"""A token store of random tokens, to measure or to try a machine without a corpus."""
+"""A token store of random tokens, to benchmark or try a machine without a corpus."""
 
 import atexit
 import functools

@@ -174,7 +174,7 @@ def load(path: str, eos: str | int = "") -> Tokenizer:
   kind = KINDS.get(pathlib.PurePath(path).suffix)
   if kind is None:
     raise errors.CalmError(
-      f"{path!r} is no tokenizer: give a SentencePiece .model, a Hugging Face tokenizer.json "
+      f"{path!r} is not a tokenizer: give a SentencePiece .model, a Hugging Face tokenizer.json "
       "or train:VOCAB"
     )
   tokenizer = _read(kind, path)

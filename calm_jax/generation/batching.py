@@ -10,13 +10,13 @@ from jax import numpy as jnp
 from calm_jax.generation import candidates, requests
 from calm_jax.parallel import mesh
 
-# A candidate begins with a prompt's tail by chance: TAIL_ROUNDS times N candidates are drawn
-# before giving up, where N is at least TAIL_CANDIDATES.
+# Candidates that do not begin with the prompt's tail are rejected: at most
+# TAIL_ROUNDS * max(N, TAIL_CANDIDATES) are drawn for a prompt with a tail.
 TAIL_ROUNDS, TAIL_CANDIDATES = 8, 256
 # Prompts are padded to this times a power of two, so that few programs are compiled.
 PROMPT_PATCHES = 8
-# The slots of a ring longer than this are a multiple of it. A TPU reads other lengths in an
-# order that differs from how they are stored, and copies them in every step.
+# A ring with more slots than this has a multiple of it. With other numbers of slots, a TPU reads
+# the ring in another layout than it stores it in, and copies it in every step.
 LANES = 128
 
 
@@ -24,7 +24,7 @@ class RequestArrays(NamedTuple):
   """The requests of a batch as arrays.
 
   Attributes:
-    first: the first patches that are wanted, with the prompts' tails. Later patches have
+    first: constraints on the first patch of each text, with the prompts' tails. Later patches have
       other keys and no tail.
     max_tokens_B: new tokens after which a text ends.
   """
@@ -39,7 +39,13 @@ def request_arrays(
   tails: Sequence[Any],
   patch_size: int,
 ) -> RequestArrays:
-  """Returns a batch of requests as arrays, given 1/T and the tokens of the tail of each."""
+  """Returns a batch of B requests as arrays.
+
+  Args:
+    power: s = 1/T of each request.
+    tails: tokens of each prompt after its last complete patch, fewer than K.
+    patch_size: K.
+  """
   draws = [request.num_candidates for request in batch]
   limit = [n if s != 1 else 1 for s, n in zip(power, draws, strict=True)]
   tail_BK = np.zeros((len(batch), patch_size), np.int32)
@@ -64,7 +70,7 @@ def request_arrays(
 
 
 def aligned(prompts: Sequence[np.ndarray], window: int) -> tuple[np.ndarray, np.ndarray]:
-  """Returns prompts [P, K] aligned at their ends, [B, P, K], and the patch each begins at, [B]."""
+  """Returns prompts [P, K] padded at the front, int32 [B, P, K], and their first patches, [B]."""
   patches = bucket(max(map(len, prompts)), window)
   token_BPK = np.zeros((len(prompts), patches, prompts[0].shape[1]), np.int32)
   for row, token_PK in enumerate(prompts):

@@ -1,4 +1,4 @@
-"""Hidden states -> one patch a row, from candidates drawn in rounds until each row is settled."""
+"""Hidden states -> one patch per row, chosen from candidates that are drawn in rounds."""
 
 import dataclasses
 import functools
@@ -10,24 +10,24 @@ from jax import numpy as jnp
 
 from calm_jax.generation import choosers, rules
 
-# Candidates of a round, of all rows together: at most ROUND and at least FEWEST. Fewer take
-# as long, as the weights must be read anyway.
+# Most and fewest candidates per round, over all rows. Smaller rounds take as long, because each
+# round reads the weights.
 ROUND, FEWEST = 64, 8
 
-# What a row's key is used for.
+# Uses of a row's key.
 DRAW, _RULE, _CHOICE, POSTERIOR = range(4)
 
 
 class Wanted(NamedTuple):
-  """What is wanted of the next patch of each of B rows.
+  """Constraints on the next patch of each of B rows.
 
   Attributes:
     key_B: key of the row's draws; draw i of a row depends on this key and i alone.
     power_B: s = 1/T.
-    limit_B: N, the most draws that a rule sees.
-    attempts_B: the most candidates drawn, including those that do not begin with the tail.
+    limit_B: N, the maximum number of draws that a rule sees.
+    attempts_B: the maximum number of draws, including those that do not begin with the tail.
     tail_BK, length_B: tokens that the patch must begin with, and their number.
-    active_B: whether the row wants a patch at all.
+    active_B: whether the row takes a patch; not if its text has ended.
   """
 
   key_B: jax.Array
@@ -53,11 +53,10 @@ class Choice(NamedTuple):
     patch: the patch.
     settled_B: whether the rule settled it; otherwise the draws ended first, and the
       chooser took one of them.
-    drawn_B: candidates drawn.
-    agreed_B: those of them that begin with the complete tail.
-    seen_B: those of these that the rule saw before it settled.
-    longest_B: tokens of the tail that the patch begins with. If fewer than the tail has,
-      no candidate matched more.
+    drawn_B: number of candidates drawn.
+    agreed_B: number of drawn candidates that begin with the complete tail.
+    seen_B: number of agreeing candidates that the rule saw before it settled.
+    longest_B: the most tokens of the tail that a candidate begins with.
   """
 
   patch: Candidate
@@ -72,14 +71,14 @@ class _Pool(NamedTuple):
   """Draws that begin with their row's tail, in order, and the rule's progress on them.
 
   Attributes:
-    held: candidates [B, N, ...], of which the first held_B are set.
+    buffer: candidates [B, N, ...], of which the first count_B are set.
     drawn_B, agreed_B, seen_B: see `Choice`.
-    best, longest_B: the candidate that matches most tokens of its tail, and how many.
+    best, longest_B: the candidate that matches most tokens of its tail, and their number.
     rounds: rounds taken so far.
   """
 
-  held: Candidate
-  held_B: jax.Array
+  buffer: Candidate
+  count_B: jax.Array
   drawn_B: jax.Array
   agreed_B: jax.Array
   seen_B: jax.Array
@@ -116,8 +115,8 @@ def _at(tree: Candidate, index: Any) -> Candidate:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Race:
-  """Rounds of draws for a batch, in which rows drop out as they are settled.
+class _Rounds:
+  """Rounds of draws for a batch; settled rows take no further draws.
 
   Attributes:
     wanted, draw, rule, slots: see `choose`.
@@ -131,22 +130,22 @@ class _Race:
   uniform_BN: jax.Array
 
   @property
-  def _every_B(self) -> jax.Array:
+  def _rows_B(self) -> jax.Array:
     return jnp.arange(len(self.wanted.length_B))
 
   def start(self) -> _Pool:
     """Returns a pool without candidates."""
     batch, zeros_B = len(self.wanted.length_B), jnp.zeros_like(self.wanted.length_B)
-    candidate = jax.eval_shape(self.draw, self._every_B, self._every_B)
+    candidate = jax.eval_shape(self.draw, self._rows_B, self._rows_B)
     empty = jax.tree.map(lambda x: jnp.zeros((batch, self.slots, *x.shape[1:]), x.dtype), candidate)
     return _Pool(
-      held=empty,
-      held_B=zeros_B,
+      buffer=empty,
+      count_B=zeros_B,
       drawn_B=zeros_B,
       agreed_B=zeros_B,
       seen_B=zeros_B,
       progress=rules.Progress.start(batch),
-      best=_at(empty, (self._every_B, 0)),
+      best=_at(empty, (self._rows_B, 0)),
       longest_B=zeros_B - 1,
       rounds=jnp.int32(0),
     )
@@ -154,20 +153,20 @@ class _Race:
   def open_rows(self, pool: _Pool) -> jax.Array:
     """Returns which rows take further draws, bool [B]."""
     wanted = self.wanted
-    more_B = (pool.drawn_B < wanted.attempts_B) & (pool.held_B < wanted.limit_B)
-    return wanted.active_B & ~pool.progress.settled_B & more_B
+    below_limits_B = (pool.drawn_B < wanted.attempts_B) & (pool.count_B < wanted.limit_B)
+    return wanted.active_B & ~pool.progress.settled_B & below_limits_B
 
   def _spread(self, pool: _Pool, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Spreads `size` draws over the open rows: their rows and numbers, and which count, [S]."""
+    """Spreads `size` draws over the open rows; returns their rows, numbers and validity, [S]."""
     open_B = self.open_rows(pool)
     order_B, slot_S = jnp.argsort(~open_B), jnp.arange(size)
     count = jnp.maximum(jnp.sum(open_B), 1)
     row_S = order_B[slot_S % count]
-    more_S = slot_S // count
-    number_S = pool.drawn_B[row_S] + more_S
-    counts_S = open_B[row_S] & (number_S < self.wanted.attempts_B[row_S])
-    counts_S &= more_S < (self.wanted.limit_B - pool.held_B)[row_S]
-    return row_S, number_S, counts_S
+    turn_S = slot_S // count
+    number_S = pool.drawn_B[row_S] + turn_S
+    is_valid_S = open_B[row_S] & (number_S < self.wanted.attempts_B[row_S])
+    is_valid_S &= turn_S < (self.wanted.limit_B - pool.count_B)[row_S]
+    return row_S, number_S, is_valid_S
 
   def _matched(self, row_S: jax.Array, token_SK: jax.Array) -> jax.Array:
     """Returns how many tokens of its row's tail each candidate begins with, int [S]."""
@@ -176,23 +175,23 @@ class _Race:
     return jnp.sum(jnp.cumprod((token_SK == tail_SK) & in_tail_SK, axis=1), axis=1)
 
   def fill(self, pool: _Pool, size: int) -> _Pool:
-    """Draws `size` candidates and holds those that begin with their row's tail."""
-    row_S, number_S, counts_S = self._spread(pool, size)
+    """Draws `size` candidates and stores those that begin with their row's tail."""
+    row_S, number_S, is_valid_S = self._spread(pool, size)
     drawn = self.draw(row_S, number_S)
     matched_S = self._matched(row_S, drawn.token_K)
-    agrees_S = counts_S & (matched_S == self.wanted.length_B[row_S])
-    counts_SB = (row_S[:, None] == self._every_B[None]) & counts_S[:, None]
-    agrees_SB = counts_SB & agrees_S[:, None]
+    agrees_S = is_valid_S & (matched_S == self.wanted.length_B[row_S])
+    is_valid_SB = (row_S[:, None] == self._rows_B[None]) & is_valid_S[:, None]
+    agrees_SB = is_valid_SB & agrees_S[:, None]
     agreed_B = jnp.sum(agrees_SB, axis=0)
-    place_S = pool.held_B[row_S] + jnp.cumsum(agrees_SB, axis=0)[jnp.arange(size), row_S] - 1
-    place_S = jnp.where(agrees_S, place_S, self.slots)  # Out of bounds: dropped.
-    best, longest_B = _better(pool, drawn, jnp.where(counts_SB, matched_S[:, None], -1))
+    slot_S = pool.count_B[row_S] + jnp.cumsum(agrees_SB, axis=0)[jnp.arange(size), row_S] - 1
+    slot_S = jnp.where(agrees_S, slot_S, self.slots)  # Out of bounds: dropped.
+    best, longest_B = _better(pool, drawn, jnp.where(is_valid_SB, matched_S[:, None], -1))
     return pool._replace(
-      held=jax.tree.map(
-        lambda x, new: x.at[row_S, place_S].set(new, mode="drop"), pool.held, drawn
+      buffer=jax.tree.map(
+        lambda x, new: x.at[row_S, slot_S].set(new, mode="drop"), pool.buffer, drawn
       ),
-      held_B=jnp.minimum(pool.held_B + agreed_B, self.wanted.limit_B),
-      drawn_B=pool.drawn_B + jnp.sum(counts_SB, axis=0),
+      count_B=jnp.minimum(pool.count_B + agreed_B, self.wanted.limit_B),
+      drawn_B=pool.drawn_B + jnp.sum(is_valid_SB, axis=0),
       agreed_B=pool.agreed_B + agreed_B,
       best=best,
       longest_B=longest_B,
@@ -200,23 +199,23 @@ class _Race:
     )
 
   def unseen_rows(self, pool: _Pool) -> jax.Array:
-    """Returns which unsettled rows hold a draw that the rule has not seen, bool [B]."""
-    return (pool.seen_B < pool.held_B) & ~pool.progress.settled_B
+    """Returns which unsettled rows have a draw that the rule has not seen, bool [B]."""
+    return (pool.seen_B < pool.count_B) & ~pool.progress.settled_B
 
   def look(self, pool: _Pool) -> _Pool:
-    """Shows the rule the next draw of every row that has one."""
+    """Applies the rule to the next unseen draw of every row that has one."""
     new_B, index_B = self.unseen_rows(pool), jnp.minimum(pool.seen_B, self.slots - 1)
-    token_BNK, every_B = pool.held.token_K, self._every_B
-    same_BN = jnp.all(token_BNK == token_BNK[every_B, index_B][:, None], axis=-1)
+    token_BNK, rows_B = pool.buffer.token_K, self._rows_B
+    same_BN = jnp.all(token_BNK == token_BNK[rows_B, index_B][:, None], axis=-1)
     same_BN &= jnp.arange(self.slots)[None] <= index_B[:, None]
-    uniform_B = self.uniform_BN[every_B, index_B]
+    uniform_B = self.uniform_BN[rows_B, index_B]
     draw = rules.Draw(index_B, same_BN, self.wanted.power_B, uniform_B)
     after = self.rule(pool.progress, draw)
     progress = jax.tree.map(lambda x, new: jnp.where(new_B, new, x), pool.progress, after)
     return pool._replace(seen_B=pool.seen_B + new_B, progress=progress)
 
   def advance(self, pool: _Pool, sizes: list[int]) -> _Pool:
-    """Takes one round: fills the pool, then shows the rule all that it has not seen."""
+    """Takes one round: fills the pool, then applies the rule to all unseen draws."""
     number = jnp.minimum(pool.rounds, len(sizes) - 1)
     fills = [functools.partial(self.fill, size=size) for size in sizes]
     pool = jax.lax.switch(number, fills, pool)
@@ -224,7 +223,7 @@ class _Race:
 
 
 def _better(pool: _Pool, drawn: Candidate, matched_SB: jax.Array) -> tuple[Candidate, jax.Array]:
-  """Returns the candidate of each row that matches its tail longest, and how long, [B].
+  """Returns each row's candidate with the longest match of its tail, and that length, int [B].
 
   Args:
     matched_SB: tokens of the row's tail that a new draw begins with; -1 for other rows' draws.
@@ -239,28 +238,28 @@ def _uniforms(wanted: Wanted, slots: int) -> jax.Array:
   """Returns the rule's numbers in [0, 1), [B, N]; zeros where no row has a second stage."""
   zeros_B = jnp.zeros_like(wanted.length_B)
 
-  def drawn() -> jax.Array:
+  def draw_uniforms() -> jax.Array:
     key_B = keys_of(wanted.key_B, _RULE, zeros_B)
     return jax.vmap(lambda key: jax.random.uniform(key, (slots,)))(key_B)
 
   return jax.lax.cond(
     jnp.any(wanted.power_B != jnp.floor(wanted.power_B)),
-    drawn,
+    draw_uniforms,
     lambda: jnp.zeros((len(zeros_B), slots)),
   )
 
 
 def _chosen(pool: _Pool, wanted: Wanted, chooser: choosers.Chooser) -> jax.Array:
-  """Returns the number of each row's draw that is taken: the rule's, else the chooser's, [B]."""
+  """Returns the index of each row's chosen draw, int [B]: the rule's, else the chooser's."""
   star_B, settled_B = pool.progress.star_B, pool.progress.settled_B
 
   def by_chooser() -> jax.Array:
-    has_draw_BN = jnp.arange(pool.held.token_K.shape[1])[None] < pool.held_B[:, None]
-    key_B = keys_of(wanted.key_B, _CHOICE, jnp.zeros_like(pool.held_B))
-    return chooser(pool.held.token_K, has_draw_BN, wanted.power_B, key_B)
+    has_draw_BN = jnp.arange(pool.buffer.token_K.shape[1])[None] < pool.count_B[:, None]
+    key_B = keys_of(wanted.key_B, _CHOICE, jnp.zeros_like(pool.count_B))
+    return chooser(pool.buffer.token_K, has_draw_BN, wanted.power_B, key_B)
 
-  left_B = wanted.active_B & ~settled_B & (pool.held_B > 0)
-  chosen_B = jax.lax.cond(jnp.any(left_B), by_chooser, lambda: star_B)
+  needs_chooser_B = wanted.active_B & ~settled_B & (pool.count_B > 0)
+  chosen_B = jax.lax.cond(jnp.any(needs_chooser_B), by_chooser, lambda: star_B)
   return jnp.where(settled_B, star_B, chosen_B)
 
 
@@ -272,26 +271,26 @@ def choose(
   slots: int,
   sizes: list[int],
 ) -> Choice:
-  """Returns a patch for each active row; what is returned for the others has no meaning.
+  """Returns a patch for each active row; the values of other rows are undefined.
 
-  Each round draws for the rows that are not settled, so that no row waits for the draws
-  of another and a settled row costs nothing.
+  Each round draws for the unsettled rows only, so that no row waits for the draws of another and
+  a settled row costs nothing.
 
   Args:
     draw: (rows [S], numbers of their draws [S]) -> candidates [S, ...].
-    chooser: takes one of a row's draws where they end before the rule settles.
-    slots: N of the row that has most.
+    chooser: chooses one of a row's draws if they end before the rule settles.
+    slots: the largest N of a row.
     sizes: see `round_sizes`.
   """
-  race = _Race(wanted, draw, rule, slots, _uniforms(wanted, slots))
+  rounds = _Rounds(wanted, draw, rule, slots, _uniforms(wanted, slots))
   pool = jax.lax.while_loop(
-    lambda pool: jnp.any(race.open_rows(pool)),
-    lambda pool: race.advance(pool, sizes),
-    race.start(),
+    lambda pool: jnp.any(rounds.open_rows(pool)),
+    lambda pool: rounds.advance(pool, sizes),
+    rounds.start(),
   )
-  every_B = jnp.arange(len(pool.held_B))
-  patch = _at(pool.held, (every_B, _chosen(pool, wanted, chooser)))
-  none_B1 = (pool.held_B == 0)[:, None]
-  patch = jax.tree.map(lambda x, best: jnp.where(none_B1, best, x), patch, pool.best)
+  rows_B = jnp.arange(len(pool.count_B))
+  patch = _at(pool.buffer, (rows_B, _chosen(pool, wanted, chooser)))
+  is_empty_B1 = (pool.count_B == 0)[:, None]
+  patch = jax.tree.map(lambda x, best: jnp.where(is_empty_B1, best, x), patch, pool.best)
   settled_B = pool.progress.settled_B
   return Choice(patch, settled_B, pool.drawn_B, pool.agreed_B, pool.seen_B, pool.longest_B)

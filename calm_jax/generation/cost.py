@@ -1,9 +1,9 @@
-"""Settings -> FLOPs and bytes of writing a token, part by part.
+"""Settings -> FLOPs and memory traffic of generation, by part of the model.
 
-FLOPs are those of matrix products, a multiply-add two, as in `models/flops.py`. Bytes
-are what must cross the memory's bus in a step that writes a patch for every text of a
-batch: weights once a step, and those that candidates use once a round of draws; the cache
-once; logits of the candidates written and read, as no kernel fuses them with the argmax.
+FLOPs are those of matrix products, two per multiply-add, as in `models/flops.py`. Bytes are the
+memory traffic of a step that generates a patch for every text of a batch: weights are read once
+per step, those that draws use once per round of draws; the cache is read once; the logits of the
+draws are written and read, because no kernel fuses them with the argmax.
 """
 
 import dataclasses
@@ -16,15 +16,17 @@ from calm_jax.models import flops
 
 @dataclasses.dataclass(frozen=True)
 class WritingJob:
-  """What is written, and how.
+  """The generation whose cost is counted.
 
   Attributes:
-    run, parents: settings of a stage that writes text and of its parents.
-    positions: patches in the window. The mean text fills half of it, unless `full`.
-    draws: candidates a patch. rounds: in which they are drawn.
-    batch: texts written at once.
+    run, parents: settings of a stage that generates text and of its parents.
+    vocab_size: V.
+    positions: patches in the window. On average half of it is filled, unless `full`.
+    draws: draws per patch.
+    rounds: rounds in which the draws of a patch are made.
+    batch: texts generated at once.
     full: count attention to a full window, as the paper does.
-    weight_bytes: of a weight, and of an element of the cache.
+    weight_bytes: bytes per weight and per element of the cache.
   """
 
   run: Any
@@ -40,7 +42,7 @@ class WritingJob:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-  """One part of a step: FLOPs and bytes a patch, or a token, of one text."""
+  """Cost of one part of the model: FLOPs and bytes per patch (CALM) or token of one text."""
 
   name: str
   flops: float
@@ -48,7 +50,7 @@ class Part:
 
 
 def backbone(job: WritingJob, sizes: config.Transformer) -> list[Part]:
-  """Returns the parts of a Transformer that reads a patch."""
+  """Returns the costs of a Transformer per position: projections, and attention to the cache."""
   slots = job.positions if job.full else job.positions / 2
   projections = flops.transformer_per_position(sizes, 0)
   attention = sizes.layers * 2 * 2 * sizes.width * slots
@@ -61,7 +63,7 @@ def backbone(job: WritingJob, sizes: config.Transformer) -> list[Part]:
 
 
 def vocabulary(job: WritingJob, width: int, tokens: float, rounds: float) -> Part:
-  """Returns the part of the logits of `tokens` tokens, and of what reads them."""
+  """Returns the cost of the logits of `tokens` tokens; each round reads the table [D, V]."""
   table = width * job.vocab_size
   logits = 2 * 4 * tokens * job.vocab_size
   return Part(
@@ -70,13 +72,13 @@ def vocabulary(job: WritingJob, width: int, tokens: float, rounds: float) -> Par
 
 
 def transformer_parts(job: WritingJob) -> list[Part]:
-  """Returns the parts of writing a token with the baseline."""
+  """Returns the costs of generating a token with the baseline."""
   sizes = job.run.model
   return [*backbone(job, sizes), vocabulary(job, sizes.width, 1, 1)]
 
 
 def calm_parts(job: WritingJob) -> list[Part]:
-  """Returns the parts of writing a patch with CALM."""
+  """Returns the costs of generating a patch with CALM."""
   run, sizes = job.run, job.parents["autoencoder"].model
   entry = flops.input_per_patch(run.model, sizes)
   shared, sample = flops.head_parts(run.head, run.model.width, sizes.latent)
@@ -85,14 +87,14 @@ def calm_parts(job: WritingJob) -> list[Part]:
   decoder = flops.decoder_per_patch(sizes, 0)
   weights = job.weight_bytes / job.batch
 
-  def drawn(name: str, flops_a_draw: float, weight_count: float) -> Part:
-    return Part(name, job.draws * flops_a_draw, job.rounds * weight_count * weights)
+  def draws_part(name: str, flops_per_draw: float, num_weights: float) -> Part:
+    return Part(name, job.draws * flops_per_draw, job.rounds * num_weights * weights)
 
   return [
     *backbone(job, run.model),
     Part("input", entry, entry / 2 * weights),
     Part("head, once", shared, shared / 2 * weights),
-    drawn("head, draws", sample, sample / 2),
-    drawn("decoder", decoder, flops.decoder_weights(sizes)),
+    draws_part("head, draws", sample, sample / 2),
+    draws_part("decoder", decoder, flops.decoder_weights(sizes)),
     vocabulary(job, sizes.width, job.draws * sizes.patch_size, job.rounds),
   ]

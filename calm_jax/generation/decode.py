@@ -1,4 +1,4 @@
-"""Requests -> patches: a batch of texts, written by one compiled loop."""
+"""Requests -> patches: one compiled loop generates a batch of texts."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ class _State(NamedTuple):
     hidden_BD: hidden states that predict the next patch.
     cache: a `memory.Cache` of the patches before it.
     patch: number of the next patch, from 0.
-    written_B: new tokens so far.
+    written_B: number of new tokens so far.
     done_B: whether the text has ended.
   """
 
@@ -34,12 +34,12 @@ class _State(NamedTuple):
 
 @dataclasses.dataclass
 class Written:
-  """What a few steps of the loop added to one text.
+  """The patches that a call of `TextBatch.advance` added to one text.
 
   Attributes:
     tokens: new tokens.
     ended: whether the text is complete.
-    drawn, seen: for each patch, candidates that were drawn and that the rule saw.
+    drawn, seen: for each patch, the number of candidates drawn, and of those that the rule saw.
     settled: for each patch, whether the rule settled it before the draws ended.
   """
 
@@ -51,10 +51,10 @@ class Written:
 
 
 class Decoder:
-  """Writes texts with one trained model.
+  """Generates texts with one trained model.
 
-  A ring holds the last `window` patches, as many as the model saw of an example in
-  training. Older ones are forgotten, so the length of a text is not limited.
+  The cache is a ring of the last `window` patches, as many as the model read of an example in
+  training. It overwrites older patches, so the length of a text is not limited.
   """
 
   def __init__(
@@ -64,7 +64,14 @@ class Decoder:
     sampler: requests.Sampler,
     report: Callable[[str], None],
   ):
-    """Takes a trained stage, and its law for the same sampler."""
+    """Compiles on first use.
+
+    Args:
+      trained: the trained stage.
+      law: distribution of the stage's next patch, made for `sampler`.
+      sampler: how patches are drawn below temperature 1.
+      report: prints a line about a prompt.
+    """
     self.law = law
     self.origin, self.sampler, self.report = trained.origin, sampler, report
     self.window = trained.run.data.context // self.law.patch_size - 1
@@ -91,9 +98,9 @@ class Decoder:
     sizes: tuple[int, ...],
     count: int,
   ) -> tuple[_State, candidates.Choice]:
-    """Writes up to T = `count` patches of every text; also returns their choices, [T, B, ...].
+    """Generates up to T = `count` patches of every text; returns the state and choices [T, B, ...].
 
-    Choices after the end of a text have no meaning.
+    Choices after the end of a text are undefined.
     """
 
     def step(state: _State) -> tuple[_State, candidates.Choice]:
@@ -117,18 +124,18 @@ class Decoder:
       return _State(hidden_BD, cache, done_B, written_B, state.patch + 1), choice
 
     def body(carry):
-      done, state, choices = carry
+      index, state, choices = carry
       state, choice = step(state)
-      choices = jax.tree.map(lambda x, new: x.at[done].set(new), choices, choice)
-      return done + 1, state, choices
+      choices = jax.tree.map(lambda x, new: x.at[index].set(new), choices, choice)
+      return index + 1, state, choices
 
-    def more(carry):
-      done, state, _ = carry
-      return (done < count) & ~jnp.all(state.done_B)
+    def is_unfinished(carry):
+      index, state, _ = carry
+      return (index < count) & ~jnp.all(state.done_B)
 
     _, choice = jax.eval_shape(step, state)
     choices = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), choice)
-    _, state, choices = jax.lax.while_loop(more, body, (jnp.int32(0), state, choices))
+    _, state, choices = jax.lax.while_loop(is_unfinished, body, (jnp.int32(0), state, choices))
     # The host needs no latents.
     return state, choices._replace(patch=choices.patch._replace(latent_Z=None))
 
@@ -143,7 +150,7 @@ class Decoder:
 
 
 class TextBatch:
-  """A batch of texts that is being written: call `advance` until all have ended.
+  """A batch of texts in generation: call `advance` until all have ended.
 
   Attributes:
     state: the progress of the texts, on the devices.
@@ -186,7 +193,7 @@ class TextBatch:
     patches = len(tokens) // size
     if not patches:
       raise errors.CalmError(
-        f"{self._name(row)}the prompt has {len(tokens)} tokens, and imported weights know no start "
+        f"{self._name(row)}the prompt has {len(tokens)} tokens, and imported weights have no start "
         f"of a document: give a prompt of at least a patch, {size} tokens"
       )
     if patches > decoder.window:
@@ -208,7 +215,7 @@ class TextBatch:
     self.state = self.state._replace(done_B=self.state.done_B.at[row].set(True))
 
   def advance(self, count: int) -> list[Written]:
-    """Writes up to `count` patches, and returns what they add to each text.
+    """Generates up to `count` patches, and returns what they add to each text.
 
     Raises:
       CalmError: if draws end before the rule settles and the sampler treats that as an error.
@@ -240,13 +247,13 @@ class TextBatch:
         break
       if tail:
         self._report_tail(row, jax.tree.map(lambda x: x[0], choices), tail)
-      new = token_K[tail:].tolist()[: request.max_tokens - self._count[row]]
+      tokens = token_K[tail:].tolist()[: request.max_tokens - self._count[row]]
       tail = 0
-      if eos in new:
-        new, written.ended = new[: new.index(eos)], True
-      self._count[row] += len(new)
+      if eos in tokens:
+        tokens, written.ended = tokens[: tokens.index(eos)], True
+      self._count[row] += len(tokens)
       written.ended |= self._count[row] >= request.max_tokens
-      written.tokens += new
+      written.tokens += tokens
       written.drawn.append(int(choices.drawn_B[patch]))
       written.seen.append(int(choices.seen_B[patch]))
       written.settled.append(bool(choices.settled_B[patch]))
@@ -271,6 +278,6 @@ class TextBatch:
     else:
       message += (
         f"none of {choice.drawn_B} candidates begins with its last {tail} of {size} tokens; took "
-        f"one that shares the first {choice.longest_B} and put the prompt's in their place"
+        f"one that shares the first {choice.longest_B} and replaced its beginning by the prompt's"
       )
     self._decoder.report(message)

@@ -1,4 +1,4 @@
-"""Hidden states -> the next patch of each row, one class for each kind of model."""
+"""Hidden states -> distribution of the next patch of each row, one class per kind of model."""
 
 import math
 from typing import Any
@@ -14,13 +14,13 @@ from calm_jax.training import trained as trained_lib
 
 
 class CalmLaw:
-  """The next patch by CALM: decoded candidates of the head, of which one is taken."""
+  """Distribution of CALM's next patch: samples of the head are decoded, and one is chosen."""
 
   def __init__(self, trained: trained_lib.Trained, sampler: requests.Sampler):
     autoencoder = trained.parents["autoencoder"]
     self._model, self._autoencoder = trained.model, autoencoder.model
     self._rule = rules.RULES[sampler.rule]
-    # If unsettled patches are an error, any choice will do until it is raised.
+    # With at_limit=error the choice is not used, so any chooser will do.
     self._chooser = choosers.CHOOSERS.get(sampler.at_limit, choosers.batch)
     self._draws_all = sampler.rule == "none"
     self.patch_size = self._autoencoder.sizes.patch_size
@@ -41,7 +41,7 @@ class CalmLaw:
     return power
 
   def least(self, power: float, limit: int) -> int:
-    """Returns the fewest draws that a patch takes."""
+    """Returns the smallest number of draws of a patch, given s = 1/T and N = `limit`."""
     return limit if self._draws_all else math.ceil(power)
 
   def advance(self, params, token_BPK, latent_BPZ, cache):
@@ -91,7 +91,7 @@ class CalmLaw:
 
 
 class TransformerLaw:
-  """The next token by the baseline: P(x)^(1/T), exactly."""
+  """Distribution of the baseline's next token, P(x)^(1/T) / Σ P^(1/T), sampled exactly."""
 
   patch_size = 1
 
@@ -103,7 +103,7 @@ class TransformerLaw:
     return temperature.token_power(request.temperature)
 
   def least(self, power: float, limit: int) -> int:
-    """Returns the fewest draws that a token takes."""
+    """Returns the smallest number of draws of a token: one."""
     return 1
 
   def advance(self, params, token_BP1, latent, cache):

@@ -1,4 +1,4 @@
-"""Trained weights -> weights as they are stored while writing: one row of WEIGHTS per kind."""
+"""Trained weights -> weights in a number format for generation, one row of WEIGHTS per format."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from jax import numpy as jnp
 from calm_jax import errors
 from calm_jax.training import trained as trained_lib
 
-# Every method by which a module is called while writing.
+# The methods of modules that generation calls.
 _METHODS = ("__call__", "condition", "predict", "encode", "decode", "hidden", "logits")
 
 
@@ -36,7 +36,7 @@ def _qwix() -> Any:
 
 
 def _quantized(module: nn.Module) -> Any:
-  """Returns a module that takes matrices as int8 with a scale per column, except token tables."""
+  """Returns a module whose matrices are int8 with a scale per column, except embedding tables."""
   qwix = _qwix()
   rule = qwix.QuantizationRule(module_path=r"^(?!.*embed).*$", weight_qtype=jnp.int8)
   methods = [name for name in _METHODS if hasattr(type(module), name)]
@@ -44,8 +44,8 @@ def _quantized(module: nn.Module) -> Any:
 
 
 def _quantize(params: Any, abstract: Any) -> Any:
-  """Returns parameters for a quantized module; those of layers are stacked."""
-  qwix, result, plain = _qwix(), {}, {}
+  """Returns the parameters of a quantized module; those of layers are stacked."""
+  qwix, result, unstacked = _qwix(), {}, {}
   for name, tree in params.items():
     if name == "layers":
       layer = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), abstract[name])
@@ -53,8 +53,8 @@ def _quantize(params: Any, abstract: Any) -> Any:
     elif _holds_layers(tree):
       result[name] = _quantize(tree, abstract[name])
     else:
-      plain[name] = tree
-  return result | qwix.quantize_params(plain, {name: abstract[name] for name in plain})
+      unstacked[name] = tree
+  return result | qwix.quantize_params(unstacked, {name: abstract[name] for name in unstacked})
 
 
 def _holds_layers(params: Any) -> bool:
@@ -65,9 +65,9 @@ def _holds_layers(params: Any) -> bool:
 
 
 def _int8(trained: trained_lib.Trained) -> trained_lib.Trained:
-  """Stores matrices as int8 and the rest as bfloat16: a quarter of the memory, token tables aside.
+  """Stores matrices as int8 and the rest as bfloat16: a quarter of the memory without embeddings.
 
-  This changes what is drawn; README says by how much on a trained model.
+  This changes the samples; README states by how much on a trained model.
 
   Raises:
     CalmError: if qwix is not installed.

@@ -41,10 +41,12 @@ def _line(line: bytes, where: str, common: Mapping[str, Any]) -> dict[str, Any]:
     names = (*OWN, "prompt")
     config.require(name in names, f"{where} has {name!a}: {config.nearest(name, names)}")
     kind = _KINDS.get(name, "a whole number")
-    config.require(_is(kind, value), f"{where}: {name} must be {kind}, got {config.shown(value)}")
+    config.require(
+      _has_type(kind, value), f"{where}: {name} must be {kind}, got {config.shown(value)}"
+    )
   config.require(
     config.is_text(values["prompt"]),
-    f"{where}: the prompt holds half of a surrogate pair, which is no character",
+    f"{where}: the prompt holds half of a surrogate pair, which is not a character",
   )
   request = {**common, **values, "prompt": ()}
   try:
@@ -54,7 +56,7 @@ def _line(line: bytes, where: str, common: Mapping[str, Any]) -> dict[str, Any]:
   return values
 
 
-def _is(kind: str, value: Any) -> bool:
+def _has_type(kind: str, value: Any) -> bool:
   """Returns whether a value from JSON is of a type of _KINDS, or a whole number."""
   if kind == "a string":
     return isinstance(value, str)
@@ -85,34 +87,35 @@ def written(path: str, batch: Sequence[Mapping[str, Any]]) -> int:
   if not epath.Path(path).exists():
     return 0
   content = files.read(path)
-  *complete, torn = content.split(b"\n")
+  *complete, partial_line = content.split(b"\n")
   for number, record in enumerate(complete):
     config.require(
-      number < len(batch) and _is_of(record, batch[number]),
-      f"{path}, line {number + 1} is no text of these prompts and settings: give another --output",
+      number < len(batch) and _matches(record, batch[number]),
+      f"{path}, line {number + 1} is not a text of these prompts and settings: give another "
+      "--output",
     )
-  if not torn:
+  if not partial_line:
     return len(complete)
   config.require(
-    len(complete) < len(batch) and _begins(torn, batch[len(complete)]),
-    f"{path}, line {len(complete) + 1} has no end, and is not what this command would have begun: "
-    "give another --output",
+    len(complete) < len(batch) and _begins(partial_line, batch[len(complete)]),
+    f"{path}, line {len(complete) + 1} is incomplete, and not the beginning of a line of this "
+    "command: give another --output",
   )
-  files.write(path, content[: len(content) - len(torn)])
+  files.write(path, content[: len(content) - len(partial_line)])
   return len(complete)
 
 
-def _is_of(record: bytes, request: Mapping[str, Any]) -> bool:
-  """Returns whether a line is that of a text for a request."""
+def _matches(record: bytes, request: Mapping[str, Any]) -> bool:
+  """Returns whether a line holds a text of a request."""
   try:
     values = files.parse_json(record, "")
   except errors.CalmError:
     return False
-  same = all(name in values and values[name] == value for name, value in request.items())
-  return same and isinstance(values.get("text"), str)
+  is_same = all(name in values and values[name] == value for name, value in request.items())
+  return is_same and isinstance(values.get("text"), str)
 
 
-def _begins(torn: bytes, request: Mapping[str, Any]) -> bool:
-  """Returns whether bytes are the beginning of the line of a request, whatever its text."""
+def _begins(partial_line: bytes, request: Mapping[str, Any]) -> bool:
+  """Returns whether bytes are the beginning of a line of a request, for some text."""
   before = line(request, {"text": ""}).removesuffix('"}\n').encode()
-  return before.startswith(torn) or torn.startswith(before)
+  return before.startswith(partial_line) or partial_line.startswith(before)

@@ -16,9 +16,9 @@ class Request:
 
   Attributes:
     prompt: tokens of the prompt.
-    temperature: 1 is the model's own law. For CALM in (0, 1]. For the baseline any value
+    temperature: 1 is the model's own distribution. For CALM in (0, 1]. For the baseline any value
       above 0; towards 0 the most likely token is taken.
-    num_candidates: N, the most draws a patch of CALM below temperature 1.
+    num_candidates: N, the maximum number of CALM's draws per patch below temperature 1.
     max_tokens: new tokens after which the text ends without EOS.
     seed, number: the same pair gives the same text, whatever else is in the batch.
     stop: strings before which the text ends.
@@ -50,7 +50,7 @@ class Request:
       )
     for stop in self.stop:
       config.require(stop != "", "a stop string is empty: leave it out")
-      config.require(config.is_text(stop), f"a stop string is no text: {stop!a}")
+      config.require(config.is_text(stop), f"a stop string is not valid text: {stop!a}")
 
 
 @dataclasses.dataclass(frozen=True)

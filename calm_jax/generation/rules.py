@@ -1,8 +1,8 @@
-"""Draws, one after another -> the one that is taken: samplers as state machines.
+"""A sequence of draws -> the accepted one: samplers as state machines, one function per rule.
 
-A rule sees a row's draws in order, and decides after each whether the outcome is settled.
-The decision depends on nothing else, so that the law is independent of how many draws are
-made at once.
+A rule sees a row's draws in order, and decides after each whether the outcome is settled. The
+decision depends on nothing else, so the distribution of the result does not depend on how many
+draws are made at once.
 """
 
 from collections.abc import Callable
@@ -33,11 +33,11 @@ class Progress(NamedTuple):
 
   Attributes:
     begin_B: the first draw that counts.
-    star_B: x*, the draw that may be taken.
+    star_B: x*, the draw that may be accepted.
     equal_B: number of draws equal to x*, itself included: n once the first stage is passed,
       0 before there is an x*.
     missed_B: number of draws of the second stage that differ from x*.
-    settled_B: whether x* is taken.
+    settled_B: whether x* is accepted.
   """
 
   begin_B: jax.Array
@@ -59,30 +59,32 @@ def _at(x_BN: jax.Array, index_B: jax.Array) -> jax.Array:
   return jnp.take_along_axis(x_BN, index_B[:, None], axis=1)[:, 0]
 
 
-def _second_stage(before: Progress, draw: Draw, star_B: jax.Array, equal_B: jax.Array) -> Progress:
+def _second_stage(
+  progress: Progress, draw: Draw, star_B: jax.Array, equal_B: jax.Array
+) -> Progress:
   """Returns the progress after a draw, given x* and its count of the first stage.
 
   Accepts x* with probability P(x*)^a: a draw equal to x* accepts it; the i-th that differs
   rejects it with probability a/i, and the first stage starts again.
   """
-  whole_B = jnp.floor(draw.power_B).astype(jnp.int32)
-  rest_B = draw.power_B - whole_B
-  second_B = before.equal_B >= whole_B  # Whether this draw belongs to the second stage.
-  star_B = jnp.where(second_B, before.star_B, star_B)
-  hit_B = second_B & _at(draw.same_BN, star_B)
-  missed_B = jnp.where(second_B & ~hit_B, before.missed_B + 1, 0)
-  rejected_B = (missed_B > 0) & (draw.uniform_B * missed_B < rest_B)
-  equal_B = jnp.where(rejected_B, 0, jnp.where(second_B, before.equal_B, equal_B))
+  integer_B = jnp.floor(draw.power_B).astype(jnp.int32)
+  fraction_B = draw.power_B - integer_B
+  in_second_B = progress.equal_B >= integer_B  # Whether this draw belongs to the second stage.
+  star_B = jnp.where(in_second_B, progress.star_B, star_B)
+  hit_B = in_second_B & _at(draw.same_BN, star_B)
+  missed_B = jnp.where(in_second_B & ~hit_B, progress.missed_B + 1, 0)
+  rejected_B = (missed_B > 0) & (draw.uniform_B * missed_B < fraction_B)
+  equal_B = jnp.where(rejected_B, 0, jnp.where(in_second_B, progress.equal_B, equal_B))
   return Progress(
-    begin_B=jnp.where(rejected_B, draw.index_B + 1, before.begin_B),
+    begin_B=jnp.where(rejected_B, draw.index_B + 1, progress.begin_B),
     star_B=star_B,
     equal_B=equal_B,
     missed_B=jnp.where(rejected_B, 0, missed_B),
-    settled_B=before.settled_B | hit_B | ((rest_B == 0) & (equal_B >= whole_B)),
+    settled_B=progress.settled_B | hit_B | ((fraction_B == 0) & (equal_B >= integer_B)),
   )
 
 
-def exact(before: Progress, draw: Draw) -> Progress:
+def exact(progress: Progress, draw: Draw) -> Progress:
   """Settles on x with probability P(x)^(1/T) / Σ P^(1/T): n equal draws, then the second stage.
 
   A draw that differs from the first of its n starts again at once, whereas the paper makes
@@ -91,25 +93,27 @@ def exact(before: Progress, draw: Draw) -> Progress:
 
   Source: CALM (arXiv:2510.27688), algorithm 1.
   """
-  begun_B = before.equal_B > 0
-  equal_B = jnp.where(begun_B & _at(draw.same_BN, before.star_B), before.equal_B + 1, ~begun_B)
-  star_B = jnp.where(begun_B, before.star_B, draw.index_B)
-  return _second_stage(before, draw, star_B, equal_B.astype(jnp.int32))
+  has_star_B = progress.equal_B > 0
+  equal_B = jnp.where(
+    has_star_B & _at(draw.same_BN, progress.star_B), progress.equal_B + 1, ~has_star_B
+  )
+  star_B = jnp.where(has_star_B, progress.star_B, draw.index_B)
+  return _second_stage(progress, draw, star_B, equal_B.astype(jnp.int32))
 
 
-def first(before: Progress, draw: Draw) -> Progress:
+def first(progress: Progress, draw: Draw) -> Progress:
   """Settles on the first patch that is drawn n times, then the second stage.
 
-  It ends after a few draws if the model is confident. Its law tends to P^(1/T) / Σ P^(1/T)
-  if all patches are rare; likely patches get less than that.
+  It ends after a few draws if the model is confident. Its distribution tends to
+  P^(1/T) / Σ P^(1/T) if all patches are rare; likely patches are less likely than that.
   """
-  counted_BN = draw.same_BN & (jnp.arange(draw.same_BN.shape[1])[None] >= before.begin_B[:, None])
-  return _second_stage(before, draw, draw.index_B, jnp.sum(counted_BN, axis=1, dtype=jnp.int32))
+  counted_BN = draw.same_BN & (jnp.arange(draw.same_BN.shape[1])[None] >= progress.begin_B[:, None])
+  return _second_stage(progress, draw, draw.index_B, jnp.sum(counted_BN, axis=1, dtype=jnp.int32))
 
 
-def none(before: Progress, draw: Draw) -> Progress:
+def none(progress: Progress, draw: Draw) -> Progress:
   """Never settles below temperature 1, so that a chooser decides from all N draws."""
-  return before._replace(star_B=draw.index_B, settled_B=before.settled_B | (draw.power_B == 1))
+  return progress._replace(star_B=draw.index_B, settled_B=progress.settled_B | (draw.power_B == 1))
 
 
 RULES: dict[str, Rule] = {"exact": exact, "first": first, "none": none}

@@ -1,4 +1,4 @@
-"""Requests -> texts, shown as they are written, with their draws and time."""
+"""Requests -> texts, streamed during generation, with numbers of draws and times."""
 
 import dataclasses
 import time
@@ -32,7 +32,7 @@ class Text:
 
 @dataclasses.dataclass
 class Speed:
-  """Time of texts; the first steps of each batch, which may compile, are counted apart."""
+  """Seconds and counts of texts; the first steps of each batch, which may compile, are separate."""
 
   first_seconds: float = 0.0
   seconds: float = 0.0
@@ -53,7 +53,7 @@ class Speed:
 
 
 class Session:
-  """Writes batches of texts with one decoder and adds up their time."""
+  """Generates batches of texts with one decoder and adds up their time."""
 
   def __init__(self, decoder: decode.Decoder, tokenizer: tokenizer_lib.Tokenizer):
     self.speed = Speed()
@@ -68,27 +68,27 @@ class Session:
     """Returns the texts of a batch.
 
     Args:
-      every: number of patches after which the host reads what was written. Only then
-        are texts shown, and only then do they end at stop strings.
-      show: called with a text's number in the batch and a new piece of it.
+      every: number of patches between two reads by the host. Only a read shows texts, and
+        ends them at stop strings.
+      show: called with a text's index in the batch and its new piece.
 
     Raises:
       CalmError: see `decode.Decoder.start` and `decode.TextBatch.advance`.
     """
     start = time.perf_counter()
-    writing, first = self._decoder.start(batch), True
+    text_batch, is_first = self._decoder.start(batch), True
     decode_tokens = self._tokenizer.decode
     streams = [text.Stream(decode_tokens, request.prompt, request.stop) for request in batch]
     texts = [Text() for _ in batch]
-    while not writing.done:
-      fresh = 0
-      for row, written in enumerate(writing.advance(every)):
+    while not text_batch.done:
+      num_tokens = 0
+      for row, written in enumerate(text_batch.advance(every)):
         stream, result = streams[row], texts[row]
         if not written.drawn:  # It had ended before.
           continue
         piece = stream.push(written.tokens)
         if stream.stopped:
-          writing.end(row)
+          text_batch.end(row)
         elif written.ended:
           piece += stream.close()
         result.text += piece
@@ -98,15 +98,15 @@ class Session:
         unsettled = len(written.settled) - sum(written.settled)
         result.unsettled += unsettled
         self.speed.unsettled += unsettled
-        fresh += len(written.tokens)
+        num_tokens += len(written.tokens)
         self.speed.patches += len(written.drawn)
         self.speed.draws += sum(written.drawn)
         show(row, piece)
       seconds, start = time.perf_counter() - start, time.perf_counter()
-      if first:
+      if is_first:
         self.speed.first_seconds += seconds
       else:
         self.speed.seconds += seconds
-        self.speed.tokens += fresh
-      first = False
+        self.speed.tokens += num_tokens
+      is_first = False
     return texts

@@ -1,4 +1,4 @@
-"""Counts of equal draws -> the law of one of them: temperature without likelihoods."""
+"""Counts of equal draws -> weights to choose one by: temperature without likelihoods."""
 
 import math
 
@@ -12,7 +12,7 @@ NEAR = 1e-2
 
 
 def power(temperature: float) -> float:
-  """Returns s = 1/T, the power to which the law of a patch is raised.
+  """Returns s = 1/T, the power to which the probability of a patch is raised.
 
   Raises:
     CalmError: if the temperature is outside (0, 1], which sampling alone can't reach.
@@ -22,8 +22,8 @@ def power(temperature: float) -> float:
       f"CALM's temperature must lie in (0, 1], got {temperature}: give another --temperature"
     )
   exact = 1 / temperature
-  near = math.isfinite(exact) and abs(exact - round(exact)) <= NEAR
-  return float(round(exact)) if near else exact
+  is_near = math.isfinite(exact) and abs(exact - round(exact)) <= NEAR
+  return float(round(exact)) if is_near else exact
 
 
 def token_power(temperature: float) -> float:
@@ -39,7 +39,7 @@ def token_power(temperature: float) -> float:
 
 
 def tempered(logits_BV: jax.Array, power_B: jax.Array) -> jax.Array:
-  """Returns logits of P(x)^s, s = 1/T, up to a constant a row, [B, V]: at most 0.
+  """Returns logits of P(x)^s, s = 1/T, up to a constant per row, [B, V]: at most 0.
 
   The largest is 0 for every s, so that none overflows. As T tends to 0, the others tend to
   -inf, so that the most likely token is taken, or one of those that tie.
@@ -49,7 +49,7 @@ def tempered(logits_BV: jax.Array, power_B: jax.Array) -> jax.Array:
 
 
 def log_weights(count_BN: jax.Array, power_B: jax.Array) -> jax.Array:
-  """Returns log weights by which one of N draws is taken to follow P(x)^s, [B, N].
+  """Returns log weights for choosing one of N draws approximately by P(x)^s, [B, N].
 
   A patch that was drawn c times has the weight C(c, s) = Γ(c+1) / (Γ(s+1) Γ(c−s+1)), the
   generalized binomial coefficient, if c is at least n, the integer part of s; equal draws
@@ -60,7 +60,7 @@ def log_weights(count_BN: jax.Array, power_B: jax.Array) -> jax.Array:
       p^n (p^a + Σ_{i > N−n} |C(a, i)| (1−p)^i),   a = s − n,
 
   up to a common factor: exact if s is an integer, somewhat too large for rare patches
-  otherwise. The law itself, a ratio, is biased towards a higher temperature at small N.
+  otherwise. The distribution itself, a ratio, is biased towards a higher temperature at small N.
 
   Args:
     count_BN: how often each draw occurs among its row's draws; 0 in an empty slot.
@@ -71,8 +71,10 @@ def log_weights(count_BN: jax.Array, power_B: jax.Array) -> jax.Array:
   most_B = jnp.max(count_BN, axis=-1)
   level_B = power_B - jnp.maximum(jnp.floor(power_B) - most_B, 0)
   level_B1 = level_B[:, None]
-  enough_BN = count_BN >= jnp.maximum(jnp.floor(level_B1), 1)
-  seen_BN = jnp.where(enough_BN, count_BN, jnp.ceil(level_B1)).astype(jnp.float32)
+  is_eligible_BN = count_BN >= jnp.maximum(jnp.floor(level_B1), 1)
+  safe_count_BN = jnp.where(is_eligible_BN, count_BN, jnp.ceil(level_B1)).astype(jnp.float32)
   gammaln = jax.scipy.special.gammaln
-  log_BN = gammaln(seen_BN + 1) - gammaln(seen_BN - level_B1 + 1) - jnp.log(seen_BN)
-  return jnp.where(enough_BN, log_BN, -jnp.inf)
+  log_BN = (
+    gammaln(safe_count_BN + 1) - gammaln(safe_count_BN - level_B1 + 1) - jnp.log(safe_count_BN)
+  )
+  return jnp.where(is_eligible_BN, log_BN, -jnp.inf)

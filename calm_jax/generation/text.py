@@ -1,4 +1,4 @@
-"""Tokens -> text, as they are written; text -> what a terminal or a page may show of it."""
+"""Tokens -> text, incrementally; text -> text that a terminal or a page can safely show."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -32,7 +32,13 @@ class Stream:
   def __init__(
     self, decode: Callable[[list[int]], str], prompt: Sequence[int], stop: Sequence[str] = ()
   ):
-    """Takes a tokenizer's decode, the tokens before the text, and its stop strings."""
+    """Starts with an empty text.
+
+    Args:
+      decode: a tokenizer's decode.
+      prompt: the tokens before the text.
+      stop: strings before which the text ends.
+    """
     self._decode, self._tokens, self._stop = decode, list(prompt), tuple(stop)
     self._begin = self._shown = len(self._stable())
     self.stopped = False
@@ -42,18 +48,18 @@ class Stream:
 
   def _ends(self, text: str) -> list[int]:
     """Returns where stop strings begin in the text after the prompt."""
-    places = (text.find(stop, self._begin) for stop in self._stop)
-    return [place for place in places if place >= 0]
+    positions = (text.find(stop, self._begin) for stop in self._stop)
+    return [position for position in positions if position >= 0]
 
   def push(self, tokens: Sequence[int]) -> str:
-    """Adds tokens; returns the text that has become certain by them."""
+    """Adds tokens; returns the text that they make final."""
     if self.stopped:
       return ""
     self._tokens.extend(tokens)
     text = self._stable()
     ends = self._ends(text)
     if ends:
-      self.stopped, certain = True, min(ends)
+      self.stopped, final_length = True, min(ends)
     else:
       held_back = (
         size
@@ -61,12 +67,12 @@ class Stream:
         for size in range(len(stop) - 1, 0, -1)
         if text.endswith(stop[:size], self._begin)
       )
-      certain = len(text) - max(held_back, default=0)
-    return self._show(text, certain)
+      final_length = len(text) - max(held_back, default=0)
+    return self._show(text, final_length)
 
-  def _show(self, text: str, certain: int) -> str:
-    piece = text[self._shown : certain]
-    self._shown = max(self._shown, certain)
+  def _show(self, text: str, final_length: int) -> str:
+    piece = text[self._shown : final_length]
+    self._shown = max(self._shown, final_length)
     return piece
 
   def close(self) -> str:

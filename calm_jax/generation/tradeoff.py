@@ -1,8 +1,8 @@
 """Held-out text -> accuracy and collision of the patches chosen at each temperature.
 
-Accuracy is how often the first n tokens chosen are the text's; higher is better. Collision
-is how often those of two independent choices are equal; lower is more diverse. A
-temperature moves a model along a curve of the two.
+Accuracy is the share of choices whose first n tokens equal the text's; higher is better. Collision
+is the share of pairs of independent choices whose first n tokens are equal; lower is more diverse.
+Temperature trades one for the other.
 """
 
 import functools
@@ -25,15 +25,15 @@ from calm_jax.training import trained as trained_lib
 ROWS = 16
 
 
-def _figures(right_Pn: np.ndarray, equal_Pn: np.ndarray) -> dict[str, Any]:
+def _figures(correct_Pn: np.ndarray, equal_Pn: np.ndarray) -> dict[str, Any]:
   """Returns means over patches and their standard errors in percent, each a list over n."""
 
   def error(x_Pn: np.ndarray) -> list[float]:
     return (100 * x_Pn.std(axis=0) / max(len(x_Pn) - 1, 1) ** 0.5).tolist()
 
   return {
-    "accuracy": (100 * right_Pn.mean(axis=0)).tolist(),
-    "accuracy_error": error(right_Pn),
+    "accuracy": (100 * correct_Pn.mean(axis=0)).tolist(),
+    "accuracy_error": error(correct_Pn),
     "collision": (100 * equal_Pn.mean(axis=0)).tolist(),
     "collision_error": error(equal_Pn),
   }
@@ -42,14 +42,14 @@ def _figures(right_Pn: np.ndarray, equal_Pn: np.ndarray) -> dict[str, Any]:
 def _blocks(
   store: store_lib.TokenStore, context: int, patches: int, per_block: int
 ) -> Iterator[np.ndarray]:
-  """Yields held-out blocks [1, S] until they hold `patches` predicted ones, `per_block` each."""
+  """Yields held-out blocks [1, S], enough for `patches` predicted patches at `per_block` each."""
   limit = -(-patches // per_block)
   for block, _ in pipeline.heldout_batches(store, context, 1, limit, np.arange(1)):
     yield block["tokens"]
 
 
 class _Setting(NamedTuple):
-  """A row of the result: a sampler at a temperature, with N candidates at most."""
+  """The settings of a row: a sampler, a temperature and N, the maximum number of draws."""
 
   sampler: requests.Sampler
   temperature: float
@@ -69,11 +69,12 @@ def _settings(
 
 
 class _Sampled(NamedTuple):
-  """Up to ROWS predicted patches, filled up to ROWS rows, with their draws.
+  """Up to ROWS predicted patches, padded to B = ROWS rows, with their draws.
 
   Attributes:
-    target_RK: the text's tokens, of those patches that count.
-    pool_2BNK: two independent pools of draws. key_2B: a key for each choice from them.
+    target_RK: the text's tokens in the R patches that are not padding.
+    pool_2BNK: two independent pools of draws.
+    key_2B: a key for each choice from them.
   """
 
   target_RK: np.ndarray
@@ -98,7 +99,7 @@ def _hidden_of(trained: trained_lib.Trained) -> Callable[..., jax.Array]:
 
 
 def _pools_of(trained: trained_lib.Trained, draws: int) -> Callable[..., jax.Array]:
-  """Returns (hidden [B, D], key) -> two pools of N = `draws` patches a row, [2, B, N, K]."""
+  """Returns (hidden [B, D], key) -> two pools of N = `draws` patches per row, [2, B, N, K]."""
   model, autoencoder = trained.model, trained.parents["autoencoder"]
 
   @jax.jit
@@ -117,22 +118,22 @@ def _samples(
   hidden, pools = _hidden_of(trained), _pools_of(trained, draws)
   size, context = trained.model.sizes.patch_size, trained.run.data.context
   predicted = context // size - 1
-  per_block, left = min(predicted, 4 * ROWS), patches
+  per_block, num_left = min(predicted, 4 * ROWS), patches
   for number, token_1S in enumerate(_blocks(store, context, patches, per_block)):
     token_1PK = token_1S.reshape(1, -1, size)
     block_key = jax.random.fold_in(jax.random.key(seed), number)
     hidden_PD = hidden(token_1PK, jax.random.fold_in(block_key, 0))
-    places = np.linspace(0, predicted - 1, min(per_block, left)).astype(int)
-    for begin in range(0, len(places), ROWS):
-      chunk = places[begin : begin + ROWS]
-      filled = np.resize(chunk, ROWS)  # Chunks of one shape share one program.
+    positions = np.linspace(0, predicted - 1, min(per_block, num_left)).astype(int)
+    for begin in range(0, len(positions), ROWS):
+      chunk = positions[begin : begin + ROWS]
+      padded = np.resize(chunk, ROWS)  # Chunks of one shape share one program.
       key = jax.random.fold_in(block_key, begin + 1)
       yield _Sampled(
         token_1PK[0, chunk + 1],
-        pools(hidden_PD[filled], jax.random.fold_in(key, 0)),
+        pools(hidden_PD[padded], jax.random.fold_in(key, 0)),
         jax.random.split(jax.random.fold_in(key, 1), (2, ROWS)),
       )
-    left -= len(places)
+    num_left -= len(positions)
 
 
 @functools.partial(jax.jit, static_argnames=("sampler", "slots"))
@@ -158,7 +159,7 @@ def _chosen(pool_BNK, power, key_B, sampler: requests.Sampler, slots: int) -> ca
 
 
 def _pair(setting: _Setting, sampled: _Sampled) -> list[candidates.Choice]:
-  """Returns a choice from each of the two pools, on the host, for the patches that count."""
+  """Returns a choice from each of the two pools, on the host, without padding."""
   power, rows = temperature.power(setting.temperature), len(sampled.target_RK)
   pair = [
     _chosen(pool_BNK, power, key_B, setting.sampler, setting.num_candidates)
@@ -177,7 +178,7 @@ def _row(
 ) -> dict[str, Any]:
   """Returns the figures of a setting's pairs of choices."""
   first, second = jax.tree.map(lambda *x: np.concatenate(x), *pairs)
-  right = [_equal_so_far(choice.patch.token_K, target_PK) for choice in (first, second)]
+  correct = [_equal_so_far(choice.patch.token_K, target_PK) for choice in (first, second)]
   equal_Pn = _equal_so_far(first.patch.token_K, second.patch.token_K)
   return {
     "rule": setting.sampler.rule,
@@ -187,12 +188,12 @@ def _row(
     "patches": len(target_PK),
     "draws": float(first.seen_B.mean()),
     "settled": float(first.settled_B.mean()),
-    **_figures(np.mean(right, axis=0), equal_Pn),
+    **_figures(np.mean(correct, axis=0), equal_Pn),
   }
 
 
 def _require_reachable(temperatures: Sequence[float], num_candidates: Sequence[int]) -> None:
-  """Raises CalmError for a setting of candidates that can't be."""
+  """Raises CalmError if N is too large, or too small for a temperature."""
   fewest, most = min(num_candidates), max(num_candidates)
   largest = requests.MOST["num_candidates"]
   if most > largest:
@@ -220,7 +221,7 @@ def of_calm(
     patches: the number of predicted patches, from all over the held-out text.
 
   Raises:
-    CalmError: for a temperature that can't be reached with so many candidates.
+    CalmError: for a temperature that needs more candidates than the smallest N.
   """
   _require_reachable(temperatures, num_candidates)
   pairs = {setting: [] for setting in _settings(samplers, temperatures, num_candidates)}
@@ -242,7 +243,7 @@ def of_transformer(
   patches: int,
   seed: int,
 ) -> list[dict[str, Any]]:
-  """Returns a row for each temperature, of single tokens (n = 1), from their exact law.
+  """Returns a row for each temperature, of single tokens (n = 1), from their exact probabilities.
 
   Candidates, samplers and the seed make no difference: nothing is drawn.
 
@@ -251,7 +252,7 @@ def of_transformer(
   """
 
   @jax.jit
-  def laws(token_1S, power_T):
+  def scores(token_1S, power_T):
     hidden_1SD, _ = layers.apply(trained.model, trained.params, token_1S[:, :-1], method="hidden")
 
     def at_position(position):
@@ -265,18 +266,18 @@ def of_transformer(
   power_T = jnp.array([temperature.token_power(value) for value in temperatures], jnp.float32)
   context = trained.run.data.context
   blocks = _blocks(store, context, patches, context - 1)
-  pairs = [jax.device_get(laws(token_1S, power_T)) for token_1S in blocks]
-  right_ST, equal_ST = (np.concatenate(part) for part in zip(*pairs, strict=True))
+  pairs = [jax.device_get(scores(token_1S, power_T)) for token_1S in blocks]
+  correct_ST, equal_ST = (np.concatenate(part) for part in zip(*pairs, strict=True))
   return [
     {
       "rule": "exact",
       "at_limit": requests.ERROR,
       "temperature": value,
       "num_candidates": 1,
-      "patches": len(right_ST),
+      "patches": len(correct_ST),
       "draws": 1.0,
       "settled": 1.0,
-      **_figures(right_ST[:, [i]], equal_ST[:, [i]]),
+      **_figures(correct_ST[:, [i]], equal_ST[:, [i]]),
     }
     for i, value in enumerate(temperatures)
   ]

@@ -1,4 +1,4 @@
-"""How a stage writes text: what generation, measuring and counting ask of it."""
+"""The interface of a stage that generates text, for generation, evaluation and cost counting."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,11 +9,11 @@ from calm_jax.generation import cost, laws
 
 @dataclasses.dataclass(frozen=True)
 class Writing:
-  """A stage that writes text.
+  """Functions of a stage that generates text.
 
   Attributes:
-    law: (trained, sampler) -> the law of the next patch, given hidden states.
-    parts: what writing a patch costs, part by part.
+    law: (trained, sampler) -> distribution of the next patch, given hidden states.
+    parts: job -> costs of generating a patch, by part of the model.
     tradeoff: (trained, store, temperatures, num_candidates, samplers, patches, seed) -> rows of
       `generation.tradeoff`.
     takes_candidates: whether a patch below temperature 1 takes several draws.

@@ -31,14 +31,18 @@ def sums(folder: pathlib.Path) -> str:
 
 def headers(folder: pathlib.Path) -> str:
   """Checks that weight files have a valid header and are not truncated."""
-  count = sum(len(tensors.open_folder(place)) for place in _with_weights(folder))
+  count = sum(len(tensors.open_folder(subfolder)) for subfolder in _with_weights(folder))
   return f"{count} tensors" if count else "no weights by name"
 
 
 def index(folder: pathlib.Path) -> str:
   """Checks that each file holds exactly the tensors that the index assigns to it."""
-  indexed = [place for place in _with_weights(folder) if any(place.glob("*.index.json"))]
-  shards = {stored.file for place in indexed for stored in tensors.open_folder(place).values()}
+  indexed = [
+    subfolder for subfolder in _with_weights(folder) if any(subfolder.glob("*.index.json"))
+  ]
+  shards = {
+    stored.file for subfolder in indexed for stored in tensors.open_folder(subfolder).values()
+  }
   return f"{len(shards)} shards" if shards else "no shards"
 
 
@@ -53,18 +57,18 @@ def shapes(folder: pathlib.Path) -> str:
     _check_graph(path)
   if compiled or graphs:
     return f"{len(compiled) + len(graphs)} programs"
-  for place in _with_weights(folder):
-    reading.check(place)
+  for subfolder in _with_weights(folder):
+    reading.check(subfolder)
   return "as config.json says"
 
 
 def values(folder: pathlib.Path) -> str:
   """Checks that all weights are finite, one tensor at a time."""
   count = 0
-  for place in _with_weights(folder):
-    for name, stored in tensors.open_folder(place).items():
+  for subfolder in _with_weights(folder):
+    for name, stored in tensors.open_folder(subfolder).items():
       if stored.dtype in tensors.FLOATS:
-        names.require_finite(stored.read(), name, place)
+        names.require_finite(stored.read(), name, subfolder)
         count += int(np.prod(stored.shape))
   return f"{count:,} weights"
 
@@ -80,13 +84,13 @@ CHECKS: Mapping[str, Callable[[pathlib.Path], str]] = {
 
 
 def _with_weights(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Yields those of the folder and its subfolders that hold named weights."""
-  for place in (folder, *sorted(path for path in folder.iterdir() if path.is_dir())):
-    if any((place / name).exists() for name in tensors.WEIGHTS):
-      yield place
+  """Yields the folder and its subfolders, as far as they hold named weights."""
+  for subfolder in (folder, *sorted(path for path in folder.iterdir() if path.is_dir())):
+    if any((subfolder / name).exists() for name in tensors.WEIGHTS):
+      yield subfolder
 
 
-def _check_compiled(path: pathlib.Path, held: Mapping[str, tensors.Stored]) -> None:
+def _check_compiled(path: pathlib.Path, tensor_of: Mapping[str, tensors.Stored]) -> None:
   """Raises CalmError unless an artefact can be read and accepts the folder's weights."""
   try:
     exported = export.deserialize(bytearray(files.read(path)))
@@ -95,10 +99,10 @@ def _check_compiled(path: pathlib.Path, held: Mapping[str, tensors.Stored]) -> N
     raise
   except Exception as error:  # A damaged flatbuffer can raise any error.
     reason = " ".join(str(error).split()) or type(error).__name__
-    raise errors.CalmError(f"{path} is no artefact of jax.export: {reason}") from error
-  for name in sorted(weights.keys() | held.keys()):
+    raise errors.CalmError(f"{path} is not an artefact of jax.export: {reason}") from error
+  for name in sorted(weights.keys() | tensor_of.keys()):
     expected = weights[name].shape if name in weights else None
-    stored = held[name].shape if name in held else None
+    stored = tensor_of[name].shape if name in tensor_of else None
     if expected != stored:
       raise errors.CalmError(
         f"{path} takes {name} of shape {expected}, but the folder has {stored}"
@@ -114,7 +118,7 @@ def _check_graph(path: pathlib.Path) -> None:
     graph = onnx.load(path, load_external_data=False).graph
   except Exception as error:  # The class of protobuf's error depends on its version.
     reason = " ".join(str(error).split()) or type(error).__name__
-    raise errors.CalmError(f"{path} is no ONNX graph: {reason}") from error
+    raise errors.CalmError(f"{path} is not an ONNX graph: {reason}") from error
   for tensor in graph.initializer:
     entries = {entry.key: entry.value for entry in tensor.external_data}
     if not entries:
@@ -123,6 +127,6 @@ def _check_graph(path: pathlib.Path) -> None:
     try:
       end = int(entries.get("offset", 0)) + int(entries.get("length", 0))
     except ValueError as error:
-      raise errors.CalmError(f"{path}: {tensor.name} has no valid place: {error}") from error
+      raise errors.CalmError(f"{path}: {tensor.name} has no valid location: {error}") from error
     if not file.is_file() or file.stat().st_size < end:
       raise errors.CalmError(f"{path}: {tensor.name} is in {file}, which is missing or short")

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from calm_jax import errors, files, interrupts
 
-# A file in a folder that is being written. The writer holds a lock on it, which ends with it.
+# A file in a folder that is being written. The writer locks it until the process ends.
 _LOCK = "calm_jax.lock"
 _TRIES, _PAUSE_SECONDS = 20, 0.1
 
@@ -18,14 +18,14 @@ _TRIES, _PAUSE_SECONDS = 20, 0.1
 def require_local(path: str) -> None:
   """Raises CalmError for a bucket's URL: folders of other frameworks must be local."""
   if not files.is_local(path):
-    raise errors.CalmError(f"{path} is no local folder: convert on a disk, then copy")
+    raise errors.CalmError(f"{path} is not a local folder: convert on a disk, then copy")
 
 
 @contextlib.contextmanager
 def new_folder(output: str) -> Iterator[pathlib.Path]:
   """A context that yields a folder to write into, which becomes `output` on success.
 
-  First removes what killed processes left of the same output.
+  First removes unfinished folders of killed processes for the same output.
 
   Raises:
     CalmError: if `output` exists already or can't be written.
@@ -36,9 +36,9 @@ def new_folder(output: str) -> Iterator[pathlib.Path]:
     if target.exists():
       raise errors.CalmError(f"{output} exists already: give a new --output")
     target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_left(target)
-    with _locked_folder(target) as place:
-      partial = place / target.name
+    _remove_abandoned(target)
+    with _locked_folder(target) as workspace:
+      partial = workspace / target.name
       partial.mkdir()
       yield partial
       partial.rename(target)
@@ -55,42 +55,42 @@ def _prefix(target: pathlib.Path) -> str:
 @contextlib.contextmanager
 def _locked_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
   """A context that yields a new folder next to `target`, locked, and removes it at the end."""
-  place = pathlib.Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
+  workspace = pathlib.Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
   try:
-    own = place / f"{_LOCK}.new"
-    with own.open("w") as lock, interrupts.first(lambda: _remove(place)):
+    lock_path = workspace / f"{_LOCK}.new"
+    with lock_path.open("w") as lock, interrupts.first(lambda: _remove(workspace)):
       with contextlib.suppress(OSError):  # Without file locks, other runs remove nothing.
         fcntl.flock(lock, fcntl.LOCK_EX)
-      own.rename(place / _LOCK)  # So that nobody sees the file without its lock.
-      yield place
+      lock_path.rename(workspace / _LOCK)  # So that nobody sees the file without its lock.
+      yield workspace
   finally:
-    _remove(place)
+    _remove(workspace)
 
 
-def _remove(place: pathlib.Path) -> None:
+def _remove(workspace: pathlib.Path) -> None:
   """Removes a locked folder; if some of it can't be removed, the next run tries again."""
   for _ in range(_TRIES):
     with contextlib.suppress(FileNotFoundError):  # Another process removed it.
-      for path in place.iterdir():
+      for path in workspace.iterdir():
         if path.is_dir():
           shutil.rmtree(path, ignore_errors=True)
         elif path.name != _LOCK:
           path.unlink()
-      if any(path.name != _LOCK for path in place.iterdir()):
+      if any(path.name != _LOCK for path in workspace.iterdir()):
         time.sleep(_PAUSE_SECONDS)  # After Ctrl-C, threads may still be writing.
         continue
-      shutil.rmtree(place, ignore_errors=True)
+      shutil.rmtree(workspace, ignore_errors=True)
     return
 
 
-def _remove_left(target: pathlib.Path) -> None:
+def _remove_abandoned(target: pathlib.Path) -> None:
   """Removes unfinished folders of `target` whose process has ended."""
-  for place in target.parent.iterdir():
-    if not place.name.startswith(_prefix(target)):
+  for workspace in target.parent.iterdir():
+    if not workspace.name.startswith(_prefix(target)):
       continue
     try:
-      with (place / _LOCK).open("r+") as lock:
+      with (workspace / _LOCK).open("r+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:  # Not one of ours, or its process is alive.
       continue
-    _remove(place)
+    _remove(workspace)

@@ -54,7 +54,7 @@ def autoencoder(sizes: config.Autoencoder, prefix: str = "") -> list[foreign.Ten
 
 
 def _llama(sizes: config.Transformer, name: str, path: str) -> list[foreign.Tensor]:
-  """Returns the tensors of a Llama without its table: `name` is theirs, `path` ours."""
+  """Returns the tensors of a Llama without its table: `name` is its prefix there, `path` ours."""
   result = foreign.norm(f"{name}.norm", f"{path}/norm")
   for i in range(sizes.layers):
     theirs, ours = f"{name}.layers.{i}", f"{path}/layers"
@@ -190,10 +190,10 @@ def _read_copies(
 
 def require_finite(array: np.ndarray, name: str, folder: Any) -> None:
   """Raises CalmError, naming the tensor, if it holds NaN or infinite values."""
-  wrong = array.size - np.count_nonzero(np.isfinite(array))
-  if wrong:
+  num_nonfinite = array.size - np.count_nonzero(np.isfinite(array))
+  if num_nonfinite:
     raise errors.CalmError(
-      f"{folder}: {wrong} of the {array.size} values of tensor {name} are NaN or infinite; "
+      f"{folder}: {num_nonfinite} of the {array.size} values of tensor {name} are NaN or infinite; "
       "--allow_nonfinite accepts them"
     )
 
@@ -205,8 +205,8 @@ def _first(names: list[str]) -> str:
 def outgoing(params: Any, names: list[foreign.Tensor]) -> list[tensors.Outgoing]:
   """Returns the tensors to write for our parameters."""
   ours: Any = traverse_util.flatten_dict(params, sep="/")
-  written = {path for tensor in names for path in tensor.paths}
-  assert written == ours.keys(), written ^ ours.keys()
+  written_paths = {path for tensor in names for path in tensor.paths}
+  assert written_paths == ours.keys(), written_paths ^ ours.keys()
   return [
     tensors.Outgoing(t.name, t.shape(ours), lambda t=t: t.to_theirs(ours))
     for t in sorted(names, key=lambda t: t.name)

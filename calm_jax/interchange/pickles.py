@@ -27,7 +27,7 @@ def load(path: pathlib.Path) -> dict[str, Any]:
     with path.open("rb") as file:
       is_zip = file.read(2) == b"PK"  # PyTorch's format since 1.6; older ones can't be mapped.
     if is_zip:
-      _require_sound(path)
+      _require_valid(path)
     values = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
   except errors.CalmError:
     raise
@@ -41,12 +41,14 @@ def load(path: pathlib.Path) -> dict[str, Any]:
     raise errors.CalmError(f"{path} holds no tensors by name, but a {type(values).__name__}")
   for name, value in values.items():
     if not isinstance(value, torch.Tensor):
-      raise errors.CalmError(f"{path} holds {name!r}, which is no tensor: {type(value).__name__}")
+      raise errors.CalmError(
+        f"{path} holds {name!r}, which is not a tensor: {type(value).__name__}"
+      )
     _require_plain(path, name, value)
   return values
 
 
-def _require_sound(path: pathlib.Path) -> None:
+def _require_valid(path: pathlib.Path) -> None:
   """Raises CalmError unless each member is uncompressed and matches its CRC.
 
   PyTorch maps members without these checks, and would read compressed bytes as weights.
@@ -78,7 +80,7 @@ def _require_plain(path: pathlib.Path, name: str, value: Any) -> None:
   import torch
 
   if value.layout != torch.strided or value.is_meta or value.is_quantized:
-    raise errors.CalmError(f"{path} holds {name!r}, which is no plain tensor: save it dense")
+    raise errors.CalmError(f"{path} holds {name!r}, which is not a plain tensor: save it dense")
   needed, stored = value.numel() * value.element_size(), value.untyped_storage().nbytes()
   if needed > stored:  # With strides of 0, a small file could claim any size.
     raise errors.CalmError(

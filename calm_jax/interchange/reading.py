@@ -17,7 +17,7 @@ from calm_jax.models.heads import registry
 
 Params = Any
 # `names.read`, which returns the parameters, or `names.check`, which returns the tensors' names.
-Take = Callable[..., Any]
+ReadTensors = Callable[..., Any]
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 # Patterns of the files that are read here.
@@ -34,7 +34,7 @@ class Imported:
     settings: groups of its settings by name; those of training are unknown and keep the published
       values.
     vocab_size: rows of its token table.
-    params: its parameters; see `Take`.
+    params: its parameters; see `ReadTensors`.
     eos_id: EOS of config.json, which often differs from the tokenizer's.
     parents: the models that it is used with, by name: the autoencoder of stage two.
   """
@@ -61,7 +61,7 @@ def _table(folder: foreign.Folder, prefix: str) -> tuple[str, tensors.Stored]:
   return folder.matrix(*(f"{prefix}{name}" for name in names.AUTOENCODER_TABLE))
 
 
-def _autoencoder(folder: foreign.Folder, prefix: str, take: Take) -> Imported:
+def _autoencoder(folder: foreign.Folder, prefix: str, read_tensors: ReadTensors) -> Imported:
   """Returns the autoencoder whose tensors' names begin with `prefix`; shapes give its sizes."""
 
   def columns(name: str) -> int:
@@ -83,7 +83,7 @@ def _autoencoder(folder: foreign.Folder, prefix: str, take: Take) -> Imported:
     ) from error
   shapes = jax.eval_shape(autoencoder.Autoencoder(sizes, vocab_size).initial, jax.random.key(0))
   own = {name: stored for name, stored in folder.tensors.items() if name.startswith(prefix)}
-  params = take(own, names.autoencoder(sizes, prefix), shapes, folder.path)
+  params = read_tensors(own, names.autoencoder(sizes, prefix), shapes, folder.path)
   groups = {
     "data": config.Data(context=2048 * sizes.patch_size),
     "model": sizes,
@@ -92,9 +92,9 @@ def _autoencoder(folder: foreign.Folder, prefix: str, take: Take) -> Imported:
   return Imported("autoencoder", groups, vocab_size, params)
 
 
-def _read_autoencoder(folder: foreign.Folder, take: Take) -> Imported:
+def _read_autoencoder(folder: foreign.Folder, read_tensors: ReadTensors) -> Imported:
   """Returns the autoencoder in its own folder."""
-  imported, settings = _autoencoder(folder, "", take), folder.settings
+  imported, settings = _autoencoder(folder, "", read_tensors), folder.settings
   settings.vocab_size(*_table(folder, ""))
   sizes = imported.sizes
   settings.require(
@@ -108,40 +108,40 @@ def _read_autoencoder(folder: foreign.Folder, take: Take) -> Imported:
   return dataclasses.replace(imported, eos_id=settings.eos_id)
 
 
-def _has_config(place: pathlib.Path) -> bool:
+def _has_config(folder: pathlib.Path) -> bool:
   """Returns whether a folder can be read and holds a config.json."""
   try:
-    return (place / "config.json").exists()
+    return (folder / "config.json").exists()
   except (OSError, ValueError):  # The path of another machine may be forbidden or invalid here.
     return False
 
 
-def _find_autoencoder(folder: foreign.Folder, override: str, take: Take) -> Imported:
+def _find_autoencoder(folder: foreign.Folder, override: str, read_tensors: ReadTensors) -> Imported:
   """Returns a language model's autoencoder.
 
   It is read from the folder `override` if that is not empty, else from the model's own folder,
   else from the folder that its `ae_path` names.
   """
-  inside = any(name.startswith(AUTOENCODER_PREFIX) for name in folder.tensors)
-  own = _autoencoder(folder, AUTOENCODER_PREFIX, take) if inside else None
+  has_own = any(name.startswith(AUTOENCODER_PREFIX) for name in folder.tensors)
+  own = _autoencoder(folder, AUTOENCODER_PREFIX, read_tensors) if has_own else None
   if own and not override:
     return own
   path = folder.settings.text("ae_path")
-  named = [folder.path / path, pathlib.Path(path)] if path else []
-  places = [pathlib.Path(override)] if override else named
-  place = next((place for place in places if _has_config(place)), None)
-  if place is None:
+  ae_paths = [folder.path / path, pathlib.Path(path)] if path else []
+  candidates = [pathlib.Path(override)] if override else ae_paths
+  ae_folder = next((candidate for candidate in candidates if _has_config(candidate)), None)
+  if ae_folder is None:
     raise errors.CalmError(
-      f"--autoencoder={override} is no folder with a config.json"
+      f"--autoencoder={override} is not a folder with a config.json"
       if override
       else f"{folder.path} holds no autoencoder, and its ae_path {config.shown(path)} does not "
       "exist: give --autoencoder=DIR"
     )
-  checksums.check(place, USED)
-  loaded = _read_autoencoder(_open(place), take)
+  checksums.check(ae_folder, USED)
+  loaded = _read_autoencoder(_open(ae_folder), read_tensors)
   if own and not _equal(own, loaded):
     raise errors.CalmError(
-      f"{folder.path} holds an autoencoder of its own, which differs from the one in {place}: "
+      f"{folder.path} holds an autoencoder of its own, which differs from the one in {ae_folder}: "
       "leave out --autoencoder"
     )
   return loaded
@@ -188,9 +188,11 @@ def _transformer(folder: foreign.Folder, prefix: str) -> dict[str, Any]:
   }
 
 
-def _read_calm(folder: foreign.Folder, autoencoder_folder: str, take: Take) -> Imported:
+def _read_calm(
+  folder: foreign.Folder, autoencoder_folder: str, read_tensors: ReadTensors
+) -> Imported:
   """Returns the CALM language model in a folder."""
-  inner, settings = _find_autoencoder(folder, autoencoder_folder, take), folder.settings
+  inner, settings = _find_autoencoder(folder, autoencoder_folder, read_tensors), folder.settings
   sizes = inner.sizes
   settings.require(patch_size=sizes.patch_size, latent_size=sizes.latent)
   reads_tokens = "transformer.embed_tokens.weight" in folder.tensors
@@ -219,15 +221,15 @@ def _read_calm(folder: foreign.Folder, autoencoder_folder: str, take: Take) -> I
         "of the autoencoder"
       )
   model = calm.Calm.build(backbone, head, sizes, vocab_size)
-  held = folder.tensors.items()
-  own = {name: stored for name, stored in held if not name.startswith(AUTOENCODER_PREFIX)}
+  all_tensors = folder.tensors.items()
+  own = {name: stored for name, stored in all_tensors if not name.startswith(AUTOENCODER_PREFIX)}
   shapes = jax.eval_shape(model.initial, jax.random.key(0))
-  params = take(own, names.calm(backbone, head), shapes, folder.path)
+  params = read_tensors(own, names.calm(backbone, head), shapes, folder.path)
   parents = {"autoencoder": inner}
   return Imported("calm", groups, vocab_size, params, settings.eos_id, parents)
 
 
-def _read_llama(folder: foreign.Folder, take: Take) -> Imported:
+def _read_llama(folder: foreign.Folder, read_tensors: ReadTensors) -> Imported:
   """Returns the Llama in a folder."""
   settings = folder.settings
   kind = settings.text("model_type")
@@ -247,7 +249,7 @@ def _read_llama(folder: foreign.Folder, take: Take) -> Imported:
   model = transformer.Transformer(sizes, vocab_size)
   shapes = jax.eval_shape(model.initial, jax.random.key(0))
   expected = names.transformer(sizes, settings.tied)
-  params = take(folder.tensors, expected, shapes, folder.path)
+  params = read_tensors(folder.tensors, expected, shapes, folder.path)
   return Imported("transformer", groups, vocab_size, params, settings.eos_id)
 
 
@@ -269,8 +271,8 @@ def read(
       config.json contradicts the weights; see also `names.read`.
   """
   checksums.check(folder, USED)
-  take = functools.partial(names.read, allow_nonfinite=allow_nonfinite)
-  return _read_and_name(folder, autoencoder_folder, take)
+  read_tensors = functools.partial(names.read, allow_nonfinite=allow_nonfinite)
+  return _read_and_name(folder, autoencoder_folder, read_tensors)
 
 
 def check(folder: pathlib.Path) -> Imported:
@@ -284,10 +286,12 @@ def check(folder: pathlib.Path) -> Imported:
   return _read_and_name(folder, "", names.check)
 
 
-def _read_and_name(folder: pathlib.Path, autoencoder_folder: str, take: Take) -> Imported:
-  """Returns the result of `_read`; its errors name the folder."""
+def _read_and_name(
+  folder: pathlib.Path, autoencoder_folder: str, read_tensors: ReadTensors
+) -> Imported:
+  """Returns the result of `_read`; adds the folder's path to errors that lack it."""
   try:
-    return _read(folder, autoencoder_folder, take)
+    return _read(folder, autoencoder_folder, read_tensors)
   except errors.CalmError as error:
     if str(folder) in str(error):
       raise
@@ -296,7 +300,7 @@ def _read_and_name(folder: pathlib.Path, autoencoder_folder: str, take: Take) ->
     raise errors.CalmError(f"can't read {folder}: {error}") from error
 
 
-def _read(path: pathlib.Path, autoencoder_folder: str, take: Take) -> Imported:
+def _read(path: pathlib.Path, autoencoder_folder: str, read_tensors: ReadTensors) -> Imported:
   """Returns the model in a folder; the names of its tensors decide how it is read."""
   folder = _open(path)
   is_calm = any(name.startswith("transformer.") for name in folder.tensors)
@@ -305,11 +309,11 @@ def _read(path: pathlib.Path, autoencoder_folder: str, take: Take) -> Imported:
       f"--autoencoder={autoencoder_folder} is for a CALM language model, and {path} holds none"
     )
   if is_calm:
-    return _read_calm(folder, autoencoder_folder, take)
+    return _read_calm(folder, autoencoder_folder, read_tensors)
   if any(name.startswith("model.layers.") for name in folder.tensors):
-    return _read_llama(folder, take)
+    return _read_llama(folder, read_tensors)
   if any(name.startswith("encoder.") for name in folder.tensors):
-    return _read_autoencoder(folder, take)
+    return _read_autoencoder(folder, read_tensors)
   raise errors.CalmError(
     f"{path} holds no known model: neither a CALM language model nor its autoencoder nor a "
     f"LlamaForCausalLM; one of its tensors is {min(folder.tensors, default='(none)')}"

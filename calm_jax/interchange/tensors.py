@@ -74,7 +74,7 @@ _READERS: dict[str, Callable[[pathlib.Path], dict[str, Stored]]] = {
   PICKLE: _pickle,
 }
 # File names of weights; a folder with weights has one of them.
-WEIGHTS = tuple(name for single in _READERS for name in (single, f"{single}.index.json"))
+WEIGHTS = tuple(name for file_name in _READERS for name in (file_name, f"{file_name}.index.json"))
 
 
 def open_folder(folder: pathlib.Path) -> dict[str, Stored]:
@@ -84,10 +84,10 @@ def open_folder(folder: pathlib.Path) -> dict[str, Stored]:
     CalmError: if there are no weights, a file is damaged or missing, a tensor is empty or not
       of floats, or an index names a file outside the folder or a wrong file of a tensor.
   """
-  for single, reader in _READERS.items():
-    index = folder / f"{single}.index.json"
-    if (folder / single).exists():
-      tensors = reader(folder / single)
+  for file_name, reader in _READERS.items():
+    index = folder / f"{file_name}.index.json"
+    if (folder / file_name).exists():
+      tensors = reader(folder / file_name)
     elif index.exists():
       tensors = _indexed(index, reader)
     else:
@@ -163,14 +163,14 @@ def write_folder(folder: pathlib.Path, outgoing: Iterable[Outgoing]) -> None:
     CalmError: if a file can't be written or reads back differently.
   """
   shards: list[list[Outgoing]] = [[]]
-  room, total = SHARD_BYTES, 0
+  bytes_left, total = SHARD_BYTES, 0
   for tensor in outgoing:
     size = 4 * int(np.prod(tensor.shape))
-    if size > room and shards[-1]:
+    if size > bytes_left and shards[-1]:
       shards.append([])
-      room = SHARD_BYTES
+      bytes_left = SHARD_BYTES
     shards[-1].append(tensor)
-    room, total = room - size, total + size
+    bytes_left, total = bytes_left - size, total + size
   file_of = {}
   for number, shard in enumerate(shards, start=1):
     stem, ending = SAFETENSORS.split(".")

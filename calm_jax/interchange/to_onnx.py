@@ -233,7 +233,7 @@ mean, log_std = encode.run(None, {"tokens": tokens})  # int64 [batch, K] -> [bat
 (logits,) = decode.run(None, {"latents": mean})  # [batch, K, vocabulary]
 """
 _STEP = """
-# Reads one patch and returns candidates for the next one, as many as there is noise for.
+# Reads one patch and returns candidates for the next one, one per noise array.
 facts = json.loads(pathlib.Path("FOLDER/config.json").read_text())
 next_patch = onnxruntime.InferenceSession("FOLDER/next_patch.onnx")
 _, groups, _, channels = facts["past_shape"]

@@ -86,21 +86,21 @@ def _model_functions(trained: trained_lib.Trained, window: int) -> dict[str, Any
   b, n = export.symbolic_shape("b, n")
 
   def begin(weights, token_BK):
-    """Returns the state before the first patch; the tokens only give the batch size."""
+    """Returns the state before the first patch; the tokens only set the batch size."""
     sizes, dtype = model.backbone.sizes, model.backbone.dtype
-    return _plain(memory.Cache.empty(window).allocated(sizes, token_BK.shape[0], dtype))
+    return _to_dicts(memory.Cache.empty(window).allocated(sizes, token_BK.shape[0], dtype))
 
   def next_patch(weights, state, token_BK, *rest):
     """Reads a patch; returns N candidates for the next one, their latents and the new state."""
     *latent_BZ, noise = rest
     tree = traverse_util.unflatten_dict(dict(weights), sep="/")
     latent_B1Z = latent_BZ[0][:, None] if latent_BZ else None
-    hidden_B1D, after = model.hidden(tree, token_BK[:, None], latent_B1Z, _cache(state))
-    assert isinstance(after, memory.Cache)
+    hidden_B1D, new_cache = model.hidden(tree, token_BK[:, None], latent_B1Z, _cache(state))
+    assert isinstance(new_cache, memory.Cache)
     sample_NBZ = model.samples(tree, hidden_B1D[:, 0], noise)
     logits_NBKV = layers.apply(autoencoder_model, tree["autoencoder"], sample_NBZ, method="decode")
     token_NBK = jnp.argmax(logits_NBKV, axis=-1).astype(jnp.int32)
-    return token_NBK, sample_NBZ, _plain(after)
+    return token_NBK, sample_NBZ, _to_dicts(new_cache)
 
   weights = _abstract(_calm_weights(trained))
   state = jax.eval_shape(begin, weights, _int(b, size))
@@ -112,7 +112,7 @@ def _model_functions(trained: trained_lib.Trained, window: int) -> dict[str, Any
   }
 
 
-def _plain(cache: memory.Cache) -> dict[str, Any]:
+def _to_dicts(cache: memory.Cache) -> dict[str, Any]:
   """Returns a cache as plain dictionaries, which jax.export can serialise without our classes."""
   assert cache.layers is not None
   state = cache._asdict() | {"layers": cache.layers._asdict()}
@@ -191,9 +191,9 @@ mean, log_std = encode(weights, tokens)  # int32 [batch, K] -> [batch, latent]
 logits = decode(weights, mean)  # [batch, K, vocabulary]
 """
 _CALM_CODE = """
-# Reads patch by patch and returns candidates for the next one, as many as there is noise for.
+# Reads patch by patch and returns candidates for the next one, one per noise array.
 begin, next_patch = load("begin"), load("next_patch")
-state = begin(weights, tokens)  # tokens only give the batch size
+state = begin(weights, tokens)  # tokens only set the batch size
 STEP
 """
 _EXAMPLE = "candidates, latents, state = next_patch(weights, state, tokens, noise)"

@@ -25,7 +25,7 @@ def write(
 ) -> None:
   """Writes the model in the folder `source` as the workdir `output`.
 
-  On an error no folder is left.
+  Leaves no folder after an error.
 
   Args:
     source: the folder.
@@ -42,7 +42,7 @@ def write(
   folder = pathlib.Path(source)
   files.require_reachable(str(folder / "config.json"))
   if not (folder / "config.json").exists():
-    raise errors.CalmError(f"--source={source} is no folder with a config.json")
+    raise errors.CalmError(f"--source={source} is not a folder with a config.json")
   imported = reading.read(folder, autoencoder, allow_nonfinite)
   loaded = _tokenizer(folder, tokenizer, imported)
   with destination.new_folder(output) as partial:

@@ -1,1 +1,1 @@
-"""Operations with forms tuned to a platform, one operation a file, its plain form first."""
+"""Operations with platform-specific implementations: one file per operation, plain one first."""

@@ -1,6 +1,6 @@
-"""Causal attention: query, key, value -> what each position reads from those up to its own.
+"""Causal attention: query, key, value -> output, [B, P, H, C].
 
-`KERNELS` has the plain form, `xla`, and those tuned to a platform; `choose` selects one.
+`KERNELS` has the plain implementation, `xla`, and one per platform; `choose` selects one.
 """
 
 import dataclasses
@@ -15,10 +15,10 @@ from jax.typing import DTypeLike
 from calm_jax import config, errors
 from calm_jax.parallel import mesh as mesh_lib
 
-# The TPU kernel works on BLOCK positions at once or fewer, a multiple of LANES.
+# Block size of the TPU kernel: at most BLOCK positions, a multiple of LANES.
 BLOCK, LANES = 512, 128
 
-# The CPU form has at most BLOCKS blocks, since a program holds each, of QUERIES queries at least.
+# The CPU implementation unrolls at most BLOCKS blocks of at least QUERIES queries.
 BLOCKS, QUERIES = 16, 64
 
 _BY_POSITION = ("batch", "position", "width", None)
@@ -34,22 +34,22 @@ def plain(query_BPHC: jax.Array, key_BPGC: jax.Array, value_BPGC: jax.Array) -> 
 
 
 def _blockwise(query_BPHC: jax.Array, key_BPGC: jax.Array, value_BPGC: jax.Array) -> jax.Array:
-  """For CPUs: blocks of queries, each with the keys up to its end, about the causal half.
+  """Attention for CPUs: each block of queries reads only the keys up to its end.
 
-  Its own gradient keeps softmax's exponentials, and divides the output by their sum instead of
-  each weight: fewer numbers, and no product is computed again.
+  That skips about half of the scores. The custom gradient saves the unnormalized softmax weights,
+  so that no product is recomputed, and normalizes the output instead of the weights.
 
-  On 2 cores a Transformer's step takes 777 ms in place of 1,036 with plain attention. Value and
-  gradient of a layer, 8 texts of 512 positions, 4 heads: 47 ms, 57 with JAX's gradient, 42 for
-  PyTorch's kernel. 2,048 positions, 8 heads: 136 ms, 248 with JAX's gradient.
+  On 2 cores a Transformer's step takes 777 ms instead of 1,036 with plain attention. Value and
+  gradient of a layer take 47 ms for 8 texts of 512 positions and 4 heads (57 with JAX's gradient,
+  42 with PyTorch's kernel), and 136 ms for 2,048 positions and 8 heads (248 with JAX's gradient).
   """
   query_BPHC = query_BPHC * query_BPHC.shape[-1] ** -0.5
   by_head = (x.swapaxes(1, 2) for x in (query_BPHC, key_BPGC, value_BPGC))
   return _blocks(*by_head).swapaxes(1, 2)
 
 
-# In shapes of blocks: q queries of a block, p positions up to its end, r rows of a product, which
-# are the queries of all heads of a group. With an axis for the heads, 62 ms in place of 33.
+# Axes of a block: q queries, p positions up to the block's end, r rows of a matrix product, which
+# are the queries of all heads of a group. With a separate axis for heads: 62 ms instead of 33.
 @jax.custom_vjp
 def _blocks(query_BHPC: jax.Array, key_BGPC: jax.Array, value_BGPC: jax.Array) -> jax.Array:
   return _blocks_forward(query_BHPC, key_BGPC, value_BGPC)[0]
@@ -88,11 +88,11 @@ def _blocks_backward(residuals, grad_BHPC):
     grad_score_BGrp = (weight_BGrp * (grad_weight_BGrp - mean_BGr1)).astype(dtype)
     grad_query_BGrC = _product("BGrp,BGpC->BGrC", grad_score_BGrp, key_BGPC[:, :, :end])
     grad_query.append(grad_query_BGrC.reshape(*query_BHPC.shape[:2], end - start, -1))
-    unread = ((0, 0), (0, 0), (0, positions - end), (0, 0))
+    pad_width = ((0, 0), (0, 0), (0, positions - end), (0, 0))
     grad_key_BGpC = _product("BGrp,BGrC->BGpC", grad_score_BGrp, query_BGrC)
-    grad_key_BGPC += jnp.pad(grad_key_BGpC, unread)
+    grad_key_BGPC += jnp.pad(grad_key_BGpC, pad_width)
     grad_value_BGpC = _product("BGrp,BGrC->BGpC", weight_BGrp, grad_BGrC)
-    grad_value_BGPC += jnp.pad(grad_value_BGpC, unread)
+    grad_value_BGPC += jnp.pad(grad_value_BGpC, pad_width)
   grad_query_BHPC = jnp.concatenate(grad_query, axis=2)
   return tuple(x.astype(dtype) for x in (grad_query_BHPC, grad_key_BGPC, grad_value_BGPC))
 
@@ -114,7 +114,7 @@ def _rows(x_BHqC: jax.Array, groups: int) -> jax.Array:
 
 
 def _cudnn(query_BPHC: jax.Array, key_BPGC: jax.Array, value_BPGC: jax.Array) -> jax.Array:
-  """For NVIDIA GPUs: cuDNN's flash attention, which never holds the scores [B, H, P, P].
+  """Attention for NVIDIA GPUs: cuDNN's flash attention, without an array of scores [B, H, P, P].
 
   CALM-M's step of 65,536 tokens takes 128 ms and 26.9 GiB on an H200.
   """
@@ -126,12 +126,12 @@ def _cudnn(query_BPHC: jax.Array, key_BPGC: jax.Array, value_BPGC: jax.Array) ->
 def _splash(
   query_BPHC: jax.Array, key_BPGC: jax.Array, value_BPGC: jax.Array, interpret: bool = False
 ) -> jax.Array:
-  """For TPUs: splash attention, each device on its own examples, heads and queries.
+  """Attention for TPUs: splash attention; each device computes its own examples, heads and queries.
 
-  Transformer-M compiled for v5e:16x16 needs 6.4 GiB a chip in place of 29.2 with plain attention,
-  and reads and writes 85 GB a step in place of 272.
+  Transformer-M compiled for v5e:16x16 needs 6.4 GiB per chip instead of 29.2 with plain attention,
+  and moves 85 GB per step instead of 272.
   """
-  # Imported here: it loads libtpu where that is installed, and a profiler of CPUs then fails.
+  # Imported here because it loads libtpu if installed, and a CPU profiler then fails.
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -159,11 +159,11 @@ def _splash(
   kernel_spec = kernel.manual_sharding_spec(
     NamedSharding(mesh, PartitionSpec("tensor", "sequence"))
   )
-  own, whole = mesh_lib.spec(*_BY_POSITION), mesh_lib.spec(*_ALL_POSITIONS)
-  every_device = jax.shard_map(
-    one_device, in_specs=(kernel_spec, own, whole, whole), out_specs=own, check_vma=False
+  own, replicated = mesh_lib.spec(*_BY_POSITION), mesh_lib.spec(*_ALL_POSITIONS)
+  sharded = jax.shard_map(
+    one_device, in_specs=(kernel_spec, own, replicated, replicated), out_specs=own, check_vma=False
   )
-  return every_device(kernel, query_BPHC, key_BPGC, value_BPGC)
+  return sharded(kernel, query_BPHC, key_BPGC, value_BPGC)
 
 
 Sizes = Mapping[str, int]  # Axis of the mesh -> its size.
@@ -175,51 +175,53 @@ def _mesh_sizes() -> Sizes:
 
 
 def _own_positions(positions: int, sizes: Sizes) -> int:
-  """Returns the positions of one device."""
+  """Returns the number of positions of one device."""
   return positions // sizes["sequence"]
 
 
 def _block(positions: int, sizes: Sizes) -> int:
-  """Returns the positions that the TPU kernel works on at once."""
+  """Returns the block size of the TPU kernel, in positions."""
   own = _own_positions(positions, sizes)
   return max(size for size in range(LANES, BLOCK + 1, LANES) if own % size == 0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-  """A form of attention.
+  """An implementation of attention.
 
   Attributes:
     run: (query [B, P, H, C], key and value [B, P, G, C]) -> [B, P, H, C].
-    platforms: where it runs.
-    unfit: (positions, mesh sizes, type) -> why it can't compute them, empty if it can.
+    platforms: the platforms that it runs on.
+    obstacle: (positions, mesh sizes, type) -> why it can't compute them, empty if it can.
   """
 
   run: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
   platforms: tuple[str, ...]
-  unfit: Callable[[int, Sizes, jnp.dtype], str] = lambda positions, sizes, dtype: ""
+  obstacle: Callable[[int, Sizes, jnp.dtype], str] = lambda positions, sizes, dtype: ""
 
 
-def _splash_unfit(positions: int, sizes: Sizes, dtype: jnp.dtype) -> str:
+def _splash_obstacle(positions: int, sizes: Sizes, dtype: jnp.dtype) -> str:
   own = _own_positions(positions, sizes)
-  return "" if own % LANES == 0 else f"it needs a multiple of {LANES} positions a device, not {own}"
+  return (
+    "" if own % LANES == 0 else f"it needs a multiple of {LANES} positions per device, not {own}"
+  )
 
 
-def _divided_unfit(positions: int, sizes: Sizes, dtype: jnp.dtype) -> str:
+def _sequence_obstacle(positions: int, sizes: Sizes, dtype: jnp.dtype) -> str:
   return "" if sizes["sequence"] == 1 else "it can't divide positions (config.mesh.sequence)"
 
 
-def _cudnn_unfit(positions: int, sizes: Sizes, dtype: jnp.dtype) -> str:
+def _cudnn_obstacle(positions: int, sizes: Sizes, dtype: jnp.dtype) -> str:
   if dtype not in (jnp.bfloat16, jnp.float16):
     return f"it computes in bfloat16 or float16, not {dtype.name}"
-  return _divided_unfit(positions, sizes, dtype)
+  return _sequence_obstacle(positions, sizes, dtype)
 
 
 # In the order in which `auto` tries them.
 KERNELS: dict[str, Kernel] = {
-  "splash": Kernel(_splash, ("tpu",), _splash_unfit),
-  "cudnn": Kernel(_cudnn, ("cuda", "gpu"), _cudnn_unfit),
-  "blocks": Kernel(_blockwise, ("cpu",), _divided_unfit),
+  "splash": Kernel(_splash, ("tpu",), _splash_obstacle),
+  "cudnn": Kernel(_cudnn, ("cuda", "gpu"), _cudnn_obstacle),
+  "blocks": Kernel(_blockwise, ("cpu",), _sequence_obstacle),
   "xla": Kernel(plain, ("tpu", "cuda", "gpu", "rocm", "cpu")),
 }
 
@@ -227,7 +229,7 @@ KERNELS: dict[str, Kernel] = {
 def causal(
   query_BPHC: jax.Array, key_BPGC: jax.Array, value_BPGC: jax.Array, kind: str
 ) -> jax.Array:
-  """Returns what each of P positions reads from those up to its own, [B, P, H, C].
+  """Returns softmax(query · key / √C) · value over positions up to the query's, [B, P, H, C].
 
   H / G query heads share each of the G keys and values.
 
@@ -239,17 +241,16 @@ def causal(
 
 
 def choose(kind: str, positions: int, dtype: DTypeLike, platform: str = "") -> str:
-  """Returns the row of KERNELS that computes attention: `kind`, or the first fit one for `auto`.
+  """Returns the row of KERNELS that computes attention: `kind`, or for `auto` the first that can.
 
   Args:
     kind: a row of KERNELS, or `auto`.
-    positions: of a text.
-    dtype: of the products.
-    platform: by default that of the devices of the current mesh, which a program may only be
-      compiled for, or else that of this process.
+    positions: P, on all devices together.
+    dtype: type of the products.
+    platform: platform that the program is compiled for; see `mesh.platform` for the default.
 
   Raises:
-    CalmError: for an unknown kind, or one that can't be used here: it is not replaced.
+    CalmError: for an unknown kind, or one that can't be used here.
   """
   sizes, dtype = _mesh_sizes(), jnp.dtype(dtype)
   platform = platform or mesh_lib.platform()
@@ -257,13 +258,13 @@ def choose(kind: str, positions: int, dtype: DTypeLike, platform: str = "") -> s
     return next(
       name
       for name, kernel in KERNELS.items()
-      if platform in kernel.platforms and not kernel.unfit(positions, sizes, dtype)
+      if platform in kernel.platforms and not kernel.obstacle(positions, sizes, dtype)
     )
   if kind not in KERNELS:
     nearest = config.nearest(kind, ["auto", *KERNELS])
     raise errors.CalmError(f"execution.attention is {kind!r}: {nearest}")
   kernel = KERNELS[kind]
-  reason = kernel.unfit(positions, sizes, dtype)
+  reason = kernel.obstacle(positions, sizes, dtype)
   if platform not in kernel.platforms:
     reason = f"it runs on {' and '.join(kernel.platforms)}, and this is {platform}"
   if reason:
@@ -273,8 +274,8 @@ def choose(kind: str, positions: int, dtype: DTypeLike, platform: str = "") -> s
   return kind
 
 
-# Products of positions with positions that a kernel of a compiled program computes, by the start
-# of its name: scores and outputs forward; scores again and four gradients backward.
+# Number of P x P products in each attention kernel of a compiled program, by prefix of its name:
+# forward, the scores and the output; backward, the scores again and four gradients.
 _PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dkv": 5}
 FORWARD_PRODUCTS, BACKWARD_PRODUCTS = _PRODUCTS.values()
 

@@ -1,7 +1,7 @@
-"""Features and a token table -> cross-entropy, the logits of a chunk of positions at a time.
+"""Features and a token table -> cross-entropy, computed in chunks of positions.
 
-In chunks, and with the gradient added up beside the loss, a Transformer-L step of the published
-batch fits v5e:16x16: 15.4 GiB a chip in place of 20.0.
+With chunks, and gradients that the forward pass accumulates, a Transformer-L step of the published
+batch fits v5e:16x16: 15.4 GiB per chip instead of 20.0.
 """
 
 import functools
@@ -14,9 +14,9 @@ from jax import numpy as jnp
 from calm_jax.parallel import mesh as mesh_lib
 
 # Positions of a device whose logits are in memory at once. Each chunk reads and writes the table's
-# gradient once, so fewer chunks wait less for a TPU's memory: with 2,048 positions in place of
-# 1,024 Transformer-L moves 92 GB a step on v6e:16x16 in place of 101. On a CPU an autoencoder's
-# step takes 472 ms with 1,024 and 559 with 2,048.
+# gradient, so larger chunks need less memory traffic: with 2,048 positions Transformer-L moves
+# 92 GB per step on v6e:16x16, with 1,024 it moves 101 GB. On a CPU an autoencoder's step takes
+# 472 ms with 1,024 and 559 with 2,048.
 CHUNK, CPU_CHUNK = 2048, 1024
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -28,7 +28,7 @@ class Scores(NamedTuple):
   Attributes:
     loss: weighted sum of the cross-entropies, nats. Only it has a gradient.
     cross_entropy: −log p(token), nats. Lower is better.
-    right: 1 where no token is more likely, else 0.
+    right: 1 where no token is more likely than the target, else 0. Higher is better.
   """
 
   loss: jax.Array
@@ -54,8 +54,8 @@ def scores(
 ) -> Scores:
   """Returns the scores of tokens under softmax(features · table).
 
-  Logits exist for CHUNK positions of a device at a time, in the backward pass as well: the forward
-  pass adds the loss's gradient up beside the loss. The weights get no gradient.
+  Logits exist for CHUNK positions of a device at a time, for the gradient too: the forward pass
+  accumulates it together with the loss. The weights get no gradient.
 
   Args:
     table_VE: float32; products are computed in the features' type and summed in float32.
@@ -84,7 +84,7 @@ scores.defvjp(_forward, _backward)
 
 
 def _scores_and_gradients(table_VE, feature_BSE, token_BS, weight_BS, with_gradients: bool):
-  # Gathered once, before the loop over chunks: XLA left the gather in each turn.
+  # Gathered before the loop over chunks, because XLA repeated the gather in each iteration.
   table_VE = mesh_lib.constrain(table_VE.astype(feature_BSE.dtype), "width", None)
   one_shard = functools.partial(_shard, table_VE, with_gradients=with_gradients)
   by_position, grad_table_VE = _by_shard(one_shard)(feature_BSE, token_BS, weight_BS)
@@ -109,7 +109,7 @@ def _by_shard(
   for axis in ("position", "batch"):
     mapped = jax.vmap(mapped, spmd_axis_name=None if mesh.empty else mesh_lib.LAYOUT[axis])
 
-  def whole(*arrays: jax.Array) -> tuple[Any, jax.Array]:
+  def by_shard(*arrays: jax.Array) -> tuple[Any, jax.Array]:
     batch, positions = arrays[0].shape[:2]
     assert batch % rows == 0 and positions % parts == 0, (batch, rows, positions, parts)
     own = (batch // rows, positions // parts)
@@ -125,7 +125,7 @@ def _by_shard(
     by_position, total = mapped(*map(split, arrays))
     return jax.tree.map(joined, by_position), jnp.sum(total, axis=(0, 1))
 
-  return whole
+  return by_shard
 
 
 def _shard(table_VE: jax.Array, feature_SE, token_S, weight_S, with_gradients: bool):
@@ -134,14 +134,14 @@ def _shard(table_VE: jax.Array, feature_SE, token_S, weight_S, with_gradients: b
   size = min(CPU_CHUNK if mesh_lib.platform() == "cpu" else CHUNK, count)
 
   def cut(x):
-    filled = jnp.concatenate([x, jnp.zeros((-count % size, *x.shape[1:]), x.dtype)])
-    return filled.reshape(-1, size, *x.shape[1:])
+    padded = jnp.concatenate([x, jnp.zeros((-count % size, *x.shape[1:]), x.dtype)])
+    return padded.reshape(-1, size, *x.shape[1:])
 
   def add(total_EV, chunk):
-    of_chunk, grad_feature_sE, grad_table_EV = _chunk(table_VE, chunk, with_gradients)
+    chunk_scores, grad_feature_sE, grad_table_EV = _chunk(table_VE, chunk, with_gradients)
     if with_gradients:
       total_EV = mesh_lib.constrain(total_EV + grad_table_EV, None, "width")
-    return total_EV, (of_chunk, grad_feature_sE)
+    return total_EV, (chunk_scores, grad_feature_sE)
 
   zeros = jnp.zeros(table_VE.shape[::-1] if with_gradients else ())
   chunks = jax.tree.map(cut, (feature_SE, token_S, weight_S))
@@ -160,15 +160,15 @@ def _chunk(table_VE: jax.Array, chunk: tuple[jax.Array, ...], with_gradients: bo
   weight_sV = jnp.exp(logits_sV - highest_s[:, None])
   total_s = jnp.sum(weight_sV, axis=-1)
   cross_entropy_s = highest_s + jnp.log(total_s) - target_s
-  of_chunk = (cross_entropy_s, (target_s == highest_s).astype(jnp.float32))
+  chunk_scores = (cross_entropy_s, (target_s == highest_s).astype(jnp.float32))
   if not with_gradients:
-    return of_chunk, None, None
+    return chunk_scores, None, None
   is_target_sV = jnp.arange(logits_sV.shape[-1])[None] == token_s[:, None]
   grad_logits_sV = (weight_sV / total_s[:, None] - is_target_sV) * weight_s[:, None]
   grad_logits_sV = grad_logits_sV.astype(feature_sE.dtype)
   grad_feature_sE = _product("sV,VE->sE", grad_logits_sV, table_VE).astype(feature_sE.dtype)
-  # Not "VE", for which a CPU would transpose the logits' gradient in place of the features.
-  return of_chunk, grad_feature_sE, _product("sE,sV->EV", feature_sE, grad_logits_sV)
+  # Not "VE", for which a CPU would transpose the logits' gradient instead of the features.
+  return chunk_scores, grad_feature_sE, _product("sE,sV->EV", feature_sE, grad_logits_sV)
 
 
 def _target_logit(logits_sV: jax.Array, token_s: jax.Array) -> jax.Array:
@@ -183,8 +183,8 @@ def _masked_sum(logits_sV: jax.Array, token_s: jax.Array) -> jax.Array:
 
 
 def _gathered(logits_sV: jax.Array, token_s: jax.Array) -> jax.Array:
-  """Target logit per position, gathered: a CPU would write and read all logits for the sum.
+  """Target logit per position, as a gather: a CPU would write and read all logits for the sum.
 
-  An autoencoder's step takes 416 ms in place of 437.
+  An autoencoder's step takes 416 ms instead of 437.
   """
   return jnp.take_along_axis(logits_sV, token_s[:, None], axis=-1)[:, 0]

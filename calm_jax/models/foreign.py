@@ -20,11 +20,11 @@ class Tensor:
   """A tensor of another framework and where its values are in our parameters.
 
   Attributes:
-    name: the tensor's name there. also: alternative names; a folder may hold the tensor
-      under any of them, or under several.
+    name: name of the tensor in the other framework.
     paths: paths in our parameters. With several paths, the other framework stacks our
       arrays along the rows of one tensor.
     transposed: the other framework stores (out, in), as torch's Linear; ours is (in, out).
+    also: alternative names; a folder may hold the tensor under any of them, or under several.
     layer: index of the layer, where our array holds all layers stacked.
   """
 
@@ -87,8 +87,9 @@ class Folder:
   """A model's folder of another framework.
 
   Attributes:
-    tensors: by name, their values not read yet. path: for messages.
-    settings: of its config.json, see `interchange.config_json.Settings`.
+    tensors: tensors by name, whose values are not read yet.
+    path: path of the folder, for errors.
+    settings: settings in its config.json, see `interchange.config_json.Settings`.
   """
 
   tensors: Mapping[str, Any]

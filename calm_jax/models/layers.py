@@ -19,7 +19,7 @@ def apply(module: nn.Module, params: Any, *args: Any, method: Any = None) -> Any
 
 
 def in_chunks(function: Callable[[Any], Any], tree: Any, size: int) -> Any:
-  """Returns a function of arrays [n, ...], computed for at most `size` rows at a time."""
+  """Returns function(tree) for arrays [n, ...], computed for at most `size` rows at a time."""
   count = jax.tree.leaves(tree)[0].shape[0]
   size = min(size, count)
   padding = -count % size  # The last chunk is padded with the first rows.

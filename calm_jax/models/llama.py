@@ -13,7 +13,7 @@ from calm_jax.parallel import mesh
 
 
 def rotate(x_BPHC: jax.Array, position_P: jax.Array, theta: float) -> jax.Array:
-  """Returns x with rotary positions; channel i pairs with i + C/2, as in Hugging Face."""
+  """Returns x with rotary position embedding; channel i pairs with i + C/2, as in Hugging Face."""
   half = x_BPHC.shape[-1] // 2
   frequency_c = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
   angle_P1c = position_P[:, None, None].astype(jnp.float32) * frequency_c[None, None]

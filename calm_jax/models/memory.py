@@ -1,4 +1,4 @@
-"""What a Transformer keeps of earlier positions, and how new positions attend to it."""
+"""Key-value caches of a Transformer, and the attention of new positions to them."""
 
 from typing import Any, NamedTuple
 
@@ -100,8 +100,8 @@ class Cache(NamedTuple):
     cls, slots: int, start_B: jax.Array | None = None, window: int | None = None
   ) -> "Cache":
     """Returns a cache without positions. A window must not exceed the slots."""
-    seen = None if window is None else jnp.int32(window)
-    return cls(None, jnp.full((slots,), -1), jnp.int32(0), start_B, seen)
+    window_scalar = None if window is None else jnp.int32(window)
+    return cls(None, jnp.full((slots,), -1), jnp.int32(0), start_B, window_scalar)
 
   def allocated(self, sizes: config.Transformer, batch: int, dtype: jnp.dtype) -> "Cache":
     """Returns the cache with zero arrays, for callers that need their shapes."""
@@ -139,9 +139,9 @@ class Cache(NamedTuple):
 
     update = LayerCache.of(key_BPGC, value_BPGC)
     if layer is not None:
-      seen = visible(self.position_W, start_B) & (self.position_W >= 0)[None, None]
+      mask_BPW = visible(self.position_W, start_B) & (self.position_W >= 0)[None, None]
       own = update.part(key_BPGC, visible(position_P, start_B))
-      return _attend(query_BPHC, [layer.part(key_BPGC, seen), own]), update
+      return _attend(query_BPHC, [layer.part(key_BPGC, mask_BPW), own]), update
 
     def attend_examples(examples):
       query_BPHC, own, start_B = examples
@@ -155,15 +155,17 @@ class Cache(NamedTuple):
 
   def advanced(self, update: Any, count: int) -> "Cache":
     """Returns the cache with the updates [L, B, U, P] of all layers at `count` (P) positions."""
-    held = self.layers
-    if held is None:
+    stacked = self.layers
+    if stacked is None:
       depth, batch, width, _ = update.key_BUW.shape
       shape = (depth, batch, width, self.position_W.shape[0])
-      held = LayerCache(*(jnp.zeros(shape, x.dtype) for x in update))
-    held = LayerCache(*(self._with(old, new, 3) for old, new in zip(held, update, strict=True)))
+      stacked = LayerCache(*(jnp.zeros(shape, x.dtype) for x in update))
+    stacked = LayerCache(
+      *(self._with(old, new, 3) for old, new in zip(stacked, update, strict=True))
+    )
     position_W = self._with(self.position_W, self.positions(count), 0)
     return self._replace(
-      layers=held, position_W=position_W, next_position=self.next_position + count
+      layers=stacked, position_W=position_W, next_position=self.next_position + count
     )
 
   def _with(self, old: jax.Array, new: jax.Array, axis: int) -> jax.Array:
@@ -230,10 +232,10 @@ class Branches(NamedTuple):
 
     def attend_branch(branch):
       index, query_BHC, key_BUJ, value_BUJ = branch
-      seen_11W = (jnp.arange(slots) <= index)[None, None]
-      own_11J = jnp.ones((1, 1, key_BUJ.shape[-1]), bool)
+      mask_11W = (jnp.arange(slots) <= index)[None, None]
+      mask_11J = jnp.ones((1, 1, key_BUJ.shape[-1]), bool)
       own = LayerCache(key_BUJ, value_BUJ)
-      parts = [layer.prefix.part(key_BPGC, seen_11W), own.part(key_BPGC, own_11J)]
+      parts = [layer.prefix.part(key_BPGC, mask_11W), own.part(key_BPGC, mask_11J)]
       return _attend(query_BHC[:, None], parts)[:, 0]
 
     arrays = (jnp.moveaxis(x, 1, 0) for x in (query_BPHC, key_BPUJ, value_BPUJ))

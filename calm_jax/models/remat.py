@@ -60,6 +60,6 @@ def recomputed(part: Any) -> Any:
 
   For parts without matrix products. A scan over layers stacks everything that is kept, which
   costs a write, a slice and a copy, in float32 where a norm computes in float32. Transformer-L
-  moves 101 GB a chip and step on v6e:16x16 in place of 138.
+  moves 101 GB per chip and step on v6e:16x16 instead of 138.
   """
   return nn.remat(part, prevent_cse=False)

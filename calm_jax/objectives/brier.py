@@ -81,8 +81,8 @@ def brier_lm(accuracy_n: np.ndarray, collision_n: np.ndarray) -> np.ndarray:
   Source: CALM (arXiv:2510.27688), eq. 13.
   """
   brier_n = 2 * accuracy_n - collision_n
-  positive = np.all(brier_n > 0, axis=-1)
-  return np.where(positive, 100 * np.prod(np.maximum(brier_n, 0), axis=-1) ** (1 / ORDERS), 0.0)
+  is_positive = np.all(brier_n > 0, axis=-1)
+  return np.where(is_positive, 100 * np.prod(np.maximum(brier_n, 0), axis=-1) ** (1 / ORDERS), 0.0)
 
 
 def jackknife(values: np.ndarray, statistic: Callable[[np.ndarray], Any]) -> float:

@@ -37,8 +37,8 @@ def attraction(
 ) -> jax.Array:
   """Mean distance of samples to `count` (M) targets, to the power alpha, [...]. Lower is nearer.
 
-  Target m is center + offset(m), [..., Z]; both are constants to the gradient. A scan makes
-  a few targets at a time and sums the gradient together with the value: no target is made
+  Target m is center + offset(m), [..., Z]; both are constants to the gradient. A scan computes
+  a few targets at a time and sums the gradient together with the value: no target is computed
   twice, and no array has the axes N, M and Z. The square of a distance comes from a product,
   d·d + o·o − 2 d·o with d = sample − center. If the center is the targets' mean, none of the
   terms is far larger than the square itself, so that little precision is lost.
@@ -53,11 +53,11 @@ def attraction(
     offset_Pm = jnp.sum(jnp.square(offset_PmZ), axis=-1)
     product_PNm = jnp.einsum("...NZ,...mZ->...Nm", delta_PNZ, offset_PmZ, precision="highest")
     square_PNm = delta_PN[..., :, None] + offset_Pm[..., None, :] - 2 * product_PNm
-    counts_PNm = (square_PNm > 0) & jnp.broadcast_to(number_m < count, square_PNm.shape)
-    square_PNm = jnp.where(counts_PNm, square_PNm, 1.0)
-    distance_PNm = jnp.where(counts_PNm, square_PNm ** (alpha / 2), 0.0)
+    is_valid_PNm = (square_PNm > 0) & jnp.broadcast_to(number_m < count, square_PNm.shape)
+    square_PNm = jnp.where(is_valid_PNm, square_PNm, 1.0)
+    distance_PNm = jnp.where(is_valid_PNm, square_PNm ** (alpha / 2), 0.0)
     # The gradient of ‖x‖^alpha is x times this.
-    slope_PNm = jnp.where(counts_PNm, alpha * square_PNm ** (alpha / 2 - 1), 0.0)
+    slope_PNm = jnp.where(is_valid_PNm, alpha * square_PNm ** (alpha / 2 - 1), 0.0)
     pull_PNZ = jnp.einsum("...Nm,...mZ->...NZ", slope_PNm, offset_PmZ, precision="highest")
     gradient_PNZ = delta_PNZ * jnp.sum(slope_PNm, axis=-1, keepdims=True) - pull_PNZ
     return jax.tree.map(jnp.add, sums, (jnp.sum(distance_PNm, axis=(-2, -1)), gradient_PNZ)), None

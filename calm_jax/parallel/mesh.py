@@ -61,25 +61,25 @@ def build(settings: config.Mesh, devices: Sequence[Any] | None = None) -> jax.sh
   devices = list(jax.devices() if devices is None else devices)
   slices = len({getattr(device, "slice_index", 0) or 0 for device in devices})
   shape = sizes(settings, len(devices), slices)
-  used = math.prod(shape.values())
+  num_used = math.prod(shape.values())
   processes = {device.process_index for device in devices}
-  if used < len(devices) and len(processes) > 1:
+  if num_used < len(devices) and len(processes) > 1:
     raise errors.CalmError(
-      f"config.mesh has {used} devices, but the {len(processes)} processes have {len(devices)}: "
-      "give one axis -1"
+      f"config.mesh has {num_used} devices, but the {len(processes)} processes have "
+      f"{len(devices)}: give one axis -1"
     )
   within_slice = {**shape, "data": shape["data"] // slices}
   if slices > 1:
     across = [slices if name == "data" else 1 for name in AXES]
-    laid_out = mesh_utils.create_hybrid_device_mesh(
+    device_array = mesh_utils.create_hybrid_device_mesh(
       list(within_slice.values()), across, devices, allow_split_physical_axes=True
     )
   else:  # Not jax.make_mesh, which refuses to split an axis of the torus.
-    laid_out = mesh_utils.create_device_mesh(
-      list(within_slice.values()), devices[:used], allow_split_physical_axes=True
+    device_array = mesh_utils.create_device_mesh(
+      list(within_slice.values()), devices[:num_used], allow_split_physical_axes=True
     )
   axis_types = (jax.sharding.AxisType.Auto,) * len(AXES)
-  return jax.sharding.Mesh(laid_out, AXES, axis_types=axis_types)
+  return jax.sharding.Mesh(device_array, AXES, axis_types=axis_types)
 
 
 def single() -> jax.sharding.Mesh:
@@ -96,7 +96,7 @@ def current() -> jax.sharding.Mesh:
 def platform() -> str:
   """Returns the platform that programs are compiled for.
 
-  That of the current mesh's devices, which need not be there, or else that of this process.
+  It is that of the current mesh's devices, which need not be attached, else that of this process.
   """
   device = jax.sharding.get_abstract_mesh().abstract_device
   return (device.platform if device else None) or jax.default_backend()
@@ -111,9 +111,9 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   """Divides the last axes of an activation over the current mesh, if there is one; see LAYOUT.
 
   Axes before the last ones are not divided. So a batch is constrained as "batch", "position", ...,
-  and what `map_examples` maps over as "position", ...: the mapping divides the examples. Without
-  it the partitioner takes over how the parameters are divided, and every device works on all
-  examples. An array with fewer axes is left alone.
+  and inside `map_examples` as "position", ...: the mapping divides the examples. Without
+  constraints the partitioner divides activations as their parameters, and every device computes
+  all examples. An array with fewer axes is returned unchanged.
   """
   lead = x.ndim - len(axes)
   if jax.sharding.get_abstract_mesh().empty or lead < 0:
@@ -127,7 +127,7 @@ def map_examples(function: Callable[..., Any], broadcasts: bool = False) -> Call
   Args:
     broadcasts: whether the function accepts any axes before an example's. If so, a single device
       calls it once with the batch: mapped over examples, the gradient of a Linear layer is a sum
-      of products, one an example. An autoencoder's step takes 441 ms in place of 517.
+      of products, one per example. An autoencoder's step takes 441 ms instead of 517.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if broadcasts and mesh.size <= 1:
@@ -147,7 +147,7 @@ def row_parts(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
 
 
 def on_each(mesh: jax.sharding.Mesh) -> NamedSharding:
-  """Returns the sharding of an array with one row a device."""
+  """Returns the sharding of an array with one row per device."""
   return NamedSharding(mesh, PartitionSpec(AXES))
 
 
@@ -174,8 +174,8 @@ def place_rows(mesh: jax.sharding.Mesh, tree: Any, rows: np.ndarray, batch: int)
 
   def place(local: np.ndarray) -> jax.Array:
     def shard(index):
-      wanted = np.arange(batch)[index[0]]
-      return local[np.searchsorted(rows, wanted)]
+      numbers = np.arange(batch)[index[0]]
+      return local[np.searchsorted(rows, numbers)]
 
     return jax.make_array_from_callback((batch, *local.shape[1:]), sharding, shard)
 

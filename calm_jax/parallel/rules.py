@@ -114,7 +114,7 @@ class Placed:
 
   Attributes:
     rule: kind of parameter, the first column of RULES.
-    bytes: of the parameter, copies on several devices counted once.
+    bytes: bytes of the parameter, without copies on several devices.
     parts: number of different shards; 1 if every device holds all of it.
   """
 
@@ -140,7 +140,7 @@ def placed(tree: Any, mesh: jax.sharding.Mesh) -> list[Placed]:
 
 
 def table(rows: list[Placed]) -> str:
-  """Returns a printable table, a line a parameter."""
+  """Returns a printable table, one line per parameter."""
   lines = [
     f"{row.path}  {list(row.shape)}  {row.rule}  {row.spec}  {row.parts} parts" for row in rows
   ]
@@ -154,11 +154,11 @@ def require_sharded(tree: Any, mesh: jax.sharding.Mesh) -> float:
     CalmError: if fsdp is above 1, the share above MOST_UNSHARDED and the bytes above FEW_BYTES.
   """
   rows = placed(tree, mesh)
-  whole = [row for row in rows if row.parts == 1]
-  size, total = sum(row.bytes for row in whole), sum(row.bytes for row in rows)
+  replicated = [row for row in rows if row.parts == 1]
+  size, total = sum(row.bytes for row in replicated), sum(row.bytes for row in rows)
   share = size / total
   if mesh.shape["fsdp"] > 1 and share > MOST_UNSHARDED and size > FEW_BYTES:
-    largest = max(whole, key=lambda row: row.bytes)
+    largest = max(replicated, key=lambda row: row.bytes)
     raise errors.CalmError(
       f"{share:.1%} of the parameters can't be divided by fsdp={mesh.shape['fsdp']}, the largest "
       f"is {largest.path} {list(largest.shape)}: choose an fsdp that divides its sizes"

@@ -8,7 +8,7 @@ from calm_jax import config, errors, files
 from calm_jax.planning import result
 from calm_jax.planning.compiled import topologies
 
-Written = Mapping[str, Any]
+PlanJson = Mapping[str, Any]
 
 _HEADER = (
   "run",
@@ -26,8 +26,8 @@ _HEADER = (
 )
 
 
-def read(patterns: str) -> list[Written]:
-  """Returns the plans in JSON files, given as globs separated by commas.
+def read(patterns: str) -> list[PlanJson]:
+  """Returns the plans in the JSON files that globs, separated by commas, match.
 
   Raises:
     CalmError: if there is no file, or one holds no plan.
@@ -39,7 +39,7 @@ def read(patterns: str) -> list[Written]:
   return sorted(plans, key=lambda plan: (names.index(plan["facts"]["name"]), *_order(plan)))
 
 
-def _read(path: str) -> Written:
+def _read(path: str) -> PlanJson:
   """Returns the plan in a file; raises CalmError if anything that a row shows is missing."""
   plan = files.read_json(path)
   try:
@@ -51,19 +51,19 @@ def _read(path: str) -> Written:
   return plan
 
 
-def _order(plan: Written) -> tuple[int, int]:
+def _order(plan: PlanJson) -> tuple[int, int]:
   """Returns the sort key of plans of a run: number of chips, then generation."""
   topology = plan["topology"]
   return int(topology["chips"]), list(topologies.CHIPS).index(topology["chip"]["name"])
 
 
-def table(plans: Sequence[Written]) -> str:
-  """Returns a row a plan; times are for full overlap, and for none."""
+def table(plans: Sequence[PlanJson]) -> str:
+  """Returns a Markdown table, one row per plan; times are for full overlap, and for none."""
   rows = [_HEADER, ("---",) * len(_HEADER), *(_row(plan) for plan in plans)]
   return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _row(plan: Written) -> tuple[str, ...]:
+def _row(plan: PlanJson) -> tuple[str, ...]:
   facts, topology = plan["facts"], plan["topology"]
   speeds = (plan["all_overlaps"], plan["nothing_overlaps"])
 

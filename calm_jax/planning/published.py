@@ -1,7 +1,7 @@
 """The paper's table of costs: its figures, our count by its rules, and the true cost.
 
-The paper does not state its rules; these were found by trial. Generation: one draw a patch at a
-full window, attention to the complete window, and computation that samples share counted once a
+The paper does not state its rules; these were found by trial. Generation: one draw per patch at a
+full window, attention to the complete window, and computation that samples share counted once per
 sample. Training: attention to all positions, including those that a causal mask hides, and 5e11
 tokens. All figures agree within 3 % except the three in `APART`. (One of them is CALM-L's
 training, which the paper also gives as 7.9e20; our count is within 3 % of that.)
@@ -19,7 +19,7 @@ from calm_jax.stages import calm, table, transformer
 VOCAB = config.Companions().vocab_size
 TOKENS = 250_000 * 2_000_000
 WINDOW = 2048  # Patches, or tokens of the baseline.
-DRAWS = 200  # Draws a patch in the paper's algorithm below temperature 1.
+DRAWS = 200  # Draws per patch in the paper's algorithm below temperature 1.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Row:
 
   @property
   def draws(self) -> int:
-    """Draws a patch below temperature 1."""
+    """Draws per patch below temperature 1."""
     stage_writing = table.of(self.run).writing
     return DRAWS if stage_writing and stage_writing.takes_candidates else 1
 
@@ -85,6 +85,6 @@ def counted_writing(row: Row) -> float:
 
 
 def true_writing(row: Row, draws: float = 1.0) -> float:
-  """Returns FLOPs of generating a token in the middle of the window, at `draws` draws a patch."""
+  """Returns FLOPs of generating a token in the middle of the window, at `draws` draws per patch."""
   job = cost.WritingJob(row.run, row.parents, VOCAB, WINDOW, draws=draws)
   return sum(part.flops for part in writing.parts(job))

@@ -33,7 +33,7 @@ class Facts:
     examples: examples of a device in one part of a step.
     accumulation: parts of a step.
     recomputes_all: whether the backward pass keeps nothing of a layer but its input.
-    choices: settings of the layout, for people.
+    choices: settings of the layout, to be printed.
   """
 
   name: str
@@ -54,7 +54,7 @@ class Facts:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """A step on a topology. Bytes and FLOPs are those of one device; 7x has two devices a chip.
+  """A step on a topology. Bytes and FLOPs are those of one device; 7x has two per chip.
 
   Attributes:
     program_flops: FLOPs of the program's matrix products, recomputation included, and
@@ -93,7 +93,11 @@ class Plan:
     devices: Sequence[Any],
     program: program_lib.CompiledProgram,
   ) -> "Plan":
-    """Takes `mesh.devices.flat` of the mesh that the step was lowered on."""
+    """Returns the plan of a compiled step.
+
+    Args:
+      devices: `mesh.devices.flat` of the mesh that the step was lowered on.
+    """
     module = program.module
     placement = collectives_lib.Placement.of(topology, devices)
     collectives = tuple(collectives_lib.read(module, placement))
@@ -169,7 +173,7 @@ class Plan:
 
   @property
   def device(self) -> str:
-    """What people call a device of this chip."""
+    """Name of one device of this chip in messages."""
     return "chip" if self.topology.chip.devices == 1 else "device (half a chip)"
 
   def to_json(self) -> str:

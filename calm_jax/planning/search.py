@@ -16,9 +16,9 @@ from calm_jax import config, errors
 from calm_jax.models import remat
 from calm_jax.planning import result, steps, tables
 
-# Products computed in a step, relative to one without recomputation, by policy; the forward pass
-# is a third of them. Used to order layouts; the compiled program has the true count. `offload` is
-# last, since the time of moving arrays to the host and back is not known here.
+# Matrix products of a step by policy, relative to a step without recomputation; the forward pass is
+# a third of them. Used to order layouts; the compiled program has the true count. `offload` is
+# last, because the time of transfers to the host and back is unknown here.
 _COMPUTED = {"none": 1.0, "dots": 1.1, "named": 1.2, "full": 1.33, "offload": 1.4}
 # Policies, from the one that keeps most on the chip to the one that keeps least.
 _LEANER = ("none", "dots", "named", "offload", "full")
@@ -105,8 +105,8 @@ def _possible(job: steps.PlanJob) -> Iterator[Layout]:
   for sequence, tensor in itertools.product((1, 2), (1, 2)):
     for copies in (1, 4, 16):
       data = slices * copies
-      rest, left = divmod(devices, data * sequence * tensor)
-      if left or rest < 1:
+      rest, remainder = divmod(devices, data * sequence * tensor)
+      if remainder or rest < 1:
         continue
       mesh = config.Mesh(data, rest, sequence, tensor)
       yield from (
@@ -126,7 +126,7 @@ def search(job: steps.PlanJob, tries: int, report: Callable[[str], None]) -> lis
   """Returns the layouts that were tried, at most `tries`, in order.
 
   Args:
-    report: takes lines of progress.
+    report: prints a line of progress.
 
   Raises:
     CalmError: if no layout divides the job evenly.
@@ -176,7 +176,7 @@ def _is_pointless(layout: Layout, tried: Sequence[Tried]) -> bool:
 
 
 def _is_large(layout: Layout, refused: Tried) -> bool:
-  """Returns whether a layout is too large too, by a refused one's activations a part."""
+  """Returns whether a layout is too large, estimated from a refused layout's activations."""
   plan = refused.plan
   if plan is None or plan.overflow is None or layout.remat != refused.layout.remat:
     return False
@@ -186,7 +186,7 @@ def _is_large(layout: Layout, refused: Tried) -> bool:
 
 
 def _seconds(trial: Tried) -> tuple[float, float]:
-  """Returns seconds a step with full overlap, and with none."""
+  """Returns seconds per step with full overlap, and with none."""
   assert trial.plan
   return (trial.plan.roofline.fastest, trial.plan.roofline.slowest)
 
@@ -200,7 +200,7 @@ def _line(trial: Tried) -> str:
 
 
 def table(tried: Sequence[Tried]) -> str:
-  """Returns a row a layout, the fastest that fits first, and that one's flags."""
+  """Returns a table, one row per layout, the fastest that fits first, and the flags of that one."""
   mesh_axes = ("data", "fsdp", "sequence", "tensor")
   figures = ("fits", "peak", "ms", "serial ms", "bound by")
   rows: list[tuple[str, ...]] = [(*mesh_axes, "parts", "remat", *figures)]

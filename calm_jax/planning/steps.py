@@ -45,7 +45,7 @@ class PlanJob:
   """A run on a topology.
 
   Attributes:
-    name: the config's name, for people.
+    name: name of the config, for tables and messages.
     run: settings of the run.
     topology: chips that it is planned for.
     vocab_size: tokens of the vocabulary.
@@ -206,21 +206,21 @@ def decode_plans(job: PlanJob, texts: int = 1, draws: int = 1) -> dict[str, resu
 
   Args:
     texts: number of texts generated at once.
-    draws: N, the largest number of candidates a patch; above 1 stands for T < 1.
+    draws: N, the maximum number of draws per patch; above 1 implies T < 1.
 
   Raises:
     CalmError: if the stage generates no text.
   """
   config.require(
     table.of(job.run).writing is not None,
-    f"stage {job.run.stage!r} writes no text: leave out --decode",
+    f"stage {job.run.stage!r} generates no text: leave out --decode",
   )
   mesh = mesh_lib.build(config.Mesh(fsdp=1), list(job.mesh.devices.flat)[:1])
   single = dataclasses.replace(job.topology, shape=(1,) * len(job.topology.shape), slices=1)
-  everywhere = NamedSharding(mesh, PartitionSpec())
+  replicated = NamedSharding(mesh, PartitionSpec())
 
-  def placed(tree: Tree) -> Tree:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), tree)
+  def with_sharding(tree: Tree) -> Tree:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), tree)
 
   plans = {}
   with jax.set_mesh(mesh):
@@ -228,14 +228,16 @@ def decode_plans(job: PlanJob, texts: int = 1, draws: int = 1) -> dict[str, resu
     decoder = texts_lib.decoder(trained, requests.Sampler(), lambda line: None)
     window, size = decoder.window, job.patch_size
     slots = batching.ring(window)
-    params = placed(decoder.law.params)
+    params = with_sharding(decoder.law.params)
     batch, tails = [requests.Request(num_candidates=draws)] * texts, [()] * texts
     power = [2.0 if draws > 1 else 1.0] * texts
-    arrays = placed(jax.eval_shape(lambda: batching.request_arrays(batch, power, tails, size)))
-    token_BPK = placed(jax.ShapeDtypeStruct((texts, window, size), jnp.int32))
+    arrays = with_sharding(
+      jax.eval_shape(lambda: batching.request_arrays(batch, power, tails, size))
+    )
+    token_BPK = with_sharding(jax.ShapeDtypeStruct((texts, window, size), jnp.int32))
     sizes = tuple(candidates.round_sizes(texts, math.ceil(power[0]), draws))
     prompt = (params, token_BPK, arrays.first.limit_B, arrays.max_tokens_B, arrays.first.key_B)
-    state = placed(jax.eval_shape(functools.partial(decoder.prefill, slots=slots), *prompt))
+    state = with_sharding(jax.eval_shape(functools.partial(decoder.prefill, slots=slots), *prompt))
     lowered = {
       "prompt": (decoder.prefill.lower(*prompt, slots=slots), window),
       "patch": (decoder.steps.lower(params, arrays, state, slots=draws, sizes=sizes, count=1), 1),

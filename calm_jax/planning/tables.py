@@ -1,4 +1,4 @@
-"""Plans -> tables for people."""
+"""Plans -> printed tables."""
 
 from collections.abc import Sequence
 
@@ -21,7 +21,7 @@ def table(plan: result.Plan) -> str:
 
 
 def lines(plans: Sequence[result.Plan]) -> str:
-  """Returns a line for each of the plans that were compiled in addition."""
+  """Returns a table with one row per plan of an evaluation or generation program."""
   rows: list[tuple[str, ...]] = [("also", "peak", "of", "ms", "bound by", "tokens at once")]
   for plan in plans:
     available = plan.overflow.available if plan.overflow else plan.topology.chip.usable

@@ -1,4 +1,4 @@
-"""A writing job and a chip -> FLOPs, bytes and seconds to generate a token."""
+"""A generation job and a chip -> FLOPs, bytes and seconds per generated token."""
 
 from calm_jax.generation import cost
 from calm_jax.planning.compiled import topologies
@@ -6,7 +6,7 @@ from calm_jax.stages import table
 
 
 def parts(job: cost.WritingJob) -> list[cost.Part]:
-  """Returns the cost of generating a token, part by part, for a stage that generates text."""
+  """Returns the cost per generated token, by part of the model; the stage must generate text."""
   spec = table.of(job.run)
   assert spec.writing is not None
   size = spec.patch_size(job.run)

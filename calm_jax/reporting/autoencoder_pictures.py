@@ -20,11 +20,11 @@ def _accuracy(figure: Figure, account: records.Account) -> None:
   upper.set_ylabel("token accuracy (%)")
   upper.legend(loc="lower right")
   for reports, color in ((account.train, drawing.SKY), (heldout, drawing.BLUE)):
-    wrong = 100 * (1 - records.column(reports, "token_accuracy"))
-    wrong = np.where(wrong > 0, wrong, np.nan)
+    error_percent = 100 * (1 - records.column(reports, "token_accuracy"))
+    error_percent = np.where(error_percent > 0, error_percent, np.nan)
     lower.plot(
       records.column(reports, "step"),
-      wrong,
+      error_percent,
       color=color,
       marker=drawing.marker(reports),
       markersize=2.5,

@@ -1,4 +1,4 @@
-"""Parts of all pictures: colours, axes, curves with error bands, and PNG output."""
+"""Elements of all pictures: colours, axes, curves with error bands, and PNG output."""
 
 import dataclasses
 import io
@@ -51,7 +51,7 @@ class Picture:
 
   Attributes:
     source: the account's field that it draws: "train", "evaluations", "evaluation" or "tradeoff".
-    needs: figure that the source must have; without it the picture is not drawn.
+    needs: figure that the source must have for the picture to be drawn.
     caption: how to read the picture.
     draw: draws an account on a figure.
     caveat: account -> a sentence on what this picture lacks, or "".
@@ -104,17 +104,17 @@ def log_y(axes: Axes, only_if_wide: bool = False) -> None:
   positive = values[values > 0]
   if not len(positive):
     return
-  wide = len(positive) == len(values) and positive.max() > _WIDE * positive.min()
-  if wide or not only_if_wide:
+  is_wide = len(positive) == len(values) and positive.max() > _WIDE * positive.min()
+  if is_wide or not only_if_wide:
     axes.set_yscale("log", nonpositive="mask")
-    narrow = positive.max() < 100 * positive.min()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if narrow else (1,)))
+    is_narrow = positive.max() < 100 * positive.min()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if is_narrow else (1,)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def marker(reports: Sequence[records.Record]) -> str:
-  """Returns the marker of a curve: a dot a report, none for so many that dots would merge."""
+  """Returns the marker of a curve: a dot per report, or none where dots would merge."""
   return "o" if len(reports) < _MANY else ""
 
 

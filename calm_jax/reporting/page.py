@@ -119,7 +119,7 @@ def _section(number: int, account: records.Account) -> str:
 <h3>Evaluation on held-out text</h3>
 {_evaluation(account)}
 <div class="pictures">{pictures}</div>
-{_texts(account) if account.presentation.writes else ""}
+{_texts(account) if account.generates else ""}
 </section>
 """
 

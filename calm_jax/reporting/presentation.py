@@ -9,7 +9,7 @@ from calm_jax import figures
 
 @dataclasses.dataclass(frozen=True)
 class Presentation:
-  """How a stage is shown to people.
+  """How reports and model cards show a stage.
 
   Attributes:
     heading: heading of its section in a report.
@@ -18,10 +18,9 @@ class Presentation:
     metrics: settings -> figures that its loss reports, in display order.
     figures: figures that its evaluation reports, in display order.
     loss_unit: settings -> unit of the training loss.
-    pictures: returns its `drawing.Picture`s; a function, so that only those who draw import
-      matplotlib.
+    pictures: returns its `drawing.Picture`s; a function, so that matplotlib is imported only for
+      drawing.
     brief: settings -> its sizes in a few words.
-    writes: whether it generates text.
     facts: (settings, parents' settings) -> further rows of its model card.
     summary: name in summary.json -> figure of its evaluation.
   """
@@ -34,6 +33,5 @@ class Presentation:
   loss_unit: Callable[[Any], str]
   pictures: Callable[[], Sequence[Any]]
   brief: Callable[[Any], str] = lambda run: "its default sizes"
-  writes: bool = False
   facts: Callable[[Any, Mapping[str, Any]], list[tuple[str, Any]]] = lambda run, parents: []
   summary: Mapping[str, str] = dataclasses.field(default_factory=dict)

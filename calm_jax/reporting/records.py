@@ -22,6 +22,7 @@ class Account:
     directory: the workdir, as given by the user.
     run: its settings.
     presentation: how its stage is shown.
+    generates: whether its stage generates text.
     patch_size: K; None for a stage without patches.
     train, evaluations: reports of the training loop, in order of steps.
     evaluation: contents of evaluation.json, or None.
@@ -33,6 +34,7 @@ class Account:
   directory: str
   run: Any
   presentation: presentation_lib.Presentation
+  generates: bool
   patch_size: int | None
   train: Sequence[Record]
   evaluations: Sequence[Record]
@@ -70,11 +72,15 @@ def tokens_per_second(account: Account) -> float:
   return float(np.median(values)) if len(values) else float("nan")
 
 
-def read(directory: str, run: Any, presentation: presentation_lib.Presentation) -> Account:
+def read(
+  directory: str, run: Any, presentation: presentation_lib.Presentation, generates: bool
+) -> Account:
   """Returns the account of a workdir.
 
   Args:
-    run: its settings. presentation: how its stage is shown.
+    run: its settings.
+    presentation: how its stage is shown.
+    generates: whether its stage generates text.
 
   Raises:
     CalmError: if it is not a workdir, has no training report yet or can't be read.
@@ -97,6 +103,7 @@ def read(directory: str, run: Any, presentation: presentation_lib.Presentation) 
     directory=directory,
     run=run,
     presentation=presentation,
+    generates=generates,
     patch_size=getattr(getattr(run, "model", None), "patch_size", None),
     train=train,
     evaluations=[record for record in metrics if record["kind"] == "evaluation"],
@@ -162,8 +169,10 @@ def read_evaluation(directory: str, name: str = workdir.EVALUATION) -> Record | 
     return None
   try:
     values = files.read_json(path)
-    wrong = (_wrong_tradeoff if name == workdir.TRADEOFF else _wrong_figure)(values)
-    config.require(not wrong, f"{path}: {wrong!a} can't be {config.shown(values.get(wrong))}")
+    wrong_name = (_wrong_tradeoff if name == workdir.TRADEOFF else _wrong_figure)(values)
+    config.require(
+      not wrong_name, f"{path}: {wrong_name!a} can't be {config.shown(values.get(wrong_name))}"
+    )
   except errors.CalmError as error:
     raise errors.CalmError(f"{error}; evaluate again") from error
   return values
@@ -246,7 +255,7 @@ def _state(account: Account) -> list[str]:
       f"The evaluation is of step {evaluation.get('step', 'unknown')}, "
       f"but the last report is of step {account.step}."
     )
-  if account.presentation.writes and not account.samples:
+  if account.generates and not account.samples:
     notes.append(
       "There is no text yet; this command writes one: python -m calm_jax.generate "
       f"--workdir={account.directory}"

@@ -35,8 +35,8 @@ def summarize(accounts: Sequence[records.Account], seconds_total: float | None) 
         f"{account.directory} has no {workdir.EVALUATION}, which the summary needs: run "
         f"{account.evaluate_command}"
       )
-    shown = account.presentation.summary
-    scores |= {name: account.evaluation.get(figure) for name, figure in shown.items()}
+    figure_of = account.presentation.summary
+    scores |= {name: account.evaluation.get(figure) for name, figure in figure_of.items()}
   speeds = {account.run.stage: records.tokens_per_second(account) for account in accounts}
   return {
     **files.finite(scores),
@@ -49,28 +49,28 @@ def summarize(accounts: Sequence[records.Account], seconds_total: float | None) 
 
 
 def table(summary: Mapping[str, Any]) -> str:
-  """Returns the summary as aligned lines for people, with the start of the first text."""
+  """Returns the summary as aligned lines, with the start of the first text."""
   rows = []
   for name, value in summary.items():
     if isinstance(value, dict) and name != "versions":
-      rows += [(f"{name}.{key}", _shown(part)) for key, part in value.items()]
+      rows += [(f"{name}.{key}", _format(part)) for key, part in value.items()]
     elif isinstance(value, dict):
-      rows.append((name, ", ".join(f"{key} {_shown(part)}" for key, part in value.items())))
+      rows.append((name, ", ".join(f"{key} {_format(part)}" for key, part in value.items())))
     elif isinstance(value, list):
-      rows.append((name, _shown_texts(value)))
+      rows.append((name, _format_texts(value)))
     else:
-      rows.append((name, _shown(value)))
+      rows.append((name, _format(value)))
   width = max(len(name) for name, _ in rows)
   return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 
-def _shown(value: Any) -> str:
+def _format(value: Any) -> str:
   if value is None:
     return "-"
   return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def _shown_texts(texts: Sequence[str]) -> str:
+def _format_texts(texts: Sequence[str]) -> str:
   if not texts:
     return "-"
   is_cut = len(texts[0]) > _SHOWN_CHARACTERS

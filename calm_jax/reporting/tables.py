@@ -90,12 +90,12 @@ def _duration(seconds: float) -> str:
 
 
 def evaluation(
-  shown: Sequence[figures_lib.Figure], figures: Mapping[str, Any]
+  scores: Sequence[figures_lib.Figure], figures: Mapping[str, Any]
 ) -> list[tuple[str, str, str, str]]:
   """Returns label, value ± standard error, unit and direction of each figure that exists."""
   return [
     (figure.label, _with_stderr(figure, figures), figure.unit, figure.direction)
-    for figure in shown
+    for figure in scores
     if isinstance(figures.get(figure.name), (int, float))
   ]
 

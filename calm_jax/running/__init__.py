@@ -1,1 +1,1 @@
-"""What acts do with any stage: load it, train it, evaluate it, export it."""
+"""Loading, training, evaluating and exporting a run of any stage, for the acts."""

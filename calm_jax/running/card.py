@@ -82,14 +82,14 @@ def _describes_model(name: str) -> bool:
   return name.startswith(("model.", "head.")) or name == "data.context"
 
 
-def _measured(shown: Sequence[figures.Figure], source: str) -> str:
+def _measured(scores: Sequence[figures.Figure], source: str) -> str:
   """Returns the evaluation of a workdir as Markdown: a table and its conditions."""
   values = records.read_evaluation(source)
   if values is None:
     return "Nothing yet: this folder was exported before its model was evaluated."
   rows = [
     (label, value, f"{unit}; {direction}")
-    for label, value, unit, direction in tables.evaluation(shown, values)
+    for label, value, unit, direction in tables.evaluation(scores, values)
   ]
   portable = {name: value for name, value in values.items() if name != "data"}  # A local path.
   conditions = ", ".join(f"{name} {value}" for name, value in tables.conditions(portable))

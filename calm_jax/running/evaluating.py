@@ -12,7 +12,7 @@ def functions(trained: trained_lib.Trained, samples: int = 0) -> tuple[stage.Sta
   """Returns a trained stage's functions, and the settings that its figures depend on.
 
   Args:
-    samples: N, samples a patch in evaluation; 0 for as many as in training. Ignored for a stage
+    samples: N, samples per patch in evaluation; 0 for as many as in training. Ignored for a stage
       that draws no samples.
   """
   run, spec = trained.run, table.of(trained.run)

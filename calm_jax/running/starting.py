@@ -23,7 +23,7 @@ class Start:
 
   Attributes:
     functions: functions of its stage for the loop.
-    positions: P, positions an example.
+    positions: P, positions per example.
     parents: the loaded parents.
     parent_sources: the folders that they were loaded from.
     initial: parameters to start from; None for the stage's initial values.
@@ -156,15 +156,15 @@ def _weights_to_start_from(run: Any, store: store_lib.TokenStore) -> trained_lib
   """Returns the trained stage in `start_from`; CalmError if `run` can't start from it."""
   source = loading.load(run.start_from, run.stage, run.training.compute_dtype)
   workdir.require_same_tokenizer(source.origin, store, run.start_from)
-  spec, needed = table.of(run), {}
+  spec, required_values = table.of(run), {}
   free = {"start_from", *spec.parents, *spec.unshaped(run)}
   for name, (stored, _) in resolve.differences(source.run, run).items():
     if resolve.is_fixed(name) and name not in free:
-      needed[name] = stored
+      required_values[name] = stored
   config.require(
-    not needed,
+    not required_values,
     f"the weights in {run.start_from} are of another size: give "
-    + " ".join(f"--config.{name}={stored}" for name, stored in needed.items()),
+    + " ".join(f"--config.{name}={stored}" for name, stored in required_values.items()),
   )
   return source
 
@@ -218,11 +218,11 @@ def remarks(run: Any, store: store_lib.TokenStore) -> list[str]:
       f"{settings.steps:,} steps of {settings.batch:,} examples are {epochs:.2f} epochs: the data "
       f"holds {blocks:,} examples of {run.data.context:,} tokens"
     )
-  return lines + list(pipeline.of_few_blocks(store, run.data.context, bool(settings.eval_every)))
+  return lines + pipeline.few_blocks_warnings(store, run.data.context, bool(settings.eval_every))
 
 
 def next_command(run: Any, directory: str, size: str) -> str:
-  """Returns a line for people: the command to run after training.
+  """Returns lines that name the command to run after training.
 
   Args:
     size: size in the config file of the stage that is trained on this one.

@@ -12,14 +12,15 @@ def require_writing(run, name: str, advice: str = "") -> writing.Writing:
   """Returns how a run's stage generates text.
 
   Args:
-    name: start of the error message, such as "W holds". advice: its end.
+    name: start of the error message, such as "W holds".
+    advice: end of the error message.
 
   Raises:
     CalmError: for a stage that generates none.
   """
   spec = table.of(run)
   if spec.writing is None:
-    raise errors.CalmError(f"{name} {spec.title}, which writes no text{advice}")
+    raise errors.CalmError(f"{name} {spec.title}, which generates no text{advice}")
   return spec.writing
 
 

@@ -41,9 +41,10 @@ def train_run(
       trains there; nothing is written in these cases.
     Interrupted: after Ctrl-C or SIGTERM, once the state is saved.
   """
-  guarded = contextlib.nullcontext(guard) if guard else guard_lib.Guard(run.limits)
-  leased = contextlib.nullcontext() if options.dry_run else _leased(directory)
-  with guarded as guard, jax.set_mesh(mesh_lib.build(run.mesh)), leased as workdir_lease:
+  guard_context = contextlib.nullcontext(guard) if guard else guard_lib.Guard(run.limits)
+  lease_context = contextlib.nullcontext() if options.dry_run else _leased(directory)
+  mesh = mesh_lib.build(run.mesh)
+  with guard_context as guard, jax.set_mesh(mesh), lease_context as workdir_lease:
     _train_on_mesh(run, directory, options, guard, workdir_lease)
 
 

@@ -31,7 +31,7 @@ class Run(config.Run):
 
 @dataclasses.dataclass(frozen=True)
 class _Functions:
-  """Stage one's functions for the loop."""
+  """Stage one's functions for the training loop."""
 
   model: autoencoder.Autoencoder
   settings: config.AutoencodingLoss
@@ -67,7 +67,7 @@ class _Functions:
     )
 
   def loss(self, params, frozen, batch, key):
-    """Returns the loss K * cross-entropy + kl_weight * KL, nats a patch, and metrics."""
+    """Returns the loss K * cross-entropy + kl_weight * KL, nats per patch, and metrics."""
     settings, size = self.settings, self.model.sizes.patch_size
     target_BPK = stage.patches(batch["tokens"], size)
     token_key_B, noise_key_B, latent_key_B = jax.vmap(

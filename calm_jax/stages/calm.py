@@ -48,7 +48,7 @@ class _Text:
     token_BPK: patches.
     posterior_BPZ: mean and log of the std of their latents.
     latent_BPZ: draws of the posteriors; None if the backbone reads no latents.
-    key_B: one key an example.
+    key_B: one key per example.
   """
 
   token_BPK: jax.Array
@@ -59,7 +59,7 @@ class _Text:
 
 @dataclasses.dataclass(frozen=True)
 class _Functions:
-  """Stage two's functions for the loop; `frozen` are the autoencoder's parameters."""
+  """Stage two's functions for the training loop; `frozen` are the autoencoder's parameters."""
 
   run: Run
   model: calm.Calm
@@ -299,7 +299,6 @@ SPEC = spec.Spec(
     figures=_FIGURES,
     loss_unit=lambda run: registry.lookup(run.head).loss_unit,
     pictures=_pictures,
-    writes=True,
     facts=lambda run, parents: [
       ("K, tokens a patch", parents["autoencoder"].model.patch_size),
       ("latent", parents["autoencoder"].model.latent),

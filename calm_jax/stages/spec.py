@@ -27,12 +27,12 @@ class Spec:
     title: name in messages, such as "a CALM language model".
     parents: models that it is trained on: name -> stage. The setting with that name is the
       parent's workdir. Parents are loaded, copied into the run's workdir and fingerprinted.
-    patch_size: settings -> K, tokens a position.
+    patch_size: settings -> K, tokens per position.
     model: (settings, parents, vocabulary, dtype) -> its `trained.Model`.
-    stage: (settings, model, parents) -> its functions for the loop.
-    flops: (settings, parents' settings, vocabulary) -> training FLOPs a position of each part,
+    stage: (settings, model, parents) -> its functions for the training loop.
+    flops: (settings, parents' settings, vocabulary) -> training FLOPs per position of each part,
       as the paper counts them.
-    program_flops: same arguments -> training FLOPs a position that our program computes if
+    program_flops: same arguments -> training FLOPs per position that our program computes if
       nothing but attention is recomputed.
     presentation: how reports and model cards show it.
     check: (settings, parents' settings, vocabulary, labels) -> None; raises CalmError if they

@@ -34,32 +34,32 @@ class Run(config.Run):
   model: config.Transformer = dataclasses.field(default_factory=config.Transformer)
 
 
-class _Law(NamedTuple):
+class _Distribution(NamedTuple):
   """Figures of next-token distributions that evaluation needs, [...] each.
 
   Attributes:
     log_target: log probability of the text's token, nats.
     square: Σ p², the probability that two draws are equal.
     draw: a token drawn from the distribution.
-    drawn: probability of `draw`.
+    draw_probability: probability of `draw`.
   """
 
   log_target: jax.Array
   square: jax.Array
   draw: jax.Array
-  drawn: jax.Array
+  draw_probability: jax.Array
 
 
-def _law(log_p_V: jax.Array, target: jax.Array, key: jax.Array) -> _Law:
+def _distribution(log_p_V: jax.Array, target: jax.Array, key: jax.Array) -> _Distribution:
   """Returns the figures of one distribution, from its log probabilities."""
   draw = jax.random.categorical(key, log_p_V)
   square = jnp.sum(jnp.exp(2 * log_p_V))
-  return _Law(log_p_V[target], square, draw.astype(jnp.int32), jnp.exp(log_p_V[draw]))
+  return _Distribution(log_p_V[target], square, draw.astype(jnp.int32), jnp.exp(log_p_V[draw]))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Functions:
-  """The baseline's functions for the loop."""
+  """The baseline's functions for the training loop."""
 
   model: transformer.Transformer
 
@@ -67,7 +67,7 @@ class _Functions:
     return layers.apply(self.model, params, token_BS, cache, method="hidden")
 
   def loss(self, params, frozen, batch, key):
-    """Returns the cross-entropy, nats a token, and metrics."""
+    """Returns the cross-entropy, nats per token, and metrics."""
     token_BS = batch["tokens"]
     hidden_BSD, _ = self._hidden(params, mesh.constrain(token_BS, "batch", "position"))
     target_BS = stage.next_position(token_BS)
@@ -80,50 +80,50 @@ class _Functions:
     }
     return scores.loss, metrics
 
-  def _laws(self, params, hidden_BSD, target_BS, key_B) -> _Law:
+  def _distributions(self, params, hidden_BSD, target_BS, key_B) -> _Distribution:
     """Returns the next-token distribution of each position, a chunk of positions at a time."""
     key_BS = jax.vmap(lambda key: jax.random.split(key, target_BS.shape[1]))(key_B)
 
-    def chunk_laws(positions):
+    def chunk_distributions(positions):
       hidden_SD, target_S, key_S = positions
       logits_SV = layers.apply(self.model, params, hidden_SD, method="logits")
       log_p_SV = mesh.constrain(jax.nn.log_softmax(logits_SV), "position", "width")
-      return jax.vmap(_law)(log_p_SV, target_S, key_S)
+      return jax.vmap(_distribution)(log_p_SV, target_S, key_S)
 
     chunk = max(1, LAW_CHUNK // mesh.own_examples(len(key_B)))
 
-    def example_laws(*example):
-      return layers.in_chunks(chunk_laws, example, chunk)
+    def example_distributions(*example):
+      return layers.in_chunks(chunk_distributions, example, chunk)
 
-    return mesh.map_examples(example_laws)(hidden_BSD, target_BS, key_BS)
+    return mesh.map_examples(example_distributions)(hidden_BSD, target_BS, key_BS)
 
   def evaluate(self, params, frozen, batch, key):
     """Returns scores of each example: BrierLM's terms and the cross-entropy."""
     token_BS, key_B = batch["tokens"], stage.example_keys(key, batch["index"])
     count = token_BS.shape[1] - 1
     hidden_BSD, cache = self._hidden(params, token_BS[:, :-1], memory.Cache.empty(count))
-    law = self._laws(params, hidden_BSD, token_BS[:, 1:], key_B)
+    distribution = self._distributions(params, hidden_BSD, token_BS[:, 1:], key_B)
     starts = count - brier.ORDERS + 1
-    right_BS = jnp.exp(law.log_target)
-    accuracies = [right_BS[:, n : n + starts, None] for n in range(brier.ORDERS)]
+    p_target_BS = jnp.exp(distribution.log_target)
+    accuracies = [p_target_BS[:, n : n + starts, None] for n in range(brier.ORDERS)]
     accuracy_BSn = brier.chain(accuracies, [share_BS1[..., 0] for share_BS1 in accuracies[:-1]])
-    start_law = jax.tree.map(lambda x: x[:, :starts], law)
-    terms = self._collisions(params, memory.Branches.of(cache, starts), start_law, key_B)
+    start_distribution = jax.tree.map(lambda x: x[:, :starts], distribution)
+    terms = self._collisions(params, memory.Branches.of(cache, starts), start_distribution, key_B)
     return {
       "accuracy": jnp.mean(accuracy_BSn, axis=1),
       "collision": jnp.mean(brier.chain(*terms), axis=1),
-      "cross_entropy": jnp.mean(-law.log_target, axis=1),
+      "cross_entropy": jnp.mean(-distribution.log_target, axis=1),
     }
 
-  def _collisions(self, params, branches: memory.Branches, law: _Law, key_B):
+  def _collisions(self, params, branches: memory.Branches, distribution: _Distribution, key_B):
     """Returns (within, whole) for `brier.chain`, along one drawn path from each start."""
-    within, whole = [law.square[..., None]], []
+    within, whole = [distribution.square[..., None]], []
     for n in range(1, brier.ORDERS):
-      whole.append(law.drawn)
-      hidden_BSD, branches = self._hidden(params, law.draw, branches)
+      whole.append(distribution.draw_probability)
+      hidden_BSD, branches = self._hidden(params, distribution.draw, branches)
       key_B = stage.purpose_keys(key_B, n)
-      law = self._laws(params, hidden_BSD, law.draw, key_B)
-      within.append(law.square[..., None])
+      distribution = self._distributions(params, hidden_BSD, distribution.draw, key_B)
+      within.append(distribution.square[..., None])
     return within, whole
 
   def summarize(self, scores: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -208,7 +208,6 @@ SPEC = spec.Spec(
     figures=(*BRIER, Figure("cross_entropy", "Cross-entropy", "nats a token", LOWER), *BRIER_PARTS),
     loss_unit=lambda run: "nats a token",
     pictures=_pictures,
-    writes=True,
   ),
   writers={"reference": to_llama.write, "llama": to_llama.write},
 )

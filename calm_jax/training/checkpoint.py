@@ -44,7 +44,7 @@ def _all_finite(leaves: list[jax.Array]) -> jax.Array:
 
 
 def all_finite(tree: Tree) -> bool:
-  """Returns whether a tree holds neither NaN nor infinities, on the devices of any process."""
+  """Returns whether all values of a tree are finite, on the devices of all processes."""
   return bool(_all_finite(jax.tree.leaves(tree)))
 
 
@@ -60,8 +60,8 @@ def _ignore_stragglers() -> None:
 
   def hook(unraisable):
     code = getattr(unraisable.object, "cr_code", None)  # Of the coroutine.
-    late = code is not None and "orbax" in code.co_filename
-    if not late and str(unraisable.exc_value) != "Event loop is closed":
+    is_late = code is not None and "orbax" in code.co_filename
+    if not is_late and str(unraisable.exc_value) != "Event loop is closed":
       previous(unraisable)
 
   sys.unraisablehook = hook
@@ -108,17 +108,17 @@ class Checkpoints:
     """
     _ignore_stragglers()
     self._workdir = epath.Path(files.absolute(workdir))  # Orbax reads absolute paths only.
-    self._last: tuple[int, dict[str, dict[str, str]]] = (0, {})
+    self._last_save: tuple[int, dict[str, dict[str, str]]] = (0, {})
     self._report = report
-    reads = keep_latest is None
-    if not reads:
+    is_reader = keep_latest is None
+    if not is_reader:
       require_writable_name(workdir)
     options = ocp.CheckpointManagerOptions(
       max_to_keep=keep_latest,
       keep_period=keep_every or None,
-      cleanup_tmp_directories=not reads,
-      create=not reads,
-      read_only=reads,
+      cleanup_tmp_directories=not is_reader,
+      create=not is_reader,
+      read_only=is_reader,
     )
     trees = functools.partial(
       ocp.StandardCheckpointHandler,
@@ -145,8 +145,8 @@ class Checkpoints:
   def save(self, step: int, params: Tree, rest: Tree | None, record: dict[str, Any]) -> bool:
     """Starts saving, and returns False, with a report of the reason, if that fails.
 
-    A failure of the save before this one is reported too. Older checkpoints stay
-    unchanged; newer ones, which a different course of the run left, are set aside.
+    A failure of the previous save is reported too. Older checkpoints stay unchanged; newer
+    ones, left by an earlier course of the run, are set aside.
 
     Args:
       rest: None for parameters that are not trained further.
@@ -160,7 +160,7 @@ class Checkpoints:
       **{name: ocp.args.StandardSave(tree) for name, tree in trees.items()},
     )
     self.wait()
-    self._last = (step, lines)
+    self._last_save = (step, lines)
     if max(self.steps(), default=step) > step:
       self.set_aside_after(step)
 
@@ -195,14 +195,14 @@ class Checkpoints:
     Raises:
       CalmError: if it does not read back as it was saved; it is then set aside.
     """
-    step, lines = self._last
+    step, lines = self._last_save
     try:
       for name, expected in lines.items():
         share = sorted(expected)[distributed.index() :: distributed.count()]
         read = reread.lines(self._place(step) / name, share)
-        wrong = [leaf for leaf in share if read.get(leaf) != expected[leaf]]
-        if wrong:
-          raise ValueError(f"{name} {wrong[0]} is not what was saved")
+        changed = [leaf for leaf in share if read.get(leaf) != expected[leaf]]
+        if changed:
+          raise ValueError(f"{name} {changed[0]} is not what was saved")
       problem = ""
     except Exception as error:
       problem = failures.first_line(error)
@@ -234,19 +234,19 @@ class Checkpoints:
     steps, damaged = self._shared_steps(), []
     for step in steps_in(str(self._workdir)):
       if self._place(step).is_file():  # Orbax ignores it silently.
-        self._report(f"{self._place(step)} is a file, and no checkpoint")
-    while left := [step for step in steps if step not in damaged]:
+        self._report(f"{self._place(step)} is a file, not a checkpoint")
+    while candidates := [step for step in steps if step not in damaged]:
       restored, problem = None, ""
       try:
-        restored = self._read(left[-1], params, rest, bound)
+        restored = self._read(candidates[-1], params, rest, bound)
       except errors.CalmError as error:
         problem = f"{_REFUSED}{error}"
       except Exception as error:  # Damage can raise any error in Orbax or TensorStore.
         problem = failures.first_line(error)
         if failures.is_unreachable(error):
           problem = (
-            f"{_REFUSED}the checkpoint of step {left[-1]} in {self._workdir} can't be read now "
-            f"({problem}), which need not be damage: nothing was changed, run the same command "
+            f"{_REFUSED}the checkpoint of step {candidates[-1]} in {self._workdir} can't be read "
+            f"now ({problem}), which need not be damage: nothing was changed, run the same command "
             "again when it can"
           )
       problem = next(filter(None, distributed.exchange("restored", problem)), "")
@@ -259,10 +259,10 @@ class Checkpoints:
         continue
       if problem.startswith(_REFUSED):
         raise errors.CalmError(problem.removeprefix(_REFUSED))
-      damaged.append(left[-1])
+      damaged.append(candidates[-1])
       self._report(
-        f"the checkpoint of step {left[-1]} in {self._workdir} can't be read ({problem})"
-        + ("; falling back to the one before" if left[1:] else "")
+        f"the checkpoint of step {candidates[-1]} in {self._workdir} can't be read ({problem})"
+        + ("; falling back to the one before" if candidates[1:] else "")
       )
     if damaged:
       raise errors.CalmError(
@@ -324,8 +324,8 @@ def steps_in(workdir: str) -> list[int]:
     """In a bucket, a step's folder exists from its first file on; a mark file completes it."""
     return not files.is_local(place) and not (place / "commit_success.txt").exists()
 
-  named = [place for place in folder.iterdir() if place.name.isdecimal()]
-  return sorted(int(place.name) for place in named if not is_incomplete(place))
+  paths = [path for path in folder.iterdir() if path.name.isdecimal()]
+  return sorted(int(path.name) for path in paths if not is_incomplete(path))
 
 
 def require_writable_name(path: epath.PathLike) -> None:

@@ -41,7 +41,7 @@ class Evaluator:
 
     Args:
       store: the token store; None to compile only.
-      context: tokens a block.
+      context: tokens per block.
       batch: blocks scored at once, rounded up to a multiple that the mesh divides evenly.
       limit: number of blocks, spread evenly over the held-out text; 0 for all.
       seed: seed of all noise.
@@ -70,8 +70,8 @@ class Evaluator:
     def evaluate(params, frozen, batch, key, stop):
       return self._stage.evaluate(params, frozen, batch, key), jax.numpy.max(stop)
 
-    everywhere = NamedSharding(self._mesh, PartitionSpec())
-    jitted = jax.jit(evaluate, out_shardings=everywhere)
+    replicated = NamedSharding(self._mesh, PartitionSpec())
+    jitted = jax.jit(evaluate, out_shardings=replicated)
     with jax.set_mesh(self._mesh):
       key = jax.eval_shape(self._key)  # Abstract, since the devices may not be attached.
       return jitted.lower(params, frozen, batch, key, stop)

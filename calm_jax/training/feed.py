@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from calm_jax.data import pipeline
 from calm_jax.parallel import mesh as mesh_lib
 
-# Seconds between checks of whether a batch is still wanted.
+# Seconds between checks of whether a batch is still needed.
 POLL_SECONDS = 0.2
 
 
@@ -43,7 +43,7 @@ class Fed(NamedTuple):
     arrays: all B rows of each field.
     index: the examples' numbers, of this process's rows only.
     position: what a run that is resumed after this batch starts from, see
-      `pipeline.Source.get_state`: the position after it; of a reused batch, its own.
+      `pipeline.Source.get_state`: the position after this batch, or its own if it is reused.
   """
 
   arrays: dict[str, jax.Array]
@@ -86,10 +86,10 @@ class Feed:
       self._put(error)
 
   def _next(self) -> Fed:
-    before = self._source.get_state()
+    position = self._source.get_state()
     read = next(self._source)
     arrays = mesh_lib.place_rows(self._mesh, dict(read), self._rows, self._batch)
-    return Fed(arrays, read["index"], before if self._reuse else self._source.get_state())
+    return Fed(arrays, read["index"], position if self._reuse else self._source.get_state())
 
   def _put(self, fed: Fed | BaseException) -> bool:
     """Waits for room in the queue; returns False if the feed was closed first."""
@@ -101,8 +101,8 @@ class Feed:
         continue
     return False
 
-  def take(self, wanted: Callable[[], bool]) -> Fed | None:
-    """Returns the next batch; None if none has come when `wanted` turns false.
+  def take(self, is_needed: Callable[[], bool]) -> Fed | None:
+    """Returns the next batch; None if none is ready when `is_needed` turns false.
 
     Raises:
       Whatever the source raised.
@@ -111,7 +111,7 @@ class Feed:
       try:
         fed = self._ready.get(timeout=POLL_SECONDS)
       except queue.Empty:
-        if not wanted():
+        if not is_needed():
           return None
         continue
       if isinstance(fed, BaseException):

@@ -54,7 +54,7 @@ class Ledger:
 
   @contextlib.contextmanager
   def timed(self, kind: str, *listeners: Callable[[float], None]) -> Iterator[None]:
-    """Records the time of a block as of a kind, and passes it to `listeners`."""
+    """Records the seconds of a block under a kind, and passes them to `listeners`."""
     start = time.perf_counter()
     yield
     seconds = time.perf_counter() - start
@@ -126,10 +126,10 @@ def _read(path: epath.Path) -> dict[str, Any] | None:
   if not isinstance(seconds, Mapping):
     return None
   times += [seconds.get(kind) for kind in KINDS]
-  valid = all(type(x) is int and 0 <= x < 2**63 for x in steps) and all(
+  is_valid = all(type(x) is int and 0 <= x < 2**63 for x in steps) and all(
     isinstance(x, int | float) and 0 <= x < 1e15 for x in times
   )
-  return record if valid else None
+  return record if is_valid else None
 
 
 def attempts(directory: epath.Path) -> list[dict[str, Any]]:
@@ -153,20 +153,22 @@ def goodput(directory: epath.Path) -> dict[str, Any] | None:
   if not records:
     return None
   result = dict.fromkeys(("productive", "lost", "down", *KINDS), 0.0)
-  for attempt, after in zip(records, [*records[1:], None], strict=True):
+  for attempt, successor in zip(records, [*records[1:], None], strict=True):
     duration = attempt["written"] - attempt["started"]
     steps = attempt["last_step"] - attempt["first_step"]
     stepping = max(0.0, duration - sum(attempt["seconds"].values()))
-    kept = steps if after is None else min(steps, after["first_step"] - attempt["first_step"])
+    num_kept = (
+      steps if successor is None else min(steps, successor["first_step"] - attempt["first_step"])
+    )
     if steps:
-      result["productive"] += stepping * kept / steps
-      result["lost"] += stepping * (1 - kept / steps)
+      result["productive"] += stepping * num_kept / steps
+      result["lost"] += stepping * (1 - num_kept / steps)
     else:
       result["startup"] += stepping  # It took no step.
     for kind in KINDS:
       result[kind] += attempt["seconds"][kind]
-    if after is not None:
-      result["down"] += max(0.0, after["started"] - attempt["written"])
+    if successor is not None:
+      result["down"] += max(0.0, successor["started"] - attempt["written"])
   total = sum(result.values())
   seconds = {name: round(x, 3) for name, x in result.items()}
   share = round(result["productive"] / total, 4) if total else 0.0

@@ -57,9 +57,9 @@ class Taken:
     """Returns the record after `steps` more steps of `examples` examples each."""
     if not steps:
       return self
-    *before, (last, per_step) = self.parts or ((0, examples),)
+    *earlier, (last, per_step) = self.parts or ((0, examples),)
     if per_step == examples:
-      return Taken((*before, (last + steps, examples)))
+      return Taken((*earlier, (last + steps, examples)))
     return Taken((*self.parts, (steps, examples)))
 
   def to_json(self) -> list[list[int]]:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from calm_jax import config, distributed, errors, files
 
-# Suffix of what is set aside.
+# Suffix of files that are set aside.
 UNREADABLE = ".unreadable"
 # Seconds of reports that TensorBoard receives again: more than its writer ever buffers.
 REPLAY_SECONDS = 600
@@ -39,13 +39,13 @@ class Pace:
   def __init__(self, clock: Callable[[], float]):
     self._clock, self._paused, self._steps = clock, 0.0, 0
     self.begun: float | None = None  # When the first step ended.
-    self._last = 0.0
+    self._last_advance = 0.0
 
   def advance(self, steps: int) -> None:
     """Counts finished steps."""
-    self._last = self._clock()
+    self._last_advance = self._clock()
     if self.begun is None:
-      self.begun = self._last
+      self.begun = self._last_advance
     else:
       self._steps += steps
 
@@ -58,7 +58,7 @@ class Pace:
     """Returns the time that `steps` more steps take, as `2h05m`; "" before it is known."""
     if self.begun is None or not self._steps:
       return ""
-    spent = max(0.0, self._last - self.begun - self._paused)
+    spent = max(0.0, self._last_advance - self.begun - self._paused)
     minutes, seconds = divmod(int(spent / self._steps * steps), 60)
     hours, days = minutes // 60, minutes // (24 * 60)
     if days:
@@ -74,11 +74,11 @@ def parse_lines(content: bytes) -> tuple[list[Record], list[bytes]]:
       continue
     try:
       record = files.parse_json(line, "a report")
-      valid = type(record.get("step")) is int and isinstance(record.get("kind"), str)
-      valid = valid and isinstance(record.get("time", 0.0), int | float)
+      is_valid = type(record.get("step")) is int and isinstance(record.get("kind"), str)
+      is_valid = is_valid and isinstance(record.get("time", 0.0), int | float)
     except errors.CalmError:
-      record, valid = {}, False
-    if valid:
+      record, is_valid = {}, False
+    if is_valid:
       good.append(record)
     else:
       bad.append(line)
@@ -108,41 +108,45 @@ class Writer:
     self._path, self._steps, self._first_step = path, steps, first_step
     self._pace = Pace(clock)
     self._writes = distributed.is_first()
-    kept = self._drop_after(first_step) if self._writes else []
-    self._kept = {(record["kind"], record["step"]) for record in kept}
-    quiet = not (self._writes and sys.stderr.isatty())
-    self._bar = tqdm(total=steps, initial=first_step, unit="step", disable=quiet, leave=True)
+    kept_records = self._drop_after(first_step) if self._writes else []
+    self._kept = {(record["kind"], record["step"]) for record in kept_records}
+    is_quiet = not (self._writes and sys.stderr.isatty())
+    self._bar = tqdm(total=steps, initial=first_step, unit="step", disable=is_quiet, leave=True)
     self._board: Any = None
     if self._writes and importlib.util.find_spec("tensorboardX"):
-      self._open_board(kept)
+      self._open_board(kept_records)
 
   def _drop_after(self, step: int) -> list[Record]:
     """Removes reports after `step`, which a resumed run writes again; returns the others."""
     if not self._path.exists():
       return []
     content = files.read(self._path)
-    kept, bad = parse_lines(content)
-    kept = [record for record in kept if record["step"] <= step]
+    kept_records, bad = parse_lines(content)
+    kept_records = [record for record in kept_records if record["step"] <= step]
     if bad:
       aside = self._path.parent / f"{self._path.name}{UNREADABLE}"
       earlier = files.read(aside) if aside.exists() else b""
       files.write(aside, earlier + b"".join(line + b"\n" for line in bad))
       show(f"{self._path} holds {len(bad)} line(s) that can't be read: moved to {aside}")
-    text = "".join(json.dumps(record) + "\n" for record in kept)
+    text = "".join(json.dumps(record) + "\n" for record in kept_records)
     if text.encode() != content:
       files.write(self._path, text)
-    return kept
+    return kept_records
 
-  def _open_board(self, kept: Sequence[Record]) -> None:
+  def _open_board(self, kept_records: Sequence[Record]) -> None:
     """Opens TensorBoard's writer and completes its history."""
     folder = self._path.parent / "tensorboard"
-    since = kept[-1].get("time", 0.0) - REPLAY_SECONDS if kept and folder.exists() else 0.0
-    recent = (record["step"] for record in kept if record.get("time", 0.0) >= since)
+    since = (
+      kept_records[-1].get("time", 0.0) - REPLAY_SECONDS
+      if kept_records and folder.exists()
+      else 0.0
+    )
+    recent = (record["step"] for record in kept_records if record.get("time", 0.0) >= since)
     first = min([self._first_step + 1, *recent])
     board = importlib.import_module("tensorboardX")
     # TensorBoard ignores what earlier attempts wrote from step `first` on.
     self._board = board.SummaryWriter(str(folder), purge_step=first)
-    for record in kept:
+    for record in kept_records:
       if record["step"] < first:
         continue
       values = {name: x for name, x in record.items() if name not in ("kind", "step", "time")}

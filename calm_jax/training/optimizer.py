@@ -17,14 +17,14 @@ def _constant(settings: config.Optimizer, steps: int, step: jax.Array) -> jax.Ar
 
 
 def _cosine(settings: config.Optimizer, steps: int, step: jax.Array) -> jax.Array:
-  done = (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
-  wave = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(done, 0, 1)))
+  progress = (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
+  wave = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0, 1)))
   return settings.final_share + (1 - settings.final_share) * wave
 
 
 def _warmup_stable_decay(settings: config.Optimizer, steps: int, step: jax.Array) -> jax.Array:
-  done = (step - (steps - settings.decay_steps)) / max(1, settings.decay_steps)
-  return 1 - (1 - settings.final_share) * jnp.clip(done, 0, 1)
+  progress = (step - (steps - settings.decay_steps)) / max(1, settings.decay_steps)
+  return 1 - (1 - settings.final_share) * jnp.clip(progress, 0, 1)
 
 
 # (settings, steps, step) -> share of the peak rate at a step, without warmup.

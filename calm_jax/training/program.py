@@ -21,7 +21,7 @@ Tree = Any
 
 
 def memory_line(compiled: jax.stages.Compiled) -> str:
-  """Returns a line for people: the memory that a compiled step needs on each device."""
+  """Returns a line on the memory that a compiled step needs on each device."""
   analysis = compiled.memory_analysis()
   if analysis is None:
     return "this platform does not report a program's memory"
@@ -42,7 +42,7 @@ def require_divisible(
   """Raises CalmError unless the mesh divides a run's batch, positions and heads evenly.
 
   Args:
-    positions: P, positions an example.
+    positions: P, positions per example.
     transformer: sizes of the stage's Transformer, if it has one.
   """
   rows, parts = run.training.batch, run.training.accumulation * mesh_lib.row_parts(mesh)
@@ -80,7 +80,7 @@ class TrainProgram:
   fields: Mapping[str, pipeline.Field]
 
   @property
-  def _everywhere(self) -> NamedSharding:
+  def _replicated(self) -> NamedSharding:
     return NamedSharding(self.mesh, PartitionSpec())
 
   def _new(self, params: Tree) -> step.TrainState:
@@ -143,4 +143,4 @@ class TrainProgram:
 
   def _jitted(self, take_step: Callable[..., Any]) -> jax.stages.Wrapped:
     shardings = jax.tree.map(lambda x: x.sharding, self.state)
-    return jax.jit(take_step, out_shardings=(shardings, self._everywhere), donate_argnums=0)
+    return jax.jit(take_step, out_shardings=(shardings, self._replicated), donate_argnums=0)

@@ -29,7 +29,13 @@ class Reporter:
     first_step: int,
     shown: Sequence[str],
   ):
-    """Takes the run; `shown` names the stage's own figures on the line of a report."""
+    """Starts the timing.
+
+    Args:
+      flops_per_token: training FLOPs per token.
+      first_step: the step that the attempt starts from.
+      shown: names of the stage's own figures in the printed line of a report.
+    """
     self._shown = ("loss", *shown, "gradient_norm", "tokens_per_second")
     self._run, self._writer = run, writer
     self._tokens_per_step = run.data.context * run.training.batch

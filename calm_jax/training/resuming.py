@@ -48,11 +48,11 @@ def step_back(checkpoints: checkpoint.Checkpoints, error: NonFinite, rate: float
     return f"the last good checkpoint is step {steps[-1]}: resume from it {advice}"
   if len(steps) == 1:
     return (
-      f"the only checkpoint, step {steps[0]}, may be spoilt, as nothing finite came after it: try "
+      f"the only checkpoint, step {steps[0]}, may be damaged, as no finite step followed it: try "
       f"to resume from it {advice}, or give a new --workdir"
     )
   checkpoints.set_aside_after(steps[-2])
   return (
-    f"the checkpoint of step {steps[-1]}, which nothing finite came after, is set aside; the last "
+    f"the checkpoint of step {steps[-1]}, which no finite step followed, is set aside; the last "
     f"good one is step {steps[-2]}: resume from it {advice}"
   )

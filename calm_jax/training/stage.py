@@ -14,7 +14,7 @@ from calm_jax.training import step
 
 Params = Any
 Batch = Mapping[str, jax.Array]
-# Score name -> one row an example, [B, ...].
+# Score name -> one row per example, [B, ...].
 Scores = dict[str, jax.Array]
 
 
@@ -42,7 +42,7 @@ class Stage:
 
 
 def example_keys(key: jax.Array, index_B: jax.Array) -> jax.Array:
-  """Returns one key an example, from its index in the global stream: [B]."""
+  """Returns one key per example, from its index in the global stream: [B]."""
   return jax.vmap(lambda index: jax.random.fold_in(key, index))(index_B)
 
 

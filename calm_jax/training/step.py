@@ -26,7 +26,8 @@ class TrainState:
 
   Attributes:
     step: number of optimizer steps, skipped ones included.
-    skipped: number of skipped steps; skipped_in_a_row: those since the last good step.
+    skipped: number of skipped steps.
+    skipped_in_a_row: number of skipped steps since the last finite one.
   """
 
   params: Params
@@ -107,20 +108,20 @@ def make_step(loss: Loss, settings: config.Optimizer, training: config.Training)
       loss, state.params, frozen, batch, key, training.accumulation
     )
     gradient_norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(gradient_norm)
+    is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(gradient_norm)
     directions, new_optimizer = tx.update(grads, state.optimizer, state.params)
     learning_rate = rate(state.step)
     updates = jax.tree.map(lambda u: -learning_rate * u, directions)
     new_params = optax.apply_updates(state.params, updates)
     new_state = TrainState(
-      params=_where(finite, new_params, state.params),
-      optimizer=_where(finite, new_optimizer, state.optimizer),
+      params=_where(is_finite, new_params, state.params),
+      optimizer=_where(is_finite, new_optimizer, state.optimizer),
       step=state.step + 1,
-      skipped=state.skipped + jnp.where(finite, 0, 1),
-      skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
+      skipped=state.skipped + jnp.where(is_finite, 0, 1),
+      skipped_in_a_row=jnp.where(is_finite, 0, state.skipped_in_a_row + 1),
     )
     return new_state, metrics | {
-      "finite": finite,
+      "finite": is_finite,
       "gradient_norm": gradient_norm,
       "parameter_norm": optax.tree.norm(state.params),
       "update_norm": optax.tree.norm(updates),
@@ -133,7 +134,7 @@ def make_step(loss: Loss, settings: config.Optimizer, training: config.Training)
 
 
 def _where(condition: jax.Array, new: Any, old: Any) -> Any:
-  """Returns one of two trees."""
+  """Returns `new` where the scalar condition is true, else `old`, for whole trees."""
   return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
 
 
@@ -147,7 +148,7 @@ def with_signals(take: Step) -> Callable[..., tuple[TrainState, Metrics]]:
   `signals` is int32 [devices, 3] with the columns SIGNALS: 1 where the device's process
   raises the signal. The maximum of each column is returned among the metrics, equal on
   all processes. A void step leaves the state unchanged, so that a process without a batch
-  can take part; its other metrics have no meaning.
+  can take part; its other metrics are undefined.
   """
 
   def agree(

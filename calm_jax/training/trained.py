@@ -111,7 +111,8 @@ def copy_parent(trained: Trained, name: str, source: str, target: str) -> None:
     is_trained_in = any((path / entry).exists() for entry in (workdir.METRICS, "ledger"))
     if is_trained_in or os.path.realpath(source) == os.path.realpath(target):
       raise errors.CalmError(
-        f"{target}, the place of the {name}'s copy, is a workdir of its own: give another --workdir"
+        f"{target}, where the copy of the {name} belongs, is a workdir of its own: give another "
+        "--workdir"
       )
     if path.exists():
       path.rmtree()

@@ -39,7 +39,7 @@ class Training:
     initial: parameters to start from; None for the stage's initial values. The trainer drops
       them once they are on the devices.
     record: settings and origin, stored in every checkpoint.
-    flops_per_token: training FLOPs a token.
+    flops_per_token: training FLOPs per token.
     metrics, figures: names of the values that console lines of training reports and of
       evaluations show.
   """
@@ -56,11 +56,11 @@ class Training:
 
 @dataclasses.dataclass
 class _Progress:
-  """Where the loop is.
+  """The position of the training loop.
 
   Attributes:
     done: the last step that was dispatched.
-    positions: of the data after each step since the last flush.
+    positions: data position after each step since the last flush.
     agreed: signals that the processes agreed on with the last step.
     is_running: whether a step of this attempt has ended.
   """
@@ -179,22 +179,22 @@ class Trainer:
       self._advance(progress, take_step, batches, report, profile)
       if progress.done == start + 1:
         metrics.show(ledger.first_step())
-      stopping = "stop" in progress.agreed
-      last = progress.done == settings.steps or stopping
+      is_stopping = "stop" in progress.agreed
+      is_last = progress.done == settings.steps or is_stopping
       at_checkpoint = progress.done % settings.checkpoint_every == 0
-      save = last or "save" in progress.agreed or at_checkpoint
-      evaluate = self._evaluation_is_due(progress.done) and not stopping
+      save = is_last or "save" in progress.agreed or at_checkpoint
+      evaluate = self._evaluation_is_due(progress.done) and not is_stopping
       if save or evaluate:
         report.flush()  # Raises if the state to be scored or saved is not finite.
         progress.drop_voids(report.voids)
-        skipping = report.skipped_in_a_row
-        if save and skipping:
-          self._leave_unsaved(progress.done, skipping, at_end=last and not stopping)
+        num_skipped = report.skipped_in_a_row
+        if save and num_skipped:
+          self._leave_unsaved(progress.done, num_skipped, at_end=is_last and not is_stopping)
         elif save:
-          self._save_timed("shutdown" if last else "save", progress, report)
+          self._save_timed("shutdown" if is_last else "save", progress, report)
         if evaluate:
           self._evaluate_timed(progress, report, writer)
-      ledger.write(progress.done, now=last or "stop" in progress.agreed)
+      ledger.write(progress.done, now=is_last or "stop" in progress.agreed)
     profile.close()
     if "stop" in progress.agreed:
       raise self._interrupted(progress.done)
@@ -242,21 +242,21 @@ class Trainer:
       progress.positions[progress.done] = batch.position
 
   def _save_timed(self, part: str, progress: _Progress, report: reporter.Reporter) -> None:
-    """Saves the state; the ledger books the time as `part`, and "shutdown" waits for the end."""
+    """Saves the state and records the time as `part`; "shutdown" waits for the end of the save."""
     with self._guard.ledger.timed(part, report.pause):
       self._save(progress.done, progress.state, progress.position, wait=part == "shutdown")
 
   def _evaluate_timed(
     self, progress: _Progress, report: reporter.Reporter, writer: metrics.Writer
   ) -> None:
-    """Writes an evaluation, and saves the state if it was given up for a signal."""
+    """Writes an evaluation; if a signal ended it early, saves the state."""
     with self._guard.ledger.timed("evaluation", report.pause):
       progress.agreed = self._write_evaluation(progress.done, progress.state, writer)
     if "stop" in progress.agreed and not report.skipped_in_a_row:
       self._save_timed("shutdown", progress, report)
 
   @property
-  def _examples_a_step(self) -> int:
+  def _examples_per_step(self) -> int:
     """Number of examples by which a step advances the data."""
     return 0 if self._run.data.reuse_batch else self._run.training.batch
 
@@ -305,15 +305,15 @@ class Trainer:
     writer.write("evaluation", done, figures, self._training.figures)
     return frozenset()
 
-  def _leave_unsaved(self, done: int, skipping: int, at_end: bool) -> None:
+  def _leave_unsaved(self, done: int, num_skipped: int, at_end: bool) -> None:
     """Reports that a state after skipped steps is not saved: it may never train again.
 
     Raises:
       NonFinite: at the end of the run.
     """
-    message = f"step {done} is not saved, as the {skipping} before it were skipped"
+    message = f"step {done} is not saved, as the {num_skipped} before it were skipped"
     if at_end:
-      raise resuming.NonFinite(message, done - skipping)
+      raise resuming.NonFinite(message, done - num_skipped)
     self._saved_at = time.monotonic()
     metrics.show(message)
 
@@ -328,7 +328,7 @@ class Trainer:
       params, rest = step.parts(state)
       if not checkpoint.all_finite((params, rest)):
         raise resuming.NonFinite(f"the state after step {done} holds non-finite values", done)
-      taken = self._taken.after(done - self._start, self._examples_a_step)
+      taken = self._taken.after(done - self._start, self._examples_per_step)
       data = {**position, "taken": taken.to_json()}
       is_saved = self._checkpoints.save(done, params, rest, {**self._record, "data": data})
       self._saved_at = time.monotonic()

@@ -18,9 +18,7 @@ from calm_jax import workdir
 from calm_jax.data import store as store_lib
 from calm_jax.data import store_writer
 from calm_jax.interchange import tensors
-from calm_jax.reporting import records
-from calm_jax.running import loading
-from calm_jax.stages import table as table_lib
+from calm_jax.running import accounts, loading
 from calm_jax.training import reporter
 from harm import forked
 
@@ -215,8 +213,7 @@ def _digest_of(params: Any) -> str:
 def _reported(place: Place, printed: str) -> dict[str, Any]:
   """Returns the page of a report, and its notes."""
   html = (place.out / "report.html").read_text()
-  run = loading.read_run(str(place.case))
-  account = records.read(str(place.case), run, table_lib.of(run).presentation)
+  account = accounts.read(str(place.case))
   return {"page": html, "notes": list(account.notes)}
 
 

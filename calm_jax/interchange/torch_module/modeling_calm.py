@@ -6,7 +6,7 @@ exported by calm_jax. Needs torch >= 2.4 and transformers:
   model = AutoModel.from_pretrained(folder, trust_remote_code=True)
   new_S = model.generate(token_S, max_new_tokens=64, temperature=0.5)
 
-A tensor's name ends in its shape: B batch, S tokens, P patches, K tokens a patch,
+A tensor's name ends in its shape: B batch, S tokens, P patches, K tokens per patch,
 V vocabulary, E autoencoder width, Z latent, D model width, H query heads, G key/value
 heads, C head channels, J patches in view, R noise, N samples.
 """
@@ -22,12 +22,12 @@ from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedModel
 
 EPS = 1e-6  # Epsilon of every LayerNorm.
-LEVELS, MAX_BETA = 1000, 0.999  # Levels of the diffusion, and the largest share of noise a level.
+LEVELS, MAX_BETA = 1000, 0.999  # Noise levels, and the largest beta of a level.
 FREQUENCIES, MAX_PERIOD = 128, 10_000.0  # Sinusoidal embedding of time.
 DECODE_CHUNK = 256  # Patches whose logits [K, V] are in memory at once.
 
 AUTOENCODER_DEFAULTS = {
-  "patch_size": 4,  # K, tokens a patch.
+  "patch_size": 4,  # K, tokens per patch.
   "vocab_size": 128256,  # V
   "hidden_size": 512,  # E
   "intermediate_size": 1280,  # Inner width of each SwiGLU.
@@ -38,7 +38,7 @@ AUTOENCODER_DEFAULTS = {
 }
 
 CALM_DEFAULTS = {
-  "patch_size": 4,  # K, tokens a patch.
+  "patch_size": 4,  # K, tokens per patch.
   "vocab_size": 128256,  # V
   "hidden_size": 1024,  # D
   "intermediate_size": 2752,  # Inner width of each SwiGLU.
@@ -189,15 +189,15 @@ class CalmAutoencoder(PreTrainedModel):
 
 
 class Cache:
-  """Rotated keys and values of the last `window` patches: [B, G, J, C] a layer."""
+  """Rotated keys and values of the last `window` patches: [B, G, J, C] per layer."""
 
   def __init__(self, window):
     self.window, self.position, self.layers = window, 0, {}
 
   def extend(self, layer, *new_BGPC):
-    """Appends keys and values of P patches to a layer; returns all that it then holds."""
-    held_BGJC = self.layers.get(layer, [new[:, :, :0] for new in new_BGPC])
-    all_BGJC = [torch.cat(pair, dim=2) for pair in zip(held_BGJC, new_BGPC, strict=True)]
+    """Appends keys and values of P patches to a layer; returns all keys and values of the layer."""
+    cached_BGJC = self.layers.get(layer, [new[:, :, :0] for new in new_BGPC])
+    all_BGJC = [torch.cat(pair, dim=2) for pair in zip(cached_BGJC, new_BGPC, strict=True)]
     if new_BGPC[0].shape[2] > 1 and all_BGJC[0].shape[2] > self.window:
       raise ValueError(f"{all_BGJC[0].shape[2]} patches don't fit a cache of {self.window}")
     self.layers[layer] = [x_BGJC[:, :, -self.window :] for x_BGJC in all_BGJC]
@@ -219,10 +219,10 @@ class Attention(nn.Module):
     super().__init__()
     width, self.number = config.hidden_size, number
     self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
-    shared = self.groups * (width // self.heads)
+    kv_width = self.groups * (width // self.heads)
     self.q_proj = nn.Linear(width, width, bias=False)
-    self.k_proj = nn.Linear(width, shared, bias=False)
-    self.v_proj = nn.Linear(width, shared, bias=False)
+    self.k_proj = nn.Linear(width, kv_width, bias=False)
+    self.v_proj = nn.Linear(width, kv_width, bias=False)
     self.o_proj = nn.Linear(width, width, bias=False)
 
   def forward(self, x_BPD, angle_Pc, cache):
@@ -275,9 +275,9 @@ class Transformer(nn.Module):
     self.half_channels = config.hidden_size // config.num_attention_heads // 2
 
   def forward(self, x_BPD, cache):
-    exact = {"dtype": torch.float32, "device": x_BPD.device}
-    position_P = torch.arange(x_BPD.shape[1], **exact) + (cache.position if cache else 0)
-    exponent_c = torch.arange(self.half_channels, **exact) / self.half_channels
+    options = {"dtype": torch.float32, "device": x_BPD.device}
+    position_P = torch.arange(x_BPD.shape[1], **options) + (cache.position if cache else 0)
+    exponent_c = torch.arange(self.half_channels, **options) / self.half_channels
     angle_Pc = position_P[:, None] * self.theta**-exponent_c
     for layer in self.layers:
       x_BPD = layer(x_BPD, angle_Pc, cache)
@@ -418,8 +418,8 @@ class DiffusionHead(nn.Module):
   def levels(self):
     """Returns the times of the T levels and their shares of signal variance, decreasing."""
     edge = [math.cos((i / LEVELS + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(LEVELS + 1)]
-    kept = (max(now / before, 1 - MAX_BETA) for before, now in itertools.pairwise(edge))
-    signal = list(itertools.accumulate(kept, operator.mul))
+    ratios = (max(now / before, 1 - MAX_BETA) for before, now in itertools.pairwise(edge))
+    signal = list(itertools.accumulate(ratios, operator.mul))
     times = [round(i * (LEVELS - 1) / (self.steps - 1)) for i in range(self.steps)]
     return times, [signal[time] for time in times]
 
@@ -455,7 +455,7 @@ def candidate_weights(token_BNK, n):
   """Returns weights by which one of N candidate patches is drawn at temperature 1/n, [B, N].
 
   A patch that occurs at least m times weighs C(count, m), shared equally by its copies; m
-  is the largest count of any patch, at most n. The law tends to P(x)^n as N grows.
+  is the largest count of any patch, at most n. The distribution tends to P(x)^n / Σ P^n as N grows.
 
   Source: CALM (arXiv:2510.27688), algorithm 2.
   """
@@ -466,7 +466,7 @@ def candidate_weights(token_BNK, n):
 
 
 def until_eos(token_BS, eos):
-  """Returns texts with all after their first EOS replaced by EOS, cut to the longest text."""
+  """Returns texts with EOS in place of all tokens after the first EOS, cut to the longest text."""
   if eos is None:
     return token_BS
   is_eos_BS = (token_BS == eos).int()
@@ -530,7 +530,7 @@ class CalmModel(PreTrainedModel):
     return self.hidden_states(token_BPK, latent_BPZ)
 
   def draw_here(self, draw, shape, generator):
-    """Returns `draw(shape)`, drawn on the generator's device and moved to the model's."""
+    """Returns `draw(shape)`, generated on the generator's device and moved to the model's."""
     device = self.device if generator is None else generator.device
     return draw(shape, generator=generator, device=device).to(self.device)
 
@@ -563,7 +563,7 @@ class CalmModel(PreTrainedModel):
 
     Args:
       temperature: 1/n; 1 is the model's own distribution.
-      num_candidates: draws a patch below temperature 1, by the batch approximation.
+      num_candidates: draws per patch below temperature 1, for the batch approximation.
 
     Raises:
       ValueError: if the prompt is not a whole number of patches, or a setting is out of range.
@@ -579,7 +579,7 @@ class CalmModel(PreTrainedModel):
         f"max_new_tokens must be at least 1, got {max_new_tokens}, and num_candidates at least "
         f"1/temperature = {n}, got {num_candidates}"
       )
-    # As many patches as an example showed the model in training, where the last is predicted.
+    # The patches that the model read of an example in training, whose last patch is only predicted.
     cache, latent_BPZ, new = Cache(self.config.max_position_embeddings - 1), None, []
     token_BPK = token_BS.unflatten(1, (-1, size))[:, -cache.window :]
     if self.reads_latents:

@@ -1,1 +1,1 @@
-"""Hidden -> samples: one file per generative head, which holds all that is its own."""
+"""Hidden -> samples: one file per generative head."""

@@ -1,4 +1,4 @@
-"""Hidden -> samples: the diffusion head, 1000 noise levels walked back in 100 steps."""
+"""Hidden -> samples: the diffusion head, with 1000 noise levels and 100 sampling steps."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ from calm_jax.objectives import autoencoding, diffusion
 
 
 class DiffusionHead(denoiser.DenoiserHead):
-  """Walks standard normal noise back to samples of the next latent.
+  """Denoises standard normal noise to samples of the next latent.
 
   Source: CALM (arXiv:2510.27688), section 7.4; the diffusion is that of Nichol and
   Dhariwal (arXiv:2102.09672): noise prediction, learned range variance, no clipping.
@@ -62,7 +62,7 @@ class DiffusionHead(denoiser.DenoiserHead):
     Args:
       noise: [N, ..., 1 + T, Z] for T steps: the start, then each step's; the last is not used.
     """
-    return self._walk(params, condition, lambda i: jnp.take(noise, i, axis=-2))
+    return self._denoise(params, condition, lambda i: jnp.take(noise, i, axis=-2))
 
   def sample(
     self, params: head.Params, hidden_D: jax.Array, key: jax.Array, count: int
@@ -70,11 +70,11 @@ class DiffusionHead(denoiser.DenoiserHead):
     """Returns `count` (N) latents [N, ..., Z] float32; each step draws its own noise."""
     shape = (count, *hidden_D.shape[:-1], self.latent)
     condition_D = self.condition(params, hidden_D)
-    return self._walk(
+    return self._denoise(
       params, condition_D, lambda i: jax.random.normal(jax.random.fold_in(key, i), shape)
     )
 
-  def _walk(
+  def _denoise(
     self, params: head.Params, condition_D: jax.Array, noise: Callable[[int | jax.Array], jax.Array]
   ) -> jax.Array:
     def step(i, x_NZ):

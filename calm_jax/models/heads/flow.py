@@ -15,7 +15,7 @@ def network_time(t: jax.Array) -> jax.Array:
 
 
 class FlowHead(denoiser.DenoiserHead):
-  """Carries standard normal noise at t = 0 to samples of the next latent at t = 1.
+  """Integrates standard normal noise at t = 0 to samples of the next latent at t = 1.
 
   Source: CALM (arXiv:2510.27688), section 7.4; midpoint rule as in the reference.
   """

@@ -1,4 +1,4 @@
-"""Hidden -> samples: what a generative head provides, and what may be asked of any head."""
+"""Hidden -> samples: the interface of a generative head."""
 
 import abc
 import dataclasses
@@ -22,10 +22,10 @@ class Trunk:
   """The model that a head belongs to.
 
   Attributes:
-    width: D, of the hidden state.
-    latent: Z, of a sample.
+    width: D, width of the hidden state.
+    latent: Z, width of a sample.
     scheme: initial values, see `layers.kernel_init`.
-    dtype: of activations.
+    dtype: type of activations.
     remat: policy of the backward pass, see `models.remat`.
   """
 
@@ -39,21 +39,21 @@ class Trunk:
 class Head(abc.ABC):
   """A generative head. A new one is a subclass in a file of its own and a row of `registry.HEADS`.
 
-  An instance is a network of given sizes; its methods are pure functions of parameters.
-  What follows from settings alone is asked of the class. The network's layers have names
-  that `parallel.rules.RULES` shards.
+  An instance is a network of given sizes; its methods are pure functions of parameters. Its class
+  methods need the settings alone. The names of the network's layers must match
+  `parallel.rules.RULES`.
 
   Attributes:
     network: the Flax module; smaller weights for generation replace it by a quantized one.
     noise_shape: shape of the noise of one sample.
     loss_unit: unit of the training loss, for reports.
-    noise_law: distribution of the noise, for people who draw it themselves.
-    shaping: the fields of `config.Head` that the shapes of the parameters depend on.
+    noise_law: distribution of the noise, for model cards.
+    shaping: fields of `config.Head` that determine the shapes of the parameters.
     fewest_steps: the least number of sampling steps, where `config.Head.steps` is not 0.
     onnx_obstacle: why ONNX can't export the head; empty if it can.
     reference_kind: the head's kind in the reference and in our PyTorch module; empty if these
       do not have it. A subclass under another kind is not exported to them.
-    figures: those that the loss reports.
+    figures: the figures that `loss` reports.
   """
 
   network: nn.Module
@@ -89,7 +89,7 @@ class Head(abc.ABC):
 
     Args:
       posterior: mean and log_std, [P, Z] each, of the patch that each hidden state predicts.
-      key: the example's own.
+      key: key of the example's noise.
     """
 
   @abc.abstractmethod
@@ -130,7 +130,7 @@ class Head(abc.ABC):
       CalmError: for a head whose computed FLOPs are not counted.
     """
     raise errors.CalmError(
-      f"what is computed is counted for the energy head only, not for {sizes.kind!r}"
+      f"computed FLOPs are counted for the energy head only, not for {sizes.kind!r}"
     )
 
   @classmethod

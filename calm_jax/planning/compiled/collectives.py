@@ -30,10 +30,10 @@ _ON_CHIP_LINKS = 6
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-  """Places of a program's devices, in the order of their numbers.
+  """Coordinates of a program's devices, in the order of their numbers.
 
   Attributes:
-    coordinates: place of each device's chip in its slice.
+    coordinates: coordinates of each device's chip in its slice.
     slices: slice of each device.
   """
 
@@ -43,7 +43,7 @@ class Placement:
 
   @classmethod
   def of(cls, topology: topologies.Topology, devices: Iterable[Any]) -> "Placement":
-    """Takes `mesh.devices.flat`: programs number devices in the mesh's order."""
+    """Returns the placement of `mesh.devices.flat`: programs number devices in that order."""
     devices = list(devices)
     return cls(
       topology,
@@ -124,7 +124,7 @@ def _collective(
   placement: Placement,
   topology: topologies.Topology,
 ) -> Collective | None:
-  """Returns an instruction's collective with count 1, None if it starts none."""
+  """Returns the collective that an instruction starts, with count 1; None if it starts none."""
   if instruction.opcode == "send":
     return _between_slices(computation, instruction, topology)
   kind = instruction.opcode.removesuffix("-start")
@@ -206,15 +206,17 @@ def _mesh_groups(text: str) -> list[list[int]]:
     numbers = _iota(inside).reshape(-1) if sizes else np.array(_numbers(inside))
   # Each axis is split into the size before a named part, the part, and the rest.
   sizes, grouped = [], []
-  chosen = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", named)
+  named_parts = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", named)
   for name, size in axes:
-    parts = sorted((int(before or 1), int(part or size)) for n, before, part in chosen if n == name)
-    done = 1
+    parts = sorted(
+      (int(before or 1), int(part or size)) for n, before, part in named_parts if n == name
+    )
+    split_size = 1
     for before, part in parts:
-      sizes += [before // done, part]
+      sizes += [before // split_size, part]
       grouped.append(len(sizes) - 1)
-      done = before * part
-    sizes.append(size // done)
+      split_size = before * part
+    sizes.append(size // split_size)
   rest = [axis for axis in range(len(sizes)) if axis not in grouped]
   width = math.prod(sizes[axis] for axis in grouped)
   return numbers.reshape(sizes).transpose(*rest, *grouped).reshape(-1, width).tolist()

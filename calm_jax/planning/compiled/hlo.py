@@ -142,7 +142,7 @@ class Text:
 
 
 def parse(text: str) -> Text:
-  """Parses what `compiled.as_text()` returns.
+  """Returns the program in the text of `compiled.as_text()`.
 
   Raises:
     ValueError: if the text holds no program.
@@ -219,17 +219,17 @@ def _closing(text: str, start: int) -> int:
 
 def _value_end(text: str) -> int:
   """Returns where an attribute's value ends: at a comma outside brackets and quotes."""
-  depth, quoted, before = 0, False, ""
+  depth, in_quotes, previous = 0, False, ""
   for index, letter in enumerate(text):
     if letter == '"':
-      quoted = quoted if before == "\\" else not quoted
-    elif not quoted and letter in "({[":
+      in_quotes = in_quotes if previous == "\\" else not in_quotes
+    elif not in_quotes and letter in "({[":
       depth += 1
-    elif not quoted and letter in ")}]":
+    elif not in_quotes and letter in ")}]":
       depth -= 1
-    elif not quoted and depth == 0 and letter == ",":
+    elif not in_quotes and depth == 0 and letter == ",":
       return index
-    before = letter
+    previous = letter
   return len(text)
 
 

@@ -113,17 +113,17 @@ def _window(window: str, axis: int) -> Sequence[int]:
 
 @functools.lru_cache(maxsize=4096)
 def _meeting(
-  inputs: int, kernel: int, outputs: int, stride: int, before: int, dilate: int, spread: int
+  inputs: int, kernel: int, outputs: int, stride: int, pad_before: int, dilate: int, spread: int
 ) -> int:
   """Returns how many pairs of an output and a kernel position meet an element of the input."""
   last = (inputs - 1) * dilate
   pairs = 0
   for position in range(kernel):
-    start = position * spread - before
+    start = position * spread - pad_before
     if dilate == 1:
       first = max(0, -(start // stride))
       pairs += max(0, min(outputs - 1, (last - start) // stride) - first + 1)
     else:
-      places = range(start, start + outputs * stride, stride)
-      pairs += sum(1 for place in places if 0 <= place <= last and place % dilate == 0)
+      positions = range(start, start + outputs * stride, stride)
+      pairs += sum(1 for x in positions if 0 <= x <= last and x % dilate == 0)
   return pairs

@@ -74,13 +74,13 @@ def compile_lowered(lowered: Any) -> CompiledProgram:
 
 @contextlib.contextmanager
 def _uncached() -> Iterator[None]:
-  before = jax.config.values["jax_enable_compilation_cache"]
+  previous = jax.config.values["jax_enable_compilation_cache"]
   jax.config.update("jax_enable_compilation_cache", False)
   compilation_cache.reset_cache()  # The cache reads the setting once.
   try:
     yield
   finally:
-    jax.config.update("jax_enable_compilation_cache", before)
+    jax.config.update("jax_enable_compilation_cache", previous)
     compilation_cache.reset_cache()
 
 

@@ -2,7 +2,7 @@
 
 Nothing is measured: resources run at their published peaks, without latencies. `fastest`
 assumes that everything overlaps, so only the slowest resource counts. `slowest` assumes
-that nothing overlaps; it is no upper bound, since real steps do not reach the peaks.
+that nothing overlaps; it is not an upper bound, because real steps do not reach the peaks.
 
 Source: How to Scale Your Model, section 1 (https://jax-ml.github.io/scaling-book/roofline).
 """
@@ -38,12 +38,12 @@ class Roofline:
 
   @property
   def fastest(self) -> float:
-    """Seconds a step if everything overlaps."""
+    """Seconds per step if everything overlaps."""
     return max(getattr(self, name) for name in RESOURCES)
 
   @property
   def slowest(self) -> float:
-    """Seconds a step if nothing overlaps."""
+    """Seconds per step if nothing overlaps."""
     return sum(getattr(self, name) for name in RESOURCES)
 
 

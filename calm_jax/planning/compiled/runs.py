@@ -46,7 +46,7 @@ class Module(hlo.Text):
 
 
 def read(text: str) -> Module:
-  """Parses what `compiled.as_text()` returns, and counts.
+  """Returns the program in the text of `compiled.as_text()`, with the runs of its computations.
 
   Raises:
     ValueError: if the text holds no program.
@@ -185,24 +185,28 @@ class _Walk:
 
   def _loop(self, loop: hlo.Instruction, frame: _Frame, count: int) -> None:
     body, condition = loop.calls[0], loop.attribute("condition").strip("%")
-    before = frame.value(loop.operands[0])
-    width = len(before) if isinstance(before, tuple) else 0
-    marks = tuple(object() for _ in range(width))
-    after = _Frame(self._computations, body, lambda _: marks)
-    unchanging = tuple(
-      value if after.root(index) is marks[index] else None
-      for index, value in enumerate(before or ())
+    initial = frame.value(loop.operands[0])
+    width = len(initial) if isinstance(initial, tuple) else 0
+    markers = tuple(object() for _ in range(width))
+    body_frame = _Frame(self._computations, body, lambda _: markers)
+    constants = tuple(
+      value if body_frame.root(index) is markers[index] else None
+      for index, value in enumerate(initial or ())
     )
-    stated = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop.attributes)
-    trips = int(stated.group(1)) if stated else self._simulated(body, condition, before, unchanging)
+    trip_count = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop.attributes)
+    trips = (
+      int(trip_count.group(1))
+      if trip_count
+      else self._simulated(body, condition, initial, constants)
+    )
     self.trips[loop.name] = trips
     runs = count * (1 if trips is None else trips)
     self.run(condition, runs)
-    self.run(body, runs, lambda _: unchanging)
+    self.run(body, runs, lambda _: constants)
 
-  def _simulated(self, body: str, condition: str, before: Value, unchanging: tuple) -> int | None:
+  def _simulated(self, body: str, condition: str, initial: Value, constants: tuple) -> int | None:
     """Returns a loop's iterations from its counters alone; None if they don't end it."""
-    state = before
+    state = initial
     for trip in range(_LONGEST_LOOP):
       carried = state
       is_true = _Frame(self._computations, condition, lambda _, carried=carried: carried).root()
@@ -212,7 +216,7 @@ class _Walk:
         return trip
       frame = _Frame(self._computations, body, lambda _, carried=carried: carried)
       state = tuple(
-        value if unchanging[index] is not None else frame.root(index)
+        value if constants[index] is not None else frame.root(index)
         for index, value in enumerate(carried)
       )
     return None

@@ -4,8 +4,8 @@ The TPU compiler is part of libtpu and needs no TPU: `devices` returns the devic
 that is not attached, and a step compiled for them is the program that a real slice would
 run. Observed with libtpu 0.0.52:
 
-- `v4` has two devices a chip unless `chip_config_name="megacore"` is given, which Cloud TPU
-  uses. `7x` is called `tpu7x` and always has two devices a chip.
+- `v4` has two devices per chip unless `chip_config_name="megacore"` is given, which Cloud TPU
+  uses. `7x` is called `tpu7x` and always has two devices per chip.
 - All other shapes need no argument, including single chips (`v5e:1x1`; unknown to libtpu
   0.0.42) and hosts (`v5e:2x4`). libtpu refuses shapes that hosts of 2x2 chips can't tile.
 - Devices have `slice_index` if there are several slices.
@@ -41,8 +41,8 @@ class Chip:
   Attributes:
     name: our name of the generation.
     prefix: libtpu's name of the generation.
-    devices: JAX devices a chip; they share the chip's figures.
-    usable: bytes of memory a device that a program may use; the limit in libtpu 0.0.52's
+    devices: JAX devices per chip; they share the chip's figures.
+    usable: bytes of memory per device that a program may use; the limit in libtpu 0.0.52's
       refusals.
     peak: bfloat16 FLOP/s.
     bandwidth: bytes/s of the memory.
@@ -74,9 +74,9 @@ _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "8x8x4", "8x8x8", "8x8x16")
 
 # Sources: https://docs.cloud.google.com/tpu/docs/ with v4, v5e, v5p, v6e and tpu7x. They state ICI
-# as bidirectional bytes/s a chip: 2 directions x 2 links an axis x axes x `link`. v4 has 6 links of
-# 50 GB/s (arXiv:2304.01433, table 4); its DCN is not documented and is assumed to be v5p's, whose
-# hosts are alike. v5e's DCN is its pod's 6.4 Tbit/s divided by 256 chips.
+# as bidirectional bytes/s per chip: 2 directions x 2 links per axis x axes x `link`. v4 has 6 links
+# of 50 GB/s (arXiv:2304.01433, table 4); its DCN is not documented and is assumed to equal that of
+# v5p, whose hosts are alike. v5e's DCN is its pod's 6.4 Tbit/s divided by 256 chips.
 CHIPS: dict[str, Chip] = {
   chip.name: chip
   for chip in (
@@ -238,13 +238,13 @@ def devices(topology: Topology) -> Sequence[Any]:
     arguments["num_slices"] = topology.slices
   shape = topology.name.partition(":")[2]
   try:
-    described = topologies.get_topology_desc(
+    topology_devices = topologies.get_topology_desc(
       platform="tpu", topology_name=f"{topology.chip.prefix}:{shape}", **arguments
     ).devices
   except jax.errors.JaxRuntimeError as error:
     raise _refusal(topology, str(error)) from error
-  assert len(described) == topology.devices, (len(described), topology)
-  return described
+  assert len(topology_devices) == topology.devices, (len(topology_devices), topology)
+  return topology_devices
 
 
 def _holder() -> str:

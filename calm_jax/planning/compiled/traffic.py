@@ -86,7 +86,7 @@ def _in_hbm(arrays: Iterable[hlo.Array]) -> bool:
 
 def _read(module: runs.Module, computation: hlo.Computation, name: str) -> int:
   """Returns the bytes that a fused computation reads of a parameter, or of a view of one."""
-  whole, total = computation.instructions[name].bytes, 0
+  full_size, total = computation.instructions[name].bytes, 0
   for user in computation.users[name]:
     if user.opcode in _SLICES and user.operands[0] == name:
       total += user.bytes
@@ -104,8 +104,8 @@ def _read(module: runs.Module, computation: hlo.Computation, name: str) -> int:
         if operand == name
       )
     else:
-      return whole
-  return min(total, whole)
+      return full_size
+  return min(total, full_size)
 
 
 def _written(module: runs.Module, called: hlo.Computation, arrays: tuple[hlo.Array, ...]) -> int:
