@@ -71,6 +71,7 @@ def _outcomes(rule: rules.Rule, temperatures: tuple[float, ...]) -> dict[float, 
     wanted = candidates.Wanted(
       key_B,
       power * ones_B,
+      1.0 * ones_B,
       300 * ones_B,
       300 * ones_B,
       0 * ones_B[:, None],

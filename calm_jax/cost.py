@@ -12,7 +12,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from calm_jax import cli, config, errors, files, run_flags
-from calm_jax.generation import candidates, cost, requests, temperature
+from calm_jax.generation import candidates, cost, requests, rules, temperature
 from calm_jax.planning import published, writing
 from calm_jax.planning.compiled import topologies
 from calm_jax.running import counting, untrained
@@ -26,6 +26,12 @@ run_flags.define_sizes()
 _TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Temperature of CALM, in (0, 1].")
 _NUM_CANDIDATES = flags.DEFINE_integer(
   "num_candidates", 200, "N, draws per patch below temperature 1; by default the paper's.", 1
+)
+_RULE = flags.DEFINE_enum(
+  "rule",
+  "none",
+  ("none", rules.DIRECT),
+  "direct: one draw of a tempered head; none: --draws draws of the head at temperature 1.",
 )
 _DRAWS = flags.DEFINE_float(
   "draws",
@@ -51,10 +57,15 @@ def _require_writing(run: Any, name: str) -> None:
 
 def _job(run: Any, companions: config.Companions) -> cost.WritingJob:
   """Returns the generation to count; a stage that samples exactly takes one draw per patch."""
-  spec, draws, rounds = table.of(run), 1.0, 1
+  spec, draws, rounds, is_direct = table.of(run), 1.0, 1, False
   if spec.writing and spec.writing.takes_candidates:
     request = requests.Request((), _TEMPERATURE.value, _NUM_CANDIDATES.value)
-    if temperature.power(request.temperature) != 1:
+    is_tempered = temperature.power(request.temperature) != 1
+    is_direct = is_tempered and rules.DIRECT in (_RULE.value, spec.writing.rule)
+    config.require(
+      not (is_direct and _DRAWS.value), f"--rule=direct takes one draw, got --draws={_DRAWS.value}"
+    )
+    if is_tempered and not is_direct:
       draws = _DRAWS.value or float(request.num_candidates)
       config.require(
         1 <= draws <= request.num_candidates,
@@ -69,6 +80,7 @@ def _job(run: Any, companions: config.Companions) -> cost.WritingJob:
     draws=draws,
     rounds=rounds,
     batch=_BATCH.value,
+    is_direct=is_direct,
   )
 
 

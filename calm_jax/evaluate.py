@@ -43,9 +43,10 @@ _NUM_CANDIDATES = flags.DEFINE_list(
 )
 _SAMPLERS = flags.DEFINE_list(
   "samplers",
-  ["first:prefix"],
-  "RULE:AT_LIMIT as in generate, to combine with --temperatures; none:batch is the published "
-  "sampler.",
+  [],
+  "RULE or RULE:AT_LIMIT as in generate, to combine with --temperatures; none:batch is the "
+  "published sampler. By default first:prefix, and direct before it if the workdir has a tempered "
+  "head.",
 )
 _PATCHES = flags.DEFINE_integer("patches", 512, "Patches to score, with --temperatures.", 1)
 _BASELINE = flags.DEFINE_string(
@@ -123,14 +124,15 @@ def _tradeoff(directory: str) -> dict[str, Any]:
   """Returns the scores of generated continuations at each temperature."""
   for pair in _SAMPLERS.value:
     config.require(
-      pair.count(":") == 1 and not pair.endswith(f":{requests.ERROR}"),
-      f"--samplers has {pair!r}: give RULE:AT_LIMIT, such as first:prefix",
+      pair.count(":") < 2 and not pair.endswith(f":{requests.ERROR}"),
+      f"--samplers has {pair!r}: give RULE or RULE:AT_LIMIT, such as first:prefix",
     )
-  samplers = [requests.Sampler(*pair.split(":")) for pair in _SAMPLERS.value]
   spec, store = table.of(loading.read_run(directory)), _store(directory)
   temperatures, candidates = _numbers(_TEMPERATURES, float), _numbers(_NUM_CANDIDATES, int)
   if spec.writing is None:
     raise errors.CalmError(f"{spec.title} generates no text: temperatures are for language models")
+  names = _SAMPLERS.value or dict.fromkeys((spec.writing.rule, requests.Sampler.rule))
+  samplers = [requests.Sampler(*name.split(":")) for name in names]
   baseline = _exact_writing(_BASELINE.value, store) if _BASELINE.value else None
   settings = (temperatures, candidates, samplers, _PATCHES.value, _SEED.value)
   trained = loading.load(directory)

@@ -56,10 +56,20 @@ _NUM_CANDIDATES = flags.DEFINE_integer(
 )
 _RULE = flags.DEFINE_enum(
   "rule",
-  requests.Sampler.rule,
+  None,
   list(rules.RULES),
-  "What settles a patch below temperature 1 before its draws run out: first: the patch that is "
-  "first drawn 1/T times; exact: P^(1/T), by the paper's first algorithm; none: nothing.",
+  "What settles a patch below temperature 1 before its draws run out: direct: a single draw of a "
+  "tempered head; first: the patch that is first drawn 1/T times; exact: P^(1/T), by the paper's "
+  "first algorithm; none: nothing. By default direct if the workdir has a tempered head, otherwise "
+  "first.",
+)
+_DRAW_TEMPERATURE = flags.DEFINE_float(
+  "draw_temperature",
+  0.0,
+  "Temperature of the draws that a race compares, if the workdir has a tempered head; by default "
+  "the text's own for --rule=direct, otherwise 1.",
+  0.0,
+  1.0,
 )
 _AT_LIMIT = flags.DEFINE_enum(
   "at_limit",
@@ -139,16 +149,18 @@ class _Generator:
   def __init__(self, common: dict[str, Any]):
     """Loads the model; `common` holds the fields that all requests share."""
     trained = loading.load(_WORKDIR.value)
-    texts.require_writing(trained.run, f"{_WORKDIR.value} holds")
+    how = texts.require_writing(trained.run, f"{_WORKDIR.value} holds")
+    rule = _RULE.value or how.rule
     self._trained, self._common = precision.WEIGHTS[_WEIGHTS.value](trained), common
     self._tokenizer = workdir.tokenizer(_WORKDIR.value, trained.origin)
-    sampler = requests.Sampler(_RULE.value, _AT_LIMIT.value)
+    sampler = requests.Sampler(rule, _AT_LIMIT.value, _DRAW_TEMPERATURE.value)
     self._decoder = texts.decoder(self._trained, sampler, _note)
     self.session = session.Session(self._decoder, self._tokenizer)
     # Recorded with every text; an output can be resumed only with the same values.
     self._conditions = {
-      "rule": _RULE.value,
+      "rule": rule,
       "at_limit": _AT_LIMIT.value,
+      **({"draw_temperature": _DRAW_TEMPERATURE.value} if _DRAW_TEMPERATURE.value else {}),
       "weights": _WEIGHTS.value,
       "step": trained.step,
     }
@@ -207,7 +219,7 @@ class _Generator:
     batch = prompts.read(_PROMPTS.value, self._common)
     for request in batch:  # Checks all of them before the first text is generated.
       try:
-        self._decoder.law.power(self._encoded(request))
+        self._decoder.law.powers(self._encoded(request))
       except errors.CalmError as error:
         where = f"{_PROMPTS.value}, line {request['number'] + 1}"
         raise errors.CalmError(f"{where}: {error}") from error

@@ -36,13 +36,14 @@ class RequestArrays(NamedTuple):
 def request_arrays(
   batch: Sequence[requests.Request],
   power: Sequence[float],
+  draw_power: Sequence[float],
   tails: Sequence[Any],
   patch_size: int,
 ) -> RequestArrays:
   """Returns a batch of B requests as arrays.
 
   Args:
-    power: s = 1/T of each request.
+    power, draw_power: see `candidates.Wanted`.
     tails: tokens of each prompt after its last complete patch, fewer than K.
     patch_size: K.
   """
@@ -60,6 +61,7 @@ def request_arrays(
   first = candidates.Wanted(
     key_B=jax.vmap(lambda seed, n: jax.random.fold_in(jax.random.key(seed), n))(seeds, numbers),
     power_B=jnp.array(power, jnp.float32),
+    draw_power_B=jnp.array(draw_power, jnp.float32),
     limit_B=integers(limit),
     attempts_B=integers([TAIL_ROUNDS * max(n, TAIL_CANDIDATES) for n in limit]),
     tail_BK=jnp.array(tail_BK),

@@ -23,7 +23,9 @@ class Wanted(NamedTuple):
 
   Attributes:
     key_B: key of the row's draws; draw i of a row depends on this key and i alone.
-    power_B: s = 1/T.
+    power_B: s, the power to which the race raises the draws' law.
+    draw_power_B: s of the draws themselves; above 1 only for heads that read the temperature. The
+      text's 1/T is the product of both.
     limit_B: N, the maximum number of draws that a rule sees.
     attempts_B: the maximum number of draws, including those that do not begin with the tail.
     tail_BK, length_B: tokens that the patch must begin with, and their number.
@@ -32,6 +34,7 @@ class Wanted(NamedTuple):
 
   key_B: jax.Array
   power_B: jax.Array
+  draw_power_B: jax.Array
   limit_B: jax.Array
   attempts_B: jax.Array
   tail_BK: jax.Array
@@ -294,3 +297,31 @@ def choose(
   patch = jax.tree.map(lambda x, best: jnp.where(is_empty_B1, best, x), patch, pool.best)
   settled_B = pool.progress.settled_B
   return Choice(patch, settled_B, pool.drawn_B, pool.agreed_B, pool.seen_B, pool.longest_B)
+
+
+def choose_from(
+  pool_BNK: jax.Array,
+  power_B: jax.Array,
+  key_B: jax.Array,
+  rule: rules.Rule,
+  chooser: choosers.Chooser,
+  slots: int,
+) -> Choice:
+  """Returns the choice among the first `slots` of each row's draws [B, N, K], in their order."""
+  rows, _, size = pool_BNK.shape
+  ones_B = jnp.ones(rows, jnp.int32)
+  wanted = Wanted(
+    key_B=key_B,
+    power_B=power_B,
+    draw_power_B=jnp.ones(rows),
+    limit_B=slots * ones_B,
+    attempts_B=slots * ones_B,
+    tail_BK=jnp.zeros((rows, size), jnp.int32),
+    length_B=0 * ones_B,
+    active_B=ones_B > 0,
+  )
+
+  def draw(row_S, number_S):
+    return Candidate(pool_BNK[row_S, number_S], None)
+
+  return choose(wanted, draw, rule, chooser, slots, [rows])

@@ -12,6 +12,7 @@ from typing import Any
 
 from calm_jax import config
 from calm_jax.models import flops
+from calm_jax.models.heads import tempered
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,7 @@ class WritingJob:
     batch: texts generated at once.
     full: count attention to a full window, as the paper does.
     weight_bytes: bytes per weight and per element of the cache.
+    is_direct: whether a tempered head makes the draws.
   """
 
   run: Any
@@ -38,6 +40,7 @@ class WritingJob:
   batch: int = 1
   full: bool = False
   weight_bytes: int = 2
+  is_direct: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,10 +93,11 @@ def calm_parts(job: WritingJob) -> list[Part]:
   def draws_part(name: str, flops_per_draw: float, num_weights: float) -> Part:
     return Part(name, job.draws * flops_per_draw, job.rounds * num_weights * weights)
 
+  power = tempered.embedding_flops(run.model.width) if job.is_direct else 0
   return [
     *backbone(job, run.model),
     Part("input", entry, entry / 2 * weights),
-    Part("head, once", shared, shared / 2 * weights),
+    Part("head, once", shared + power, (shared + power) / 2 * weights),
     draws_part("head, draws", sample, sample / 2),
     draws_part("decoder", decoder, flops.decoder_weights(sizes)),
     vocabulary(job, sizes.width, job.draws * sizes.patch_size, job.rounds),

@@ -74,7 +74,7 @@ class Decoder:
     """
     self.law = law
     self.origin, self.sampler, self.report = trained.origin, sampler, report
-    self.window = trained.run.data.context // self.law.patch_size - 1
+    self.window = law.window
     self.prefill = jax.jit(self._prefill, static_argnames="slots")
     self.steps = jax.jit(
       self._steps, static_argnames=("slots", "sizes", "count"), donate_argnames="state"
@@ -159,10 +159,13 @@ class TextBatch:
   def __init__(self, decoder: Decoder, batch: Sequence[requests.Request]):
     """Reads the prompts; see `Decoder.start`."""
     self._decoder, self._batch, law = decoder, list(batch), decoder.law
-    power = [law.power(request) for request in batch]
+    draw_power, power = zip(*map(law.powers, batch), strict=True)
+    for row, request in enumerate(batch):
+      if note := law.note(request):
+        decoder.report(f"{self._name(row)}{note}")
     prompts, tails = zip(*map(self._prompt, range(len(batch))), strict=True)
     token_BPK, start_B = batching.aligned(prompts, decoder.window)
-    arrays = batching.request_arrays(batch, power, tails, law.patch_size)
+    arrays = batching.request_arrays(batch, power, draw_power, tails, law.patch_size)
     self._arrays = batching.placed(arrays)
     self._tails = [len(tail) for tail in tails]
     limit = np.asarray(self._arrays.first.limit_B).tolist()

@@ -60,10 +60,13 @@ class Sampler:
   Attributes:
     rule: settles a patch before its draws end; see `rules`.
     at_limit: chooses among the draws if they end first; see `choosers`. ERROR raises.
+    draw_temperature: temperature of the draws that are compared, for heads that read it; 0 for that
+      of the rule: the text's own for `direct`, else 1.
   """
 
   rule: str = "first"
   at_limit: str = "prefix"
+  draw_temperature: float = 0.0
 
   def __post_init__(self):
     for name, table in (("rule", rules.RULES), ("at_limit", [*choosers.CHOOSERS, ERROR])):

@@ -116,4 +116,7 @@ def none(progress: Progress, draw: Draw) -> Progress:
   return progress._replace(star_B=draw.index_B, settled_B=progress.settled_B | (draw.power_B == 1))
 
 
-RULES: dict[str, Rule] = {"exact": exact, "first": first, "none": none}
+# Single draws are at the text's temperature, if the model has a head that reads it. What is missing
+# below the lowest temperature of that head is raced for as by `first`.
+DIRECT = "direct"
+RULES: dict[str, Rule] = {"exact": exact, "first": first, "none": none, DIRECT: first}

@@ -13,10 +13,10 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from calm_jax import errors
+from calm_jax import config
 from calm_jax.data import pipeline
 from calm_jax.data import store as store_lib
-from calm_jax.generation import candidates, choosers, requests, rules, temperature
+from calm_jax.generation import candidates, choosers, laws, requests, rules, temperature
 from calm_jax.models import calm, layers
 from calm_jax.objectives import autoencoding, brier
 from calm_jax.training import trained as trained_lib
@@ -49,36 +49,50 @@ def _blocks(
 
 
 class _Setting(NamedTuple):
-  """The settings of a row: a sampler, a temperature and N, the maximum number of draws."""
+  """The settings of a row: a sampler, a temperature and N, the maximum number of draws.
+
+  Attributes:
+    draw_power, power: s of the draws, and the power that a race adds; see `laws.CalmLaw.powers`.
+  """
 
   sampler: requests.Sampler
   temperature: float
   num_candidates: int
+  draw_power: float
+  power: float
 
 
 def _settings(
-  samplers: Sequence[requests.Sampler], temperatures: Sequence[float], numbers: Sequence[int]
+  trained: trained_lib.Trained,
+  law: type[laws.CalmLaw],
+  samplers: Sequence[requests.Sampler],
+  temperatures: Sequence[float],
+  numbers: Sequence[int],
 ) -> list[_Setting]:
-  """Returns every combination; at temperature 1, where one draw decides, N is 1."""
-  return [
-    _Setting(sampler, value, number)
-    for sampler in samplers
-    for value in temperatures
-    for number in (numbers if value != 1 else [1])
-  ]
+  """Returns every combination; where one draw decides, N is 1."""
+  settings = []
+  for sampler in samplers:
+    powers = law(trained, sampler).powers
+    for value in temperatures:
+      for number in numbers:
+        draw_power, power = powers(requests.Request((), value, number))
+        settings.append(_Setting(sampler, value, number if power != 1 else 1, draw_power, power))
+  return list(dict.fromkeys(settings))
 
 
 class _Sampled(NamedTuple):
-  """Up to ROWS predicted patches, padded to B = ROWS rows, with their draws.
+  """Up to ROWS predicted patches, padded to B = ROWS rows.
 
   Attributes:
     target_RK: the text's tokens in the R patches that are not padding.
-    pool_2BNK: two independent pools of draws.
+    hidden_BD: hidden states that predict them.
+    draw_key: key of the draws.
     key_2B: a key for each choice from them.
   """
 
   target_RK: np.ndarray
-  pool_2BNK: jax.Array
+  hidden_BD: jax.Array
+  draw_key: jax.Array
   key_2B: jax.Array
 
 
@@ -98,13 +112,21 @@ def _hidden_of(trained: trained_lib.Trained) -> Callable[..., jax.Array]:
   return hidden
 
 
-def _pools_of(trained: trained_lib.Trained, draws: int) -> Callable[..., jax.Array]:
-  """Returns (hidden [B, D], key) -> two pools of N = `draws` patches per row, [2, B, N, K]."""
-  model, autoencoder = trained.model, trained.parents["autoencoder"]
+# (hidden [B, D], key, s of the draws, N) -> two pools of N patches per row, [2, B, N, K].
+Pools = Callable[[jax.Array, jax.Array, float, int], jax.Array]
 
-  @jax.jit
-  def pools(hidden_BD, key):
-    z_NBZ = model.sample(trained.params, hidden_BD, key, 2 * draws)
+
+def _pools(sample: Callable[..., jax.Array], autoencoder: trained_lib.Trained) -> Pools:
+  """Returns the function of pools.
+
+  Args:
+    sample: (hidden [B, D], key, s [B], N) -> latents [N, B, Z].
+  """
+
+  @functools.partial(jax.jit, static_argnames="draws")
+  def pools(hidden_BD, key, draw_power, draws: int):
+    power_B = jnp.full(len(hidden_BD), draw_power)
+    z_NBZ = sample(hidden_BD, key, power_B, 2 * draws)
     token_NBK = calm.decode_tokens(autoencoder.model, autoencoder.params, z_NBZ)
     return jnp.moveaxis(token_NBK.reshape(2, draws, *token_NBK.shape[1:]), 2, 1)
 
@@ -112,10 +134,10 @@ def _pools_of(trained: trained_lib.Trained, draws: int) -> Callable[..., jax.Arr
 
 
 def _samples(
-  trained: trained_lib.Trained, store: store_lib.TokenStore, draws: int, patches: int, seed: int
+  trained: trained_lib.Trained, store: store_lib.TokenStore, patches: int, seed: int
 ) -> Iterator[_Sampled]:
-  """Yields `patches` predicted patches from all over the held-out text, with their draws."""
-  hidden, pools = _hidden_of(trained), _pools_of(trained, draws)
+  """Yields `patches` predicted patches from all over the held-out text."""
+  hidden = _hidden_of(trained)
   size, context = trained.model.sizes.patch_size, trained.run.data.context
   predicted = context // size - 1
   per_block, num_left = min(predicted, 4 * ROWS), patches
@@ -130,7 +152,8 @@ def _samples(
       key = jax.random.fold_in(block_key, begin + 1)
       yield _Sampled(
         token_1PK[0, chunk + 1],
-        pools(hidden_PD[padded], jax.random.fold_in(key, 0)),
+        hidden_PD[padded],
+        jax.random.fold_in(key, 0),
         jax.random.split(jax.random.fold_in(key, 1), (2, ROWS)),
       )
     num_left -= len(positions)
@@ -139,33 +162,37 @@ def _samples(
 @functools.partial(jax.jit, static_argnames=("sampler", "slots"))
 def _chosen(pool_BNK, power, key_B, sampler: requests.Sampler, slots: int) -> candidates.Choice:
   """Returns the choice among each row's draws, at most `slots` of them."""
-  rows, _, size = pool_BNK.shape
-  ones_B = jnp.ones(rows, jnp.int32)
-  wanted = candidates.Wanted(
-    key_B=key_B,
-    power_B=power * ones_B,
-    limit_B=slots * ones_B,
-    attempts_B=slots * ones_B,
-    tail_BK=jnp.zeros((rows, size), jnp.int32),
-    length_B=0 * ones_B,
-    active_B=ones_B > 0,
-  )
-
-  def draw(row_S, number_S):
-    return candidates.Candidate(pool_BNK[row_S, number_S], None)
-
   rule, chooser = rules.RULES[sampler.rule], choosers.CHOOSERS[sampler.at_limit]
-  return candidates.choose(wanted, draw, rule, chooser, slots, [rows])
+  power_B = jnp.full(len(pool_BNK), power)
+  return candidates.choose_from(pool_BNK, power_B, key_B, rule, chooser, slots)
 
 
-def _pair(setting: _Setting, sampled: _Sampled) -> list[candidates.Choice]:
-  """Returns a choice from each of the two pools, on the host, without padding."""
-  power, rows = temperature.power(setting.temperature), len(sampled.target_RK)
+def _pairs(
+  settings: Sequence[_Setting], sampled: _Sampled, pools: Pools
+) -> dict[_Setting, list[candidates.Choice]]:
+  """Returns, per setting, a choice from each of two pools, on the host, without padding.
+
+  Settings whose draws have the same temperature share their pools.
+  """
+  most: dict[float, int] = {}
+  for setting in settings:
+    most[setting.draw_power] = max(most.get(setting.draw_power, 0), setting.num_candidates)
+  pairs = {}
+  for number, (draw_power, draws) in enumerate(most.items()):
+    key = jax.random.fold_in(sampled.draw_key, number) if number else sampled.draw_key
+    pool_2BNK = pools(sampled.hidden_BD, key, draw_power, draws)
+    for setting in settings:
+      if setting.draw_power == draw_power:
+        pairs[setting] = _pair(setting, pool_2BNK, sampled)
+  return {setting: pairs[setting] for setting in settings}
+
+
+def _pair(setting: _Setting, pool_2BNK, sampled: _Sampled) -> list[candidates.Choice]:
   pair = [
-    _chosen(pool_BNK, power, key_B, setting.sampler, setting.num_candidates)
-    for pool_BNK, key_B in zip(sampled.pool_2BNK, sampled.key_2B, strict=True)
+    _chosen(pool_BNK, setting.power, key_B, setting.sampler, setting.num_candidates)
+    for pool_BNK, key_B in zip(pool_2BNK, sampled.key_2B, strict=True)
   ]
-  return jax.tree.map(lambda x: np.asarray(x)[:rows], pair)
+  return jax.tree.map(lambda x: np.asarray(x)[: len(sampled.target_RK)], pair)
 
 
 def _equal_so_far(a_PK: np.ndarray, b_PK: np.ndarray) -> np.ndarray:
@@ -173,37 +200,56 @@ def _equal_so_far(a_PK: np.ndarray, b_PK: np.ndarray) -> np.ndarray:
   return np.cumprod(a_PK == b_PK, axis=-1)[:, : brier.ORDERS]
 
 
-def _row(
-  setting: _Setting, pairs: list[list[candidates.Choice]], target_PK: np.ndarray
-) -> dict[str, Any]:
-  """Returns the figures of a setting's pairs of choices."""
-  first, second = jax.tree.map(lambda *x: np.concatenate(x), *pairs)
-  correct = [_equal_so_far(choice.patch.token_K, target_PK) for choice in (first, second)]
-  equal_Pn = _equal_so_far(first.patch.token_K, second.patch.token_K)
+class _Outcome(NamedTuple):
+  """A setting's two independent choices of every patch, tokens [P, K], and what they took."""
+
+  first: candidates.Choice
+  second: candidates.Choice
+
+  @property
+  def tokens(self) -> tuple[np.ndarray, np.ndarray]:
+    return self.first.patch.token_K, self.second.patch.token_K
+
+
+def _row(setting: _Setting, outcome: _Outcome, target_PK: np.ndarray) -> dict[str, Any]:
+  """Returns the figures of a setting."""
+  correct = [_equal_so_far(token_PK, target_PK) for token_PK in outcome.tokens]
   return {
     "rule": setting.sampler.rule,
     "at_limit": setting.sampler.at_limit,
     "temperature": setting.temperature,
     "num_candidates": setting.num_candidates,
     "patches": len(target_PK),
-    "draws": float(first.seen_B.mean()),
-    "settled": float(first.settled_B.mean()),
-    **_figures(np.mean(correct, axis=0), equal_Pn),
+    "draws": float(outcome.first.seen_B.mean()),
+    "settled": float(outcome.first.settled_B.mean()),
+    **_figures(np.mean(correct, axis=0), _equal_so_far(*outcome.tokens)),
+  }
+
+
+def _distance(a: _Outcome, b: _Outcome) -> dict[str, list[float]]:
+  """Returns C(P,P) − 2 C(P,Q) + C(Q,Q) in percent, for n = 1 to 4, and its standard error.
+
+  C is the probability that two independent choices begin with the same n tokens. The expectation
+  is Σ (P − Q)² over the patches' first n tokens: 0 for equal laws, lower is nearer. An estimate may
+  be negative. Choices from different pools are compared, as those from one pool are not
+  independent.
+  """
+  within_Pn = _equal_so_far(*a.tokens) + _equal_so_far(*b.tokens)
+  pairs = zip(a.tokens, reversed(b.tokens), strict=True)
+  distance_Pn = within_Pn - sum(_equal_so_far(*pair) for pair in pairs)
+  error_n = 100 * distance_Pn.std(axis=0) / max(len(distance_Pn) - 1, 1) ** 0.5
+  return {
+    "distance": (100 * distance_Pn.mean(axis=0)).tolist(),
+    "distance_error": error_n.tolist(),
   }
 
 
 def _require_reachable(temperatures: Sequence[float], num_candidates: Sequence[int]) -> None:
-  """Raises CalmError if N is too large, or too small for a temperature."""
-  fewest, most = min(num_candidates), max(num_candidates)
-  largest = requests.MOST["num_candidates"]
-  if most > largest:
-    raise errors.CalmError(f"num_candidates must lie in [1, {largest}], got {most}")
+  """Raises CalmError if a temperature or N is out of range."""
+  most, largest = max(num_candidates), requests.MOST["num_candidates"]
+  config.require(most <= largest, f"num_candidates must lie in [1, {largest}], got {most}")
   for value in temperatures:
-    power = temperature.power(value)
-    if fewest < power:
-      raise errors.CalmError(
-        f"num_candidates must be at least 1/temperature = {power:g}, got {fewest}"
-      )
+    temperature.power(value)
 
 
 def of_calm(
@@ -215,7 +261,10 @@ def of_calm(
   patches: int,
   seed: int,
 ) -> list[dict[str, Any]]:
-  """Returns a row for each sampler, temperature and N, all on the same draws and patches.
+  """Returns a row for each sampler, temperature and N, all on the same patches.
+
+  Samplers at draws of the same temperature choose from the same draws. Each row after the first
+  sampler's has its `distance` from that sampler at the same temperature; see `_distance`.
 
   Args:
     patches: the number of predicted patches, from all over the held-out text.
@@ -224,14 +273,70 @@ def of_calm(
     CalmError: for a temperature that needs more candidates than the smallest N.
   """
   _require_reachable(temperatures, num_candidates)
-  pairs = {setting: [] for setting in _settings(samplers, temperatures, num_candidates)}
-  targets = []
-  for sampled in _samples(trained, store, max(num_candidates), patches, seed):
+  settings = _settings(trained, laws.CalmLaw, samplers, temperatures, num_candidates)
+
+  def sample(hidden_BD, key, power_B, draws: int):
+    return trained.model.sample(trained.params, hidden_BD, key, draws)
+
+  pools = _pools(sample, trained.parents["autoencoder"])
+  return _rows(trained, store, settings, pools, patches, seed)
+
+
+def of_tempered(
+  trained: trained_lib.Trained,
+  store: store_lib.TokenStore,
+  temperatures: Sequence[float],
+  num_candidates: Sequence[int],
+  samplers: Sequence[requests.Sampler],
+  patches: int,
+  seed: int,
+) -> list[dict[str, Any]]:
+  """Returns the rows of a language model and its tempered head; see `of_calm`."""
+  _require_reachable(temperatures, num_candidates)
+  settings = _settings(trained, laws.TemperedLaw, samplers, temperatures, num_candidates)
+  parent = trained.parents["calm"]
+
+  def sample(hidden_BD, key, power_B, draws: int):
+    def own(key):
+      return parent.model.sample(parent.params, hidden_BD, key, draws)
+
+    def tempered(key):
+      return trained.model.sample(trained.params, hidden_BD, power_B, key, draws)
+
+    return jax.lax.cond(power_B[0] > 1, tempered, own, key)
+
+  pools = _pools(sample, parent.parents["autoencoder"])
+  return _rows(parent, store, settings, pools, patches, seed)
+
+
+def _rows(
+  trained: trained_lib.Trained,
+  store: store_lib.TokenStore,
+  settings: Sequence[_Setting],
+  pools: Pools,
+  patches: int,
+  seed: int,
+) -> list[dict[str, Any]]:
+  """Returns a row for each setting, on predicted patches of one language model."""
+  pairs, targets = {setting: [] for setting in settings}, []
+  for sampled in _samples(trained, store, patches, seed):
     targets.append(sampled.target_RK)
-    for setting in pairs:
-      pairs[setting].append(_pair(setting, sampled))
+    for setting, pair in _pairs(settings, sampled, pools).items():
+      pairs[setting].append(pair)
   target_PK = np.concatenate(targets)
-  return [_row(setting, choices, target_PK) for setting, choices in pairs.items()]
+  outcomes = {
+    setting: _Outcome(*jax.tree.map(lambda *x: np.concatenate(x), *parts))
+    for setting, parts in pairs.items()
+  }
+  reference = {}
+  for setting, outcome in outcomes.items():
+    reference.setdefault(setting.temperature, (setting.sampler, outcome))
+  rows = []
+  for setting, outcome in outcomes.items():
+    sampler, first = reference[setting.temperature]
+    distance = _distance(outcome, first) if setting.sampler != sampler else {}
+    rows.append({**_row(setting, outcome, target_PK), **distance})
+  return rows
 
 
 def of_transformer(

@@ -24,13 +24,13 @@ RULES: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
   ("output table", r"(?<!attention/)(?<!head/)\bout/kernel", (_FSDP, "tensor")),
   (
     "into the width",
-    r"\b(query|key|value|gate|up|gate_up|sample_in|hidden_in|noise_in|latent_in|time_in"
+    r"\b(query|key|value|gate|up|gate_up|sample_in|hidden_in|noise_in|latent_in|time_in|power_in"
     r"|modulation|squeeze|from_latent)/kernel",
     (_FSDP, "tensor"),
   ),
   (
     "out of the width",
-    r"\b(attention/out|head/out|down|middle|time_out|posterior|expand)/kernel",
+    r"\b(attention/out|head/out|down|middle|time_out|power_out|posterior|expand)/kernel",
     ("tensor", _FSDP),
   ),
   ("vector", r"\b(bias|scale)", ()),

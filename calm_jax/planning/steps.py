@@ -232,7 +232,7 @@ def decode_plans(job: PlanJob, texts: int = 1, draws: int = 1) -> dict[str, resu
     batch, tails = [requests.Request(num_candidates=draws)] * texts, [()] * texts
     power = [2.0 if draws > 1 else 1.0] * texts
     arrays = with_sharding(
-      jax.eval_shape(lambda: batching.request_arrays(batch, power, tails, size))
+      jax.eval_shape(lambda: batching.request_arrays(batch, power, [1.0] * texts, tails, size))
     )
     token_BPK = with_sharding(jax.ShapeDtypeStruct((texts, window, size), jnp.int32))
     sizes = tuple(candidates.round_sizes(texts, math.ceil(power[0]), draws))

@@ -59,7 +59,7 @@ def card(
     ("EOS", f"token {origin.eos_id}, {tokenizer.piece(origin.eos_id)!r}"),
     ("documents begin after", f"tokens {list(origin.start_patch)}" if origin.start_patch else "-"),
     *((name, value) for name, value in settings if _describes_model(name)),
-    *presentation.facts(run, {name: parent.run for name, parent in trained.parents.items()}),
+    *presentation.facts(run, trained_lib.runs(trained.parents)),
   ]
   return f"""---
 tags: [calm]

@@ -44,7 +44,8 @@ class Start:
 
   @property
   def parent_runs(self) -> dict[str, Any]:
-    return {name: parent.run for name, parent in self.parents.items()}
+    """Settings of the parents and of theirs, by name."""
+    return trained_lib.runs(self.parents)
 
   def copy_parents(self, directory: str) -> None:
     """Writes the parents into a new workdir.
@@ -119,8 +120,8 @@ def _require_same_config(run: Any, directory: str, allow_change: bool) -> None:
 def _build(run: Any, store: store_lib.TokenStore, directory: str, is_started: bool) -> Start:
   """Returns a run with its data, its parents and the weights that it starts from."""
   spec, own_origin = table.of(run), workdir.read_origin(directory) if is_started else None
-  source = None
-  if run.start_from and not (is_started and trained_lib.has_checkpoint(directory)):
+  source, resumes = None, is_started and trained_lib.has_checkpoint(directory)
+  if run.start_from and not resumes:
     source = _weights_to_start_from(run, store)
   folders = {
     name: _parent_source(run, name, directory, is_started, source) for name in spec.parents
@@ -136,10 +137,13 @@ def _build(run: Any, store: store_lib.TokenStore, directory: str, is_started: bo
   sizes = [origin.vocab_size for origin in origins if origin]
   vocab_size = sizes[0] if sizes else store.manifest.tokenizer.vocab_size
   labels = {name: (f"the {name} in {path}", f"--config.{name}") for name, path in folders.items()}
-  spec.check(run, {name: parent.run for name, parent in parents.items()}, vocab_size, labels)
+  spec.check(run, trained_lib.runs(parents), vocab_size, labels)
   patch_size = spec.patch_size(run)
   fingerprints = {name: parent.fingerprint for name, parent in parents.items()}
   model = spec.model(run, parents, vocab_size, run.training.compute_dtype)
+  initial = source.params if source else None
+  if initial is None and spec.initial and not resumes:
+    initial = spec.initial(run, model, parents)
   return Start(
     run=run,
     store=store,
@@ -148,7 +152,7 @@ def _build(run: Any, store: store_lib.TokenStore, directory: str, is_started: bo
     positions=run.data.context // patch_size,
     parents=parents,
     parent_sources=folders,
-    initial=source.params if source else None,
+    initial=initial,
   )
 
 

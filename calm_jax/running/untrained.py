@@ -16,9 +16,15 @@ Make = Callable[[Callable[[jax.Array], Params]], Params]
 
 
 def parent_runs(run: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the settings of a run's parents: those of `overrides`, else their stage's default."""
-  parents = table.of(run).parents
-  return {name: overrides.get(name) or table.STAGES[stage].run() for name, stage in parents.items()}
+  """Returns the settings of a run's parents and of theirs, by name; the nearer one wins.
+
+  They are those of `overrides`, else their stage's default.
+  """
+  result, own = {}, {}
+  for name, stage in table.of(run).parents.items():
+    own[name] = overrides.get(name) or table.STAGES[stage].run()
+    result |= parent_runs(own[name], overrides)
+  return result | own
 
 
 def abstract(initial: Callable[[jax.Array], Params]) -> Params:
@@ -36,8 +42,7 @@ def trained(
     dtype: compute type of the model; by default that of training.
   """
   dtype = dtype or run.training.compute_dtype
-  spec, own = table.of(run), parent_runs(run, runs)
-  parents = {name: trained(own[name], runs, vocab_size, make, dtype) for name in own}
+  spec, parents = table.of(run), _parents(run, runs, vocab_size, make, dtype)
   model = spec.model(run, parents, vocab_size, dtype)
   origin = workdir.Origin("", "", "", vocab_size, eos_id=0, appends_eos=True, start_patch=())
   return trained_lib.Trained(run, origin, make(model.initial), 0, model, "", parents)
@@ -45,6 +50,13 @@ def trained(
 
 def functions(run: Any, runs: Mapping[str, Any], vocab_size: int, make: Make) -> stage_lib.Stage:
   """Returns a stage's functions for the loop, with parents as `trained` makes them."""
-  spec, dtype, own = table.of(run), run.training.compute_dtype, parent_runs(run, runs)
-  parents = {name: trained(own[name], runs, vocab_size, make, dtype) for name in own}
+  spec, dtype = table.of(run), run.training.compute_dtype
+  parents = _parents(run, runs, vocab_size, make, dtype)
   return spec.stage(run, spec.model(run, parents, vocab_size, dtype), parents)
+
+
+def _parents(
+  run: Any, runs: Mapping[str, Any], vocab_size: int, make: Make, dtype: str
+) -> dict[str, trained_lib.Trained]:
+  own = parent_runs(run, runs)
+  return {name: trained(own[name], runs, vocab_size, make, dtype) for name in table.of(run).parents}

@@ -41,7 +41,7 @@ class Run(config.Run):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Text:
+class Text:
   """A batch as stage two reads it.
 
   Attributes:
@@ -58,7 +58,7 @@ class _Text:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Functions:
+class Functions:
   """Stage two's functions for the training loop; `frozen` are the autoencoder's parameters."""
 
   run: Run
@@ -69,24 +69,28 @@ class _Functions:
   def _patch_size(self) -> int:
     return self.run.model.patch_size
 
-  def _read(self, frozen, batch, key) -> _Text:
-    """Returns a batch's patches, their posteriors and the latents that the backbone reads."""
-    token_BPK = stage.patches(batch["tokens"], self._patch_size)
+  def encode(self, frozen, token_BPK) -> tuple[jax.Array, jax.Array]:
+    """Returns the posteriors of patches: mean and log of the std, [B, P, Z] each."""
 
     def encode_example(token_PK):
       return layers.apply(self.autoencoder, frozen, token_PK, method="encode")
 
-    posterior_BPZ = mesh.map_examples(encode_example, broadcasts=True)(token_BPK)
+    return mesh.map_examples(encode_example, broadcasts=True)(token_BPK)
+
+  def read(self, frozen, batch, key) -> Text:
+    """Returns a batch's patches, their posteriors and the latents that the backbone reads."""
+    token_BPK = stage.patches(batch["tokens"], self._patch_size)
+    posterior_BPZ = self.encode(frozen, token_BPK)
     key_B, latent_BPZ = stage.example_keys(key, batch["index"]), None
     if self.run.model.reads_latents:
       draws = jax.vmap(autoencoding.posterior_draws, in_axes=(0, 0, 0, None))
       mean_BPZ, log_std_BPZ = posterior_BPZ
       latent_BPZ = draws(stage.purpose_keys(key_B, 0), mean_BPZ, log_std_BPZ, 1)[:, 0]
-    return _Text(token_BPK, posterior_BPZ, latent_BPZ, key_B)
+    return Text(token_BPK, posterior_BPZ, latent_BPZ, key_B)
 
   def loss(self, params, frozen, batch, key):
     """Returns the head's loss, averaged over the patches that have a next one, and metrics."""
-    text = self._read(frozen, batch, key)
+    text = self.read(frozen, batch, key)
     hidden_BPD, _ = self.model.hidden(params, text.token_BPK, text.latent_BPZ)
 
     def head_loss(hidden_PD, mean_PZ, log_std_PZ, key):
@@ -104,21 +108,29 @@ class _Functions:
 
   def _samples(self, params, frozen, hidden_BPD, key_B):
     """Returns N sampled latents of every patch [B, N, P, Z] and their tokens [B, N, P, K]."""
+    sample_BNPZ = self.draws(params, hidden_BPD, key_B, self.run.loss.samples)
+    return sample_BNPZ, self.decode(frozen, sample_BNPZ)
+
+  def draws(self, params, hidden_BPD, key_B, count: int) -> jax.Array:
+    """Returns `count` (N) sampled latents of every patch, [B, N, P, Z]."""
 
     def sample_example(hidden_PD, key):
-      return self.model.sample(params, hidden_PD, key, self.run.loss.samples)
+      return self.model.sample(params, hidden_PD, key, count)
 
-    sample_BNPZ = mesh.map_examples(sample_example)(hidden_BPD, key_B)
-    chunk = max(1, calm.DECODE_CHUNK // mesh.own_examples(len(key_B)))
+    return mesh.map_examples(sample_example)(hidden_BPD, key_B)
+
+  def decode(self, frozen, sample_BNPZ) -> jax.Array:
+    """Returns the most likely tokens of latents, [B, N, P, K]."""
+    chunk = max(1, calm.DECODE_CHUNK // mesh.own_examples(len(sample_BNPZ)))
 
     def decode_example(sample_NPZ):
       return calm.decode_tokens(self.autoencoder, frozen, sample_NPZ, chunk)
 
-    return sample_BNPZ, mesh.map_examples(decode_example)(sample_BNPZ)
+    return mesh.map_examples(decode_example)(sample_BNPZ)
 
   def evaluate(self, params, frozen, batch, key):
     """Returns scores of each example: BrierLM's terms, energy score and conditioning gap."""
-    text, spanned = self._read(frozen, batch, key), brier.patches_spanned(self._patch_size)
+    text, spanned = self.read(frozen, batch, key), brier.patches_spanned(self._patch_size)
     count = text.token_BPK.shape[1] - 1
     cache = memory.Cache.empty(count) if spanned > 1 else None
     # The last patch predicts nothing, and the first is not predicted.
@@ -190,7 +202,7 @@ class _Functions:
 
 def _stage(run: Run, model: calm.Calm, parents: spec.Parents) -> stage.Stage:
   parent = parents["autoencoder"]
-  functions = _Functions(run, model, parent.model)
+  functions = Functions(run, model, parent.model)
   return stage.Stage(
     model.initial, functions.loss, functions.evaluate, functions.summarize, parent.params
   )

@@ -34,6 +34,8 @@ class Spec:
       as the paper counts them.
     program_flops: same arguments -> training FLOPs per position that our program computes if
       nothing but attention is recomputed.
+    initial: (settings, model, parents) -> parameters to start from, arrays of their own; by default
+      the model's initial values.
     presentation: how reports and model cards show it.
     check: (settings, parents' settings, vocabulary, labels) -> None; raises CalmError if they
       don't fit each other. See `ParentLabels`.
@@ -57,6 +59,7 @@ class Spec:
   flops: Callable[[Any, ParentRuns, int], dict[str, float]]
   program_flops: Callable[[Any, ParentRuns, int], float]
   presentation: presentation.Presentation
+  initial: Callable[[Any, Any, Parents], Params] | None = None
   parents: Mapping[str, str] = dataclasses.field(default_factory=dict)
   check: Callable[[Any, ParentRuns, int, ParentLabels], None] = lambda *arguments: None
   transformer: Callable[[Any], config.Transformer | None] = lambda run: None

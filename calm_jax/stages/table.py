@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from calm_jax import config, resolve
-from calm_jax.stages import autoencoder, calm, spec, transformer
+from calm_jax.stages import autoencoder, calm, spec, tempered, transformer
 
 STAGES: dict[str, spec.Spec] = {
   "autoencoder": autoencoder.SPEC,
   "calm": calm.SPEC,
   "transformer": transformer.SPEC,
+  "tempered": tempered.SPEC,
 }
 
 

@@ -51,6 +51,14 @@ class Trained:
   parents: Mapping[str, "Trained"] = dataclasses.field(default_factory=dict)
 
 
+def runs(parents: Mapping[str, Trained]) -> dict[str, Any]:
+  """Returns the settings of parents and of their own parents, by name; the nearer one wins."""
+  result: dict[str, Any] = {}
+  for parent in parents.values():
+    result |= runs(parent.parents)
+  return result | {name: parent.run for name, parent in parents.items()}
+
+
 def restore(directory: str, model: Model) -> checkpoint.Restored:
   """Returns the newest readable parameters of a workdir, on the mesh that is set.
 
