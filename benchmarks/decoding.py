@@ -12,24 +12,28 @@ from benchmarks import known_law, timing
 from calm_jax import errors, workdir
 from calm_jax.data import store as store_lib
 from calm_jax.data import synthetic
-from calm_jax.generation import cost, decode, laws, precision, requests, tradeoff
+from calm_jax.generation import cost, decode, laws, precision, requests, rules
 from calm_jax.models import calm, memory
 from calm_jax.planning import writing
 from calm_jax.running import loading
 from calm_jax.running import texts as texts_lib
+from calm_jax.stages import table
 from calm_jax.training import trained as trained_lib
 
 REPETITIONS = 9
 PROMPT_PATCHES, NEW_PATCHES = 16, 16
 BATCHES = (1, 4, 32)
 PUBLISHED = requests.Sampler("none", "batch")
-# (name, sampler, T, N).
+RACE, DIRECT = requests.Sampler(), requests.Sampler(rules.DIRECT)
+# (name, sampler, T, N). Those with DIRECT need a tempered head.
 WAYS: tuple[tuple[str, requests.Sampler, float, int], ...] = (
   ("one draw", PUBLISHED, 1.0, 1),
   ("published", PUBLISHED, 1 / 2, 200),
-  ("ours", requests.Sampler(), 1 / 2, 24),
+  ("race", RACE, 1 / 2, 24),
+  ("direct", DIRECT, 1 / 2, 24),
   ("published", PUBLISHED, 1 / 3, 200),
-  ("ours", requests.Sampler(), 1 / 3, 24),
+  ("race", RACE, 1 / 3, 24),
+  ("direct", DIRECT, 1 / 3, 24),
 )
 QUALITY_PATCHES = 1024
 
@@ -123,11 +127,12 @@ def _speed(
   seconds, drawn, seen = _write(texts_lib.decoder(trained, sampler, lambda line: None), texts)
   job = cost.WritingJob(
     trained.run,
-    {"autoencoder": trained.parents["autoencoder"].run},
+    trained_lib.runs(trained.parents),
     trained.origin.vocab_size,
     2 * (PROMPT_PATCHES + NEW_PATCHES // 2),
     draws=drawn,
     batch=batch,
+    is_direct=sampler == DIRECT,
   )
   return {
     "batch": batch,
@@ -143,22 +148,27 @@ def _speed(
 
 
 def _speeds(trained: trained_lib.Trained, token_BPK: np.ndarray) -> Section:
-  """Measures the bare loop and all WAYS at one batch size; each of ours follows its rival."""
+  """Measures the bare loop and all WAYS at one batch size, in turns."""
   batch, _, patch_size = token_BPK.shape
-  bare = batch * NEW_PATCHES * patch_size / _bare(trained, token_BPK)
+  bare = batch * NEW_PATCHES * patch_size / _bare(_language_model(trained), token_BPK)
   lines = [f"batch {batch:2}  bare loop, T = 1, one draw: {bare:9,.1f} tokens/s"]
   figures: list[dict[str, Any]] = [
     {"batch": batch, "way": "bare loop", "temperature": 1.0, "tokens_per_second": bare}
   ]
-  for way in WAYS:
-    row, previous = _speed(trained, token_BPK, way), figures[-1]["tokens_per_second"]
+  for way in _ways(trained):
+    row = _speed(trained, token_BPK, way)
+    slower = {
+      name: row["tokens_per_second"] / other["tokens_per_second"]
+      for other in figures
+      if (name := other["way"]) != "bare loop" and other["temperature"] in (1, row["temperature"])
+    }
     line = (
       f"batch {batch:2}  {row['way']:10} T = {row['temperature']:.3f}, N = "
       f"{row['num_candidates']:3}: {row['tokens_per_second']:9,.1f} tokens/s, "
       f"{row['draws']:6.1f} draws a patch, {row['mflop']:8.1f} MFLOP a token"
     )
-    if row["way"] == "ours":
-      line += f", {row['tokens_per_second'] / previous:.1f} times the published way"
+    if slower:
+      line += "; times " + ", ".join(f"{name} {ratio:.2f}" for name, ratio in slower.items())
     lines.append(line)
     figures.append(row)
   return lines, figures
@@ -167,10 +177,11 @@ def _speeds(trained: trained_lib.Trained, token_BPK: np.ndarray) -> Section:
 def _quality(trained: trained_lib.Trained, store: store_lib.TokenStore) -> Section:
   """Measures accuracy and collision of the published sampler and of ours, in percent."""
   lines, figures = [], []
-  for sampler, n in ((PUBLISHED, 200), (requests.Sampler(), 24)):
-    figures += tradeoff.of_calm(
-      trained, store, (1 / 2, 1 / 3), (n,), (sampler,), QUALITY_PATCHES, seed=0
-    )
+  settings = (trained, store, (1 / 2, 1 / 3))
+  for samplers, n in (((DIRECT, RACE), 24), ((PUBLISHED,), 200)):
+    own = [sampler for sampler in samplers if sampler != DIRECT or _is_tempered(trained)]
+    how = texts_lib.require_writing(trained.run, "this is")
+    figures += how.tradeoff(*settings, (n,), own, QUALITY_PATCHES, seed=0)
   for row in figures:
     scores = [
       f"{name} " + " ".join(f"{x:.1f}" for x in row[name]) + f" (± {row[name + '_error'][0]:.1f})"
@@ -181,6 +192,19 @@ def _quality(trained: trained_lib.Trained, store: store_lib.TokenStore) -> Secti
       f"{', '.join(scores)}, {row['draws']:.1f} draws"
     )
   return lines, figures
+
+
+def _is_tempered(trained: trained_lib.Trained) -> bool:
+  return texts_lib.require_writing(trained.run, "this is").rule == rules.DIRECT
+
+
+def _language_model(trained: trained_lib.Trained) -> trained_lib.Trained:
+  """Returns the language model, which a tempered head has as its parent."""
+  return trained.parents["calm"] if _is_tempered(trained) else trained
+
+
+def _ways(trained: trained_lib.Trained) -> list[tuple[str, requests.Sampler, float, int]]:
+  return [way for way in WAYS if way[1] != DIRECT or _is_tempered(trained)]
 
 
 def _trained(directory: str) -> trained_lib.Trained:
@@ -194,7 +218,12 @@ def _trained(directory: str) -> trained_lib.Trained:
       "--suite=decode needs a trained model: give --workdir=DIR of a CALM language model, "
       "such as launch/quickstart.sh trains"
     )
-  return loading.load(directory, "calm")
+  trained = loading.load(directory)
+  if not texts_lib.require_writing(trained.run, f"{directory} holds").takes_candidates:
+    raise errors.CalmError(
+      f"{directory} holds {table.of(trained.run).title}: --suite=decode is for CALM language models"
+    )
+  return trained
 
 
 def measure(directory: str) -> tuple[list[str], dict[str, Any]]:
@@ -218,9 +247,10 @@ def measure(directory: str) -> tuple[list[str], dict[str, Any]]:
   sections: dict[str, Section] = {
     "speeds": ([x for lines, _ in speeds for x in lines], [x for _, rows in speeds for x in rows]),
     "quality": _quality(trained, store),
-    "differing_draws": _differing_draws(endless, prompts[-1]),
+    "differing_draws": _differing_draws(_language_model(endless), prompts[-1]),
     "batch_bias": known_law.batch_bias(),
     "first_bias": known_law.first_bias(),
+    "tempered_head": known_law.tempered_head(),
     "exact_law_p": known_law.exact_law(),
   }
   lines = [line for own, _ in sections.values() for line in own]

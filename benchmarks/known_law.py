@@ -4,13 +4,18 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 import scipy.special
 import scipy.stats
 from jax import numpy as jnp
 
+from calm_jax import config
 from calm_jax.generation import candidates, choosers, rules
+from calm_jax.models.heads import head, registry, tempered
 
 LAW, LAW_DRAWS = np.array([0.5, 0.3, 0.15, 0.05]), 100_000
+# The tempered head: its width, the dimensions of its latents, its training, and its draws a race.
+WIDTH, LATENT, STEPS, ROWS, POOL = 64, 8, 1000, 256, 64
 
 
 def _batch_law(power: float, draws: int) -> np.ndarray:
@@ -109,3 +114,51 @@ def exact_law() -> tuple[list[str], Any]:
   values = (f"p = {p:.3f} at T = {value}" for value, p in figures.items())
   line = f"exact on that law, chi-square over {LAW_DRAWS:,} draws: {', '.join(values)}"
   return [line], figures
+
+
+def tempered_head() -> tuple[list[str], Any]:
+  """Trains a tempered head on winners of `exact` and measures the total variation of one draw.
+
+  Each outcome of LAW has a random latent. A draw counts as the outcome with the nearest latent.
+  """
+  trunk = head.Trunk(WIDTH, LATENT, "fan_in")
+  model = tempered.Tempered(registry.build(config.Head(blocks=2, noise=16), trunk), trunk)
+  latent_XZ = 3 * jax.random.normal(jax.random.key(0), (len(LAW), LATENT))
+  optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, STEPS))
+  settings = config.CalmLoss(samples=8, posterior_draws=1)
+  hidden_BD = jnp.zeros((ROWS, WIDTH))  # The context is always the same.
+
+  def step(state, key):
+    params, optimizer_state = state
+    power_key, pool_key, race_key, loss_key = jax.random.split(key, 4)
+    power_B = 4 ** jax.random.uniform(power_key, (ROWS,))
+    pool_BN = jax.random.categorical(pool_key, jnp.log(LAW), shape=(ROWS, POOL))
+    key_B = jax.random.split(race_key, ROWS)
+    race = rules.exact, choosers.batch, POOL
+    choice = candidates.choose_from(pool_BN[..., None].astype(jnp.int32), power_B, key_B, *race)
+    target_BZ = latent_XZ[choice.patch.token_K[:, 0]]
+
+    def loss(params):
+      return jnp.mean(model.loss(params, hidden_BD, power_B, target_BZ, loss_key, settings)[0])
+
+    updates, optimizer_state = optimizer.update(jax.grad(loss)(params), optimizer_state)
+    return (optax.apply_updates(params, updates), optimizer_state), None
+
+  @jax.jit
+  def trained(key):
+    params = model.initial(key)
+    keys = jax.random.split(key, STEPS)
+    return jax.lax.scan(step, (params, optimizer.init(params)), keys)[0][0]
+
+  @jax.jit
+  def outcomes(params, power_1, key):
+    draw_N1Z = model.sample(params, hidden_BD[:1], power_1, key, LAW_DRAWS)
+    return jnp.argmin(jnp.sum((draw_N1Z - latent_XZ[None]) ** 2, axis=-1), axis=-1)
+
+  params, figures = trained(jax.random.key(1)), {}
+  for value in (1 / 2, 1 / 3):
+    x_N = outcomes(params, jnp.full((1,), 1 / value), jax.random.key(2))
+    law_X = np.bincount(x_N, minlength=len(LAW)) / LAW_DRAWS
+    figures[f"{value:.3g}"] = float(abs(law_X - _tempered(1 / value)).sum() / 2)
+  biases = (f"{bias:.4f} at T = {value}" for value, bias in figures.items())
+  return [f"one draw of a tempered head on that law: {', '.join(biases)}"], figures

@@ -132,7 +132,7 @@ def _tradeoff(directory: str) -> dict[str, Any]:
   if spec.writing is None:
     raise errors.CalmError(f"{spec.title} generates no text: temperatures are for language models")
   names = _SAMPLERS.value or dict.fromkeys((spec.writing.rule, requests.Sampler.rule))
-  samplers = [requests.Sampler(*name.split(":")) for name in names]
+  samplers = [_sampler(name) for name in names]
   baseline = _exact_writing(_BASELINE.value, store) if _BASELINE.value else None
   settings = (temperatures, candidates, samplers, _PATCHES.value, _SEED.value)
   trained = loading.load(directory)
@@ -147,6 +147,12 @@ def _tradeoff(directory: str) -> dict[str, Any]:
   if baseline:
     figures["baseline"] = baseline.tradeoff(loading.load(_BASELINE.value), store, *settings)
   return figures
+
+
+def _sampler(name: str) -> requests.Sampler:
+  """Returns the sampler that RULE or RULE:AT_LIMIT names."""
+  rule, _, at_limit = name.partition(":")
+  return requests.Sampler(rule, at_limit or requests.Sampler.at_limit)
 
 
 def _exact_writing(directory: str, store: store_lib.TokenStore) -> writing.Writing:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the complete pipeline on one machine without an accelerator: corpus -> tokenizer -> token
-# store -> autoencoder -> language model -> evaluation -> text -> report. Takes at most 12 minutes on
-# 2 cores and 6 GB. When run again, it resumes. QUICKSTART_DIR is the folder of its output.
+# store -> autoencoder -> language model -> tempered head -> texts -> report. Takes at most 12
+# minutes on 2 cores and 6 GB. When run again, it resumes. QUICKSTART_DIR is the folder of its output.
 set -euo pipefail
 began=$(date +%s)
 case ${QUICKSTART_DIR:=} in
@@ -45,12 +45,13 @@ step calm python -m calm_jax.main --config=configs/calm.py:quickstart \
 step evaluate_calm python -m calm_jax.evaluate --workdir="$DIR/calm"
 step generate_1 python -m calm_jax.generate --workdir="$DIR/calm" \
   --prompt=$'class Reader:\n    def __init__(self' --max_tokens=256
-step generate_2 python -m calm_jax.generate --workdir="$DIR/calm" --temperature=0.5 \
-  --num_candidates=20 --max_tokens=72 \
-  --prompt=$'    \'\\xc0\'     #  0xC0 -> LATIN CAPITAL LETTER A WITH GRAVE\n'
+step tempered python -m calm_jax.main --config=configs/tempered.py:quickstart \
+  --config.data.path="$DIR/tokens" --config.calm="$DIR/calm" --workdir="$DIR/tempered"
+step generate_2 python -m calm_jax.generate --workdir="$DIR/tempered" --temperature=0.5 \
+  --max_tokens=128 --prompt=$'class Reader:\n    def __init__(self'
 
 seconds=$(awk -F'\t' '{total += $2} END {print total}' "$TIMES")
-report=(python -m calm_jax.report --workdir="$DIR/autoencoder,$DIR/calm" --output="$DIR"
+report=(python -m calm_jax.report --workdir="$DIR/autoencoder,$DIR/calm,$DIR/tempered" --output="$DIR"
   --seconds_total="$seconds")
 printf '\n+'
 printf ' %q' "${report[@]}"

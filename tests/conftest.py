@@ -41,6 +41,7 @@ from calm_jax.models import calm
 from calm_jax.running import loading, train
 from calm_jax.stages import autoencoder as autoencoder_stage
 from calm_jax.stages import calm as calm_stage
+from calm_jax.stages import tempered as tempered_stage
 from calm_jax.stages import transformer as transformer_stage
 from calm_jax.training import trained as trained_lib
 
@@ -127,6 +128,30 @@ def trained_calm(
   """The workdir of a finished run of stage two."""
   workdir = tmp_path_factory.mktemp("calm") / "run"
   train.train_run(calm_run, str(workdir))
+  return workdir
+
+
+@pytest.fixture(scope="session")
+def tempered_run(calm_run: calm_stage.Run, trained_calm: pathlib.Path) -> tempered_stage.Run:
+  return tempered_stage.Run(
+    data=calm_run.data,
+    calm=str(trained_calm),
+    model=calm_run.model,
+    head=calm_run.head,
+    loss=tempered_stage.Loss(samples=4, every=2, races=2, num_candidates=6),
+    optimizer=OPTIMIZER,
+    training=TRAINING,
+    mesh=ONE_DEVICE,
+  )
+
+
+@pytest.fixture(scope="session")
+def trained_tempered(
+  tempered_run: tempered_stage.Run, tmp_path_factory: pytest.TempPathFactory
+) -> pathlib.Path:
+  """The workdir of a finished run of a tempered head."""
+  workdir = tmp_path_factory.mktemp("tempered") / "run"
+  train.train_run(tempered_run, str(workdir))
   return workdir
 
 

@@ -33,6 +33,7 @@ def wanted(seed: int, power: float, limit: int, tail=(), rows: int = ROWS, attem
   return candidates.Wanted(
     key_B=jax.random.split(jax.random.key(seed), rows),
     power_B=jnp.full(rows, power),
+    draw_power_B=jnp.ones(rows),
     limit_B=jnp.full(rows, limit),
     attempts_B=jnp.full(rows, attempts),
     tail_BK=jnp.broadcast_to(tail_K, (rows, 2)),

@@ -56,6 +56,7 @@ def test_a_step_computes_what_is_counted(kind: str):
     wanted = candidates.Wanted(
       key_B,
       3.0 * ones_B,
+      1.0 * ones_B,
       DRAWS * ones_B,
       DRAWS * ones_B,
       jnp.zeros((ROWS, size), jnp.int32),

@@ -75,9 +75,9 @@ def test_every_documented_flag_exists():
 
 
 def test_every_documented_setting_exists():
-  from configs import autoencoder, calm, transformer
+  from configs import autoencoder, calm, tempered, transformer
 
-  stages = (autoencoder, calm, transformer)
+  stages = (autoencoder, calm, tempered, transformer)
   settings = {name for stage in stages for name in _names(stage.get_config().to_dict())}
   text = "\n".join((ROOT / name).read_text() for name in DOCUMENTS)
   documented = set(re.findall(r"--config\.([\w.]+\w)", text))

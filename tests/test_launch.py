@@ -27,7 +27,8 @@ case "$1" in
 esac
 """
 PIP = '#!/usr/bin/env bash\necho "pip ${*: -1}" >>"$FAKE/ran"\n'
-ACTS = ("prepare", "main", "evaluate", "main", "evaluate", "generate", "generate", "report")
+TEXTS = ("generate", "main", "generate", "report")
+ACTS = ("prepare", "main", "evaluate", "main", "evaluate", *TEXTS)
 
 
 @pytest.fixture
@@ -72,7 +73,7 @@ def test_a_failed_step_ends_the_quickstart_and_the_next_run_resumes_from_it(chec
   (checkout.parent / "fake/fail_calm_jax.generate").touch()
   code, ran = launch(checkout, "quickstart.sh")
   assert code == 3 and ran[-1] == "calm_jax.generate"
-  assert launch(checkout, "quickstart.sh") == (0, acts("generate", "generate", "report"))
+  assert launch(checkout, "quickstart.sh") == (0, acts(*TEXTS))
 
 
 def test_the_tests_install_their_extra_and_another_python_makes_a_new_environment(

@@ -1,7 +1,6 @@
 """Claims about layouts: every mesh of eight devices computes the same as one device."""
 
 import dataclasses
-import functools
 import itertools
 import math
 
@@ -11,12 +10,12 @@ import pytest
 
 from calm_jax import config
 from calm_jax.data import pipeline
-from calm_jax.models import autoencoder
 from calm_jax.parallel import mesh as mesh_lib
 from calm_jax.parallel import rules
 from calm_jax.running import untrained
 from calm_jax.stages import autoencoder as autoencoder_stage
 from calm_jax.stages import calm as calm_stage
+from calm_jax.stages import tempered as tempered_stage
 from calm_jax.stages import transformer as transformer_stage
 from calm_jax.training import program, step
 from calm_jax.training import stage as stage_lib
@@ -43,6 +42,12 @@ RUNS: dict[str, config.Run] = {
   )
   for kind in ("energy", "flow", "diffusion")
 }
+RUNS["tempered"] = tempered_stage.Run(
+  model=config.Backbone(**SIZES, input="both"),
+  head=config.Head(blocks=1, noise=8),
+  loss=tempered_stage.Loss(samples=4, every=2, races=2, num_candidates=6),
+  **COMMON,
+)
 
 MESHES = [
   config.Mesh(*shape)
@@ -64,15 +69,18 @@ PAIRS = [
 ]
 
 
-@functools.cache
-def frozen_params():
-  """Returns the parameters of the frozen autoencoder."""
-  return jax.jit(autoencoder.Autoencoder(AUTOENCODER, VOCAB).initial)(jax.random.key(7))
+def frozen_params(initial):
+  """Returns parameters of a frozen parent. None is zero, so that the draws of a head differ."""
+  params = jax.jit(initial)(jax.random.key(7))
+  leaves, tree = jax.tree.flatten(params)
+  keys = jax.random.split(jax.random.key(8), len(leaves))
+  noisy = [x + 0.1 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)]
+  return jax.tree.unflatten(tree, noisy)
 
 
 def built(run: config.Run) -> stage_lib.Stage:
-  parents = {"autoencoder": autoencoder_stage.Run(model=AUTOENCODER)}
-  return untrained.functions(run, parents, VOCAB, lambda _: frozen_params())
+  parents = {"autoencoder": autoencoder_stage.Run(model=AUTOENCODER), "calm": RUNS["energy"]}
+  return untrained.functions(run, parents, VOCAB, frozen_params)
 
 
 def batch(number: int, rows: np.ndarray) -> dict[str, np.ndarray]:

@@ -20,7 +20,7 @@ from calm_jax.running import loading, train
 from calm_jax.stages import calm as calm_stage
 from calm_jax.training import evaluation, reporter
 
-STAGES = ("autoencoder", "calm")
+STAGES = ("autoencoder", "calm", "tempered")
 
 
 @pytest.fixture(params=STAGES)

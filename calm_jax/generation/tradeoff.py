@@ -208,7 +208,7 @@ class _Outcome(NamedTuple):
 
   @property
   def tokens(self) -> tuple[np.ndarray, np.ndarray]:
-    return self.first.patch.token_K, self.second.patch.token_K
+    return np.asarray(self.first.patch.token_K), np.asarray(self.second.patch.token_K)
 
 
 def _row(setting: _Setting, outcome: _Outcome, target_PK: np.ndarray) -> dict[str, Any]:

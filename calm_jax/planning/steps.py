@@ -16,7 +16,7 @@ import numpy as np
 from jax import numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from calm_jax import config
+from calm_jax import config, errors
 from calm_jax.generation import batching, candidates, requests
 from calm_jax.kernels import attention
 from calm_jax.parallel import mesh as mesh_lib
@@ -211,10 +211,9 @@ def decode_plans(job: PlanJob, texts: int = 1, draws: int = 1) -> dict[str, resu
   Raises:
     CalmError: if the stage generates no text.
   """
-  config.require(
-    table.of(job.run).writing is not None,
-    f"stage {job.run.stage!r} generates no text: leave out --decode",
-  )
+  how = table.of(job.run).writing
+  if how is None:
+    raise errors.CalmError(f"stage {job.run.stage!r} generates no text: leave out --decode")
   mesh = mesh_lib.build(config.Mesh(fsdp=1), list(job.mesh.devices.flat)[:1])
   single = dataclasses.replace(job.topology, shape=(1,) * len(job.topology.shape), slices=1)
   replicated = NamedSharding(mesh, PartitionSpec())
@@ -225,7 +224,7 @@ def decode_plans(job: PlanJob, texts: int = 1, draws: int = 1) -> dict[str, resu
   plans = {}
   with jax.set_mesh(mesh):
     trained = untrained.trained(job.run, job.parent_runs, job.vocab_size, untrained.abstract)
-    decoder = texts_lib.decoder(trained, requests.Sampler(), lambda line: None)
+    decoder = texts_lib.decoder(trained, requests.Sampler(how.rule), lambda line: None)
     window, size = decoder.window, job.patch_size
     slots = batching.ring(window)
     params = with_sharding(decoder.law.params)

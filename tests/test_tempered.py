@@ -1,0 +1,268 @@
+"""Claims about tempered heads: one draw at any temperature, beside a model that stays as it is."""
+
+import dataclasses
+import pathlib
+import re
+import runpy
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from jax import numpy as jnp
+
+from benchmarks import known_law
+from calm_jax import config, errors
+from calm_jax.data import synthetic
+from calm_jax.generation import candidates, cost, requests, tradeoff
+from calm_jax.models.heads import head, registry, tempered
+from calm_jax.planning import writing
+from calm_jax.running import counting, loading, starting, texts, train, untrained
+from calm_jax.stages import calm as calm_stage
+from calm_jax.stages import table
+from calm_jax.stages import tempered as tempered_stage
+
+PROMPT = tuple(range(20, 28))
+DIRECT = requests.Sampler("direct")
+
+
+def generated(
+  directory: pathlib.Path, batch: list[requests.Request], sampler: requests.Sampler
+) -> tuple[list[list[int]], list[list[int]], list[str]]:
+  """Returns each text's tokens and draws per patch, and the decoder's notes."""
+  notes: list[str] = []
+  decoder = texts.decoder(loading.load(str(directory)), sampler, notes.append)
+  written = decoder.start(batch).advance(4)
+  return [text.tokens for text in written], [text.drawn for text in written], notes
+
+
+def request(temperature: float, number: int = 0, **settings) -> requests.Request:
+  return requests.Request(PROMPT, temperature, max_tokens=16, number=number, **settings)
+
+
+def test_the_features_are_zero_at_temperature_one_and_differ_elsewhere():
+  feature_s9 = np.asarray(tempered.features(jnp.array([1.0, 2.0, 4.0])))
+  log = np.log(2.0)
+  expected = [log, *np.sin([log, 2 * log, 4 * log, 8 * log])]
+  assert feature_s9.shape == (3, 9) and not feature_s9[0].any()
+  np.testing.assert_allclose(feature_s9[1, :5], expected, rtol=1e-5)
+  np.testing.assert_allclose(feature_s9[1, 5:], np.cos(log * np.array([1, 2, 4, 8])) - 1, 1e-4)
+
+
+@pytest.mark.parametrize("kind", ["energy", "flow", "diffusion"])
+def test_an_untrained_embedding_leaves_every_head_as_it_is(kind: str):
+  sizes = config.Head(kind=kind, blocks=1, noise=4, steps=0 if kind == "energy" else 4)
+  trunk = head.Trunk(16, 8, "fan_in")
+  own = registry.build(sizes, trunk)
+  model = tempered.Tempered(own, trunk)
+  params = jax.tree.map(lambda x: x + 0.01, model.initial(jax.random.key(0)))
+  params["power"]["power_out"] = jax.tree.map(jnp.zeros_like, params["power"]["power_out"])
+  hidden_3D = jax.random.normal(jax.random.key(1), (3, 16))
+  power_3 = jnp.array([1.0, 2.0, 4.0])
+  drawn = model.sample(params, hidden_3D, power_3, jax.random.key(2), 5)
+  np.testing.assert_array_equal(drawn, own.sample(params["head"], hidden_3D, jax.random.key(2), 5))
+  params["power"]["power_out"] = jax.tree.map(jnp.ones_like, params["power"]["power_out"])
+  moved = model.sample(params, hidden_3D, power_3, jax.random.key(2), 5)
+  assert np.abs(moved - drawn).max() > 1e-3
+
+
+def test_training_starts_from_the_models_head_and_leaves_the_model_as_it_is(
+  tempered_run: tempered_stage.Run, trained_tempered: pathlib.Path, trained_calm: pathlib.Path
+):
+  parent, trained = loading.load(str(trained_calm)), loading.load(str(trained_tempered))
+  start = starting.prepare(tempered_run, str(trained_tempered / "new"), False)
+  jax.tree.map(np.testing.assert_array_equal, start.initial["head"], parent.params["head"])
+  assert trained.parents["calm"].fingerprint == parent.fingerprint
+  assert trained.origin.parents == {"calm": parent.fingerprint}
+  moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), trained.params, start.initial)
+  assert min(jax.tree.leaves(moved)) > 0
+
+
+def test_the_start_is_a_copy_so_that_training_can_overwrite_it(
+  tempered_run: tempered_stage.Run, trained_calm: pathlib.Path, tmp_path: pathlib.Path
+):
+  start = starting.prepare(tempered_run, str(tmp_path / "run"), False)
+  jax.tree.map(lambda x: x.delete(), start.initial["head"])
+  jax.tree.map(np.asarray, start.parents["calm"].params["head"])
+
+
+def test_at_temperature_one_the_text_is_the_language_models(
+  trained_tempered: pathlib.Path, trained_calm: pathlib.Path
+):
+  batch = [request(1.0, 0), request(1.0, 1)]
+  own, _, _ = generated(trained_calm, batch, requests.Sampler())
+  assert generated(trained_tempered, batch, DIRECT)[0] == own
+
+
+def test_one_draw_decides_at_every_trained_temperature_whatever_else_is_in_the_batch(
+  trained_tempered: pathlib.Path,
+):
+  batch = [request(value, i) for i, value in enumerate((1.0, 0.7, 0.5, 0.25))]
+  tokens, draws, notes = generated(trained_tempered, batch, DIRECT)
+  assert draws == [[1, 1, 1, 1]] * 4 and not notes
+  for i, single in enumerate(batch):
+    assert generated(trained_tempered, [single], DIRECT)[0] == [tokens[i]]
+
+
+def test_below_the_trained_range_races_run_over_draws_at_its_end(trained_tempered: pathlib.Path):
+  _, draws, (note,) = generated(trained_tempered, [request(0.125)], DIRECT)
+  assert min(draws[0]) >= 2
+  expected = (
+    "temperature 0.125 is below [0.25, 1], for which the head was trained: races of power 2 "
+  )
+  assert note == expected + "over draws at 0.25"
+  with pytest.raises(errors.CalmError, match="draws' temperature/temperature = 2, got 1"):
+    generated(trained_tempered, [request(0.125, num_candidates=1)], DIRECT)
+
+
+def test_other_rules_race_over_draws_at_one_or_at_a_temperature_that_is_asked_for(
+  trained_tempered: pathlib.Path, trained_calm: pathlib.Path
+):
+  first = requests.Sampler("first")
+  race = generated(trained_tempered, [request(0.5)], first)
+  assert race == generated(trained_calm, [request(0.5)], first)
+  law = texts.decoder(
+    loading.load(str(trained_tempered)), requests.Sampler("first", "prefix", 0.5), print
+  ).law
+  assert law.powers(request(0.25)) == (2, 2)
+  assert law.powers(request(0.5)) == (2, 1) and law.powers(request(1.0)) == (1, 1)
+
+
+def test_what_a_head_was_not_trained_for_is_refused_in_one_line(
+  trained_tempered: pathlib.Path, trained_calm: pathlib.Path
+):
+  with pytest.raises(
+    errors.CalmError, match=r"draw_temperature=0\.1 is outside .* in \[0\.25, 1\]"
+  ):
+    generated(trained_tempered, [request(0.1)], requests.Sampler("first", "prefix", 0.1))
+  with pytest.raises(errors.CalmError, match=r"--config=tempered\.py:SIZE --config\.calm=WORKDIR"):
+    generated(trained_calm, [request(0.5)], DIRECT)
+
+
+def test_sizes_other_than_the_models_are_refused(tempered_run: tempered_stage.Run, tmp_path):
+  model = dataclasses.replace(tempered_run.model, layers=3)
+  run = dataclasses.replace(tempered_run, model=model)
+  with pytest.raises(errors.CalmError, match=r"other sizes .*: give --config\.model\.layers=2$"):
+    train.train_run(run, str(tmp_path / "run"))
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+  ("settings", "message"),
+  [
+    ({"least_temperature": 1.0}, r"must lie in \(0, 1\), got 1.0"),
+    ({"num_candidates": 3}, "num_candidates must be at least 1/least_temperature = 4, got 3"),
+    ({"rule": "direct"}, "the race must compare draws, .* got direct:prefix"),
+    ({"samples": 1}, "at least 2 for the repulsion, got 1"),
+    ({"at_limit": "error"}, "got first:error"),
+  ],
+)
+def test_impossible_settings_are_refused(settings: dict, message: str):
+  with pytest.raises(errors.CalmError, match=message):
+    tempered_stage.Loss(**settings)
+
+
+def test_the_distance_of_two_laws_is_unbiased():
+  """Two laws over two tokens: P = (0.8, 0.2), Q = (0.5, 0.5), so Σ (P − Q)² = 0.18."""
+  generator, count = np.random.default_rng(0), 200_000
+
+  def outcome(p: float) -> tradeoff._Outcome:
+    def choice() -> candidates.Choice:
+      token_PK = (generator.random((count, 1)) < p).astype(np.int32)
+      ones_P = np.ones(count, np.int32)
+      patch = candidates.Candidate(token_PK, None)
+      return candidates.Choice(patch, ones_P > 0, ones_P, ones_P, ones_P, ones_P)
+
+    return tradeoff._Outcome(choice(), choice())
+
+  near = tradeoff._distance(outcome(0.5), outcome(0.5))
+  far = tradeoff._distance(outcome(0.8), outcome(0.5))
+  assert abs(near["distance"][0]) < 4 * near["distance_error"][0] < 1.5
+  assert far["distance"][0] == pytest.approx(18, abs=4 * far["distance_error"][0])
+
+
+def test_each_sampler_is_compared_with_the_first_at_the_same_temperature(
+  trained_tempered: pathlib.Path,
+):
+  trained = loading.load(str(trained_tempered))
+  store = synthetic.open_store(trained.run.data.path)
+  samplers = (DIRECT, requests.Sampler("first"))
+  rows = tradeoff.of_tempered(trained, store, (1.0, 0.5, 0.125), (8,), samplers, 20, seed=0)
+  taken = [(row["rule"], row["temperature"], row["num_candidates"]) for row in rows]
+  assert taken[:3] == [("direct", 1.0, 1), ("direct", 0.5, 1), ("direct", 0.125, 8)]
+  assert taken[3:] == [("first", 1.0, 1), ("first", 0.5, 8), ("first", 0.125, 8)]
+  assert [row["draws"] for row in rows[:2]] == [1, 1] and rows[2]["draws"] > 1
+  assert ["distance" in row for row in rows] == [False] * 3 + [True] * 3
+  assert rows[3]["accuracy"] == rows[0]["accuracy"]  # At temperature 1 both take the same draw.
+  parent = trained.parents["calm"]
+  own = tradeoff.of_calm(parent, store, (1.0, 0.5), (8,), samplers[1:], 20, seed=0)
+  assert next(row["accuracy"] for row in own) == rows[3]["accuracy"]
+
+
+def test_evaluation_compares_one_draw_with_the_race(trained_tempered: pathlib.Path):
+  lines = (trained_tempered / "metrics.jsonl").read_text().splitlines()
+  line = next(line for line in reversed(lines) if '"evaluation"' in line)
+  names = set(re.findall(r'"(\w+_at_[\d.]+)"', line))
+  figures = ("accuracy", "accuracy_gap", "collision", "collision_gap", "distance")
+  assert names == {f"{name}_at_{value}" for name in figures for value in (0.7, 0.5, 0.333)}
+
+
+def test_perfect_agreement_has_no_gap_and_no_distance():
+  same_NpK = jnp.zeros((4, 3, 2), jnp.int32)
+  figures = tempered_stage._compared(same_NpK, same_NpK[:2], same_NpK[0])
+  for name in ("accuracy_gap", "collision_gap", "distance"):
+    np.testing.assert_array_equal(figures[name], np.zeros((3, 2)))
+  other = tempered_stage._compared(same_NpK, same_NpK[:2] + 1, same_NpK[0])
+  np.testing.assert_array_equal(other["distance"], np.full((3, 2), 2.0))
+  np.testing.assert_array_equal(other["accuracy_gap"], np.ones((3, 2)))
+
+
+def test_one_draw_costs_what_a_draw_at_temperature_one_costs():
+  run = calm_stage.Run()
+  parents = {"autoencoder": table.STAGES["autoencoder"].run()}
+
+  def flops(**settings) -> float:
+    job = cost.WritingJob(run, parents, 128_256, 2048, **settings)
+    return sum(part.flops for part in writing.parts(job))
+
+  assert flops() < flops(is_direct=True) < 1.001 * flops()
+  equal = cost.WritingJob(
+    table.STAGES["transformer"].run(model=config.Transformer(layers=12, width=768, ffn=2048)),
+    {},
+    128_256,
+    8192,
+  )
+  assert flops(is_direct=True) <= 0.7 * sum(part.flops for part in writing.parts(equal))
+
+
+def test_the_published_recipe_costs_at_most_a_tenth_of_stage_two():
+  path = pathlib.Path(__file__).parent.parent / "configs/tempered.py"
+  settings = runpy.run_path(str(path))
+  for size, run in settings["SIZES"].items():
+    companions = settings["get_companions"](size)
+    runs = untrained.parent_runs(run, companions.parents)
+    own, parent = (
+      counting.train_per_token(x, runs, companions.vocab_size)
+      * x.training.steps
+      * x.training.batch
+      * x.data.context
+      for x in (run, runs["calm"])
+    )
+    assert size == "quickstart" or own <= 0.1 * parent, (size, own / parent)
+
+
+def test_one_draw_follows_a_known_law():
+  """The total variation of rule `first` on that law is 0.07 and 0.12."""
+  _, figures = known_law.tempered_head()
+  assert set(figures) == {"0.5", "0.333"} and max(figures.values()) <= 0.05
+
+
+def test_the_command_writes_with_one_draw_by_default(trained_tempered: pathlib.Path):
+  words = [f"--workdir={trained_tempered}", "--temperature=0.5", "--max_tokens=8", "--prompt="]
+  done = subprocess.run(
+    [sys.executable, "-m", "calm_jax.generate", *words], capture_output=True, check=True, text=True
+  )
+  assert "candidates a patch" not in done.stderr
+  last = (trained_tempered / "samples.jsonl").read_text().splitlines()[-1]
+  assert '"rule": "direct"' in last
