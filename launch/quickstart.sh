@@ -48,7 +48,10 @@ step generate_1 python -m calm_jax.generate --workdir="$DIR/calm" \
 step tempered python -m calm_jax.main --config=configs/tempered.py:quickstart \
   --config.data.path="$DIR/tokens" --config.calm="$DIR/calm" --workdir="$DIR/tempered"
 step generate_2 python -m calm_jax.generate --workdir="$DIR/tempered" --temperature=0.5 \
-  --max_tokens=128 --prompt=$'class Reader:\n    def __init__(self'
+  --max_tokens=72 --prompt="    '\\xc0'     #  0xC0 -> LATIN CAPITAL LETTER A WITH GRAVE
+    '\\xc1'     #  0xC1 -> LATIN CAPITAL LETTER A WITH ACUTE
+    '\\xc2'     #  0xC2 -> LATIN CAPITAL LETTER A WITH CIRCUMFLEX
+"
 
 seconds=$(awk -F'\t' '{total += $2} END {print total}' "$TIMES")
 report=(python -m calm_jax.report --workdir="$DIR/autoencoder,$DIR/calm,$DIR/tempered" --output="$DIR"
