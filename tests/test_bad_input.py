@@ -361,7 +361,7 @@ COMMANDS = {
   "a sampler without a choice": (
     "evaluate",
     "--workdir={calm} --temperatures=0.5 --samplers=first:error",
-    "give RULE:AT_LIMIT",
+    "give RULE or RULE:AT_LIMIT",
   ),
   "a rule that can only fail": (
     "generate",

@@ -18,9 +18,10 @@ from calm_jax import config, errors, workdir
 from calm_jax.data import pipeline
 from calm_jax.running import loading, train
 from calm_jax.stages import calm as calm_stage
+from calm_jax.stages import tempered as tempered_stage
 from calm_jax.training import evaluation, reporter
 
-STAGES = ("autoencoder", "calm", "tempered")
+STAGES = ("autoencoder", "calm")
 
 
 @pytest.fixture(params=STAGES)
@@ -82,6 +83,18 @@ def test_a_stopped_run_saves_and_resumes_to_the_same_result(
   assert weights(tmp_path)["step"] == 3
   train.train_run(run, str(tmp_path))
   assert_same(tmp_path, reference)
+
+
+def test_a_stopped_tempered_head_resumes_to_the_same_result(
+  tempered_run: tempered_stage.Run,
+  trained_tempered: pathlib.Path,
+  tmp_path: pathlib.Path,
+  monkeypatch: pytest.MonkeyPatch,
+):
+  """Its parents have a parent, and its first step starts from their weights."""
+  pair = tempered_run, trained_tempered
+  resumes = test_a_stopped_run_saves_and_resumes_to_the_same_result
+  resumes(pair, signal.SIGTERM, tmp_path, monkeypatch)
 
 
 def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(

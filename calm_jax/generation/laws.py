@@ -94,7 +94,8 @@ class CalmLaw:
 
   def _draws(self, params, hidden_BD, wanted: candidates.Wanted) -> Draws:
     """Returns the function of draws."""
-    return _draws_of(self._model.head, params[0]["head"], hidden_BD)
+    head, own = self._model.head, params[0]["head"]
+    return _draws_of(head, own, head.condition(own, hidden_BD))
 
   def choose(
     self, params, hidden_BD, wanted: candidates.Wanted, slots: int, sizes: list[int]
@@ -175,21 +176,19 @@ class TemperedLaw(CalmLaw):
     own_condition = _if(needs_own, own, hidden_BD)
     tempered_condition = _if(needs_tempered, tempered, hidden_BD)
 
-    def draws(row_S, noise_S):
-      def sample(head, params, condition):
-        condition_S = jax.tree.map(lambda x: x[row_S], condition)
-        return lambda noise_S: head.samples(params, condition_S, noise_S[None])[0]
+    own_draws = _draws_of(self._model.head, params[0]["head"], own_condition)
+    tempered_draws = _draws_of(self._head, params[2], tempered_condition)
 
-      own_SZ = _if(needs_own, sample(self._model.head, params[0]["head"], own_condition), noise_S)
-      tempered_SZ = _if(needs_tempered, sample(self._head, params[2], tempered_condition), noise_S)
+    def draws(row_S, noise_S):
+      own_SZ = _if(needs_own, own_draws, row_S, noise_S)
+      tempered_SZ = _if(needs_tempered, tempered_draws, row_S, noise_S)
       return jnp.where(is_tempered_B[row_S][:, None], tempered_SZ, own_SZ)
 
     return draws
 
 
-def _draws_of(head, params, hidden_BD) -> Draws:
-  """Returns (rows [S], noise [S, *]) -> latents [S, Z], for hidden states of all rows."""
-  condition = head.condition(params, hidden_BD)
+def _draws_of(head, params, condition) -> Draws:
+  """Returns the function of draws of a head, given what the samples of each row share."""
 
   def draws(row_S, noise_S):
     condition_S = jax.tree.map(lambda x: x[row_S], condition)
@@ -198,14 +197,14 @@ def _draws_of(head, params, hidden_BD) -> Draws:
   return draws
 
 
-def _if(condition: jax.Array, function, argument):
-  """Returns function(argument), or zeros of that shape where the condition does not hold."""
-  shapes = jax.eval_shape(function, argument)
+def _if(condition: jax.Array, function: Callable[..., Any], *arguments: jax.Array) -> Any:
+  """Returns function(*arguments), or zeros of its shape if the condition does not hold."""
+  shapes = jax.eval_shape(function, *arguments)
 
-  def zeros(_):
+  def zeros(*_):
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
-  return jax.lax.cond(condition, function, zeros, argument)
+  return jax.lax.cond(condition, function, zeros, *arguments)
 
 
 class TransformerLaw:

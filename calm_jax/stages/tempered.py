@@ -85,9 +85,10 @@ class Loss:
 class Run(config.Run):
   """A tempered head, beside the head of a trained language model that stays as it is.
 
+  `model` and `head` must have the sizes of that language model.
+
   Attributes:
     calm: stage two's workdir. Its weights are copied into this run's workdir at the start.
-    model, head: sizes of that model; they must be equal to its own.
   """
 
   stage: Literal["tempered"] = "tempered"
