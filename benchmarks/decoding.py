@@ -157,7 +157,7 @@ def _speeds(trained: trained_lib.Trained, token_BPK: np.ndarray) -> Section:
   ]
   for way in _ways(trained):
     row = _speed(trained, token_BPK, way)
-    slower = {
+    ratios = {
       name: row["tokens_per_second"] / other["tokens_per_second"]
       for other in figures
       if (name := other["way"]) != "bare loop" and other["temperature"] in (1, row["temperature"])
@@ -167,8 +167,8 @@ def _speeds(trained: trained_lib.Trained, token_BPK: np.ndarray) -> Section:
       f"{row['num_candidates']:3}: {row['tokens_per_second']:9,.1f} tokens/s, "
       f"{row['draws']:6.1f} draws a patch, {row['mflop']:8.1f} MFLOP a token"
     )
-    if slower:
-      line += "; times " + ", ".join(f"{name} {ratio:.2f}" for name, ratio in slower.items())
+    if ratios:
+      line += "; " + ", ".join(f"{ratio:.2f} times {name}" for name, ratio in ratios.items())
     lines.append(line)
     figures.append(row)
   return lines, figures

@@ -29,9 +29,11 @@ _NUM_CANDIDATES = flags.DEFINE_integer(
 )
 _RULE = flags.DEFINE_enum(
   "rule",
-  "none",
-  ("none", rules.DIRECT),
-  "direct: one draw of a tempered head; none: --draws draws of the head at temperature 1.",
+  None,
+  (requests.Sampler.rule, rules.DIRECT),
+  "Rule below temperature 1; by default direct for the config of a tempered head, otherwise first. "
+  "With direct a tempered head makes one draw; give --draws below the temperatures that it was "
+  "trained for.",
 )
 _DRAWS = flags.DEFINE_float(
   "draws",
@@ -61,12 +63,9 @@ def _job(run: Any, companions: config.Companions) -> cost.WritingJob:
   if spec.writing and spec.writing.takes_candidates:
     request = requests.Request((), _TEMPERATURE.value, _NUM_CANDIDATES.value)
     is_tempered = temperature.power(request.temperature) != 1
-    is_direct = is_tempered and rules.DIRECT in (_RULE.value, spec.writing.rule)
-    config.require(
-      not (is_direct and _DRAWS.value), f"--rule=direct takes one draw, got --draws={_DRAWS.value}"
-    )
-    if is_tempered and not is_direct:
-      draws = _DRAWS.value or float(request.num_candidates)
+    is_direct = is_tempered and (_RULE.value or spec.writing.rule) == rules.DIRECT
+    if is_tempered:
+      draws = _DRAWS.value or (1.0 if is_direct else float(request.num_candidates))
       config.require(
         1 <= draws <= request.num_candidates,
         f"--draws must lie in [1, num_candidates = {request.num_candidates}], got {draws}",

@@ -17,11 +17,14 @@ from calm_jax import config, errors
 from calm_jax.data import synthetic
 from calm_jax.generation import candidates, cost, requests, tradeoff
 from calm_jax.models.heads import head, registry, tempered
+from calm_jax.parallel import mesh as mesh_lib
 from calm_jax.planning import writing
+from calm_jax.planning.compiled import matmuls, runs
 from calm_jax.running import counting, loading, starting, texts, train, untrained
 from calm_jax.stages import calm as calm_stage
 from calm_jax.stages import table
 from calm_jax.stages import tempered as tempered_stage
+from calm_jax.training import program
 
 PROMPT = tuple(range(20, 28))
 DIRECT = requests.Sampler("direct")
@@ -155,6 +158,7 @@ def test_sizes_other_than_the_models_are_refused(tempered_run: tempered_stage.Ru
     ({"num_candidates": 3}, "num_candidates must be at least 1/least_temperature = 4, got 3"),
     ({"rule": "direct"}, "the race must compare draws, .* got direct:prefix"),
     ({"samples": 1}, "at least 2 for the repulsion, got 1"),
+    ({"alpha": 2.5}, r"alpha must lie in \(0, 2\], got 2.5"),
     ({"at_limit": "error"}, "got first:error"),
   ],
 )
@@ -236,18 +240,47 @@ def test_one_draw_costs_what_a_draw_at_temperature_one_costs():
   assert flops(is_direct=True) <= 0.7 * sum(part.flops for part in writing.parts(equal))
 
 
+def test_a_training_step_computes_what_is_counted():
+  sizes = config.Autoencoder(width=32, ffn=64, latent=16, init="fan_in")
+  run = tempered_stage.Run(
+    data=config.Data("", 64),
+    model=config.Backbone(layers=1, width=32, ffn=64, heads=2, kv_heads=2, init="fan_in"),
+    head=config.Head(blocks=2, noise=8),
+    loss=tempered_stage.Loss(samples=4, every=5, races=2, num_candidates=8),
+    training=config.Training(batch=2, compute_dtype="float32"),
+    mesh=config.Mesh(fsdp=1),
+    execution=config.Execution(attention="xla", unroll=True),
+  )
+  parents = {
+    "calm": calm_stage.Run(model=run.model, head=run.head),
+    "autoencoder": table.STAGES["autoencoder"].run(model=sizes),
+  }
+  functions = untrained.functions(run, parents, 64, untrained.abstract)
+  mesh = mesh_lib.build(run.mesh, jax.devices()[:1])
+  with jax.set_mesh(mesh):
+    fields = table.of(run).fields(run)
+    compiled = program.TrainProgram(run, functions, mesh, fields).compiled_plain_step()
+  computed = matmuls.flops(runs.read(compiled.as_text()))
+  # All 15 predicted positions of 16 patches are a multiple of `every`.
+  counted = table.of(run).program_flops(run, parents, 64) * 2 * 15
+  frozen = {"frozen backbone", "frozen input"}
+  parts = table.of(run).flops(run, parents, 64)
+  counted += sum(parts[name] for name in frozen) * 2  # The last patch is read, but not trained.
+  assert computed == pytest.approx(counted, rel=0.02)
+
+
 def test_the_published_recipe_costs_at_most_a_tenth_of_stage_two():
   path = pathlib.Path(__file__).parent.parent / "configs/tempered.py"
   settings = runpy.run_path(str(path))
   for size, run in settings["SIZES"].items():
     companions = settings["get_companions"](size)
-    runs = untrained.parent_runs(run, companions.parents)
+    ancestors = untrained.parent_runs(run, companions.parents)
     own, parent = (
-      counting.train_per_token(x, runs, companions.vocab_size)
+      counting.train_per_token(x, ancestors, companions.vocab_size)
       * x.training.steps
       * x.training.batch
       * x.data.context
-      for x in (run, runs["calm"])
+      for x in (run, ancestors["calm"])
     )
     assert size == "quickstart" or own <= 0.1 * parent, (size, own / parent)
 

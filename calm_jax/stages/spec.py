@@ -30,8 +30,8 @@ class Spec:
     patch_size: settings -> K, tokens per position.
     model: (settings, parents, vocabulary, dtype) -> its `trained.Model`.
     stage: (settings, model, parents) -> its functions for the training loop.
-    flops: (settings, parents' settings, vocabulary) -> training FLOPs per position of each part,
-      as the paper counts them.
+    flops: (settings, settings of the parents and of theirs by name, vocabulary) -> training FLOPs
+      per position of each part, as the paper counts them.
     program_flops: same arguments -> training FLOPs per position that our program computes if
       nothing but attention is recomputed.
     initial: (settings, model, parents) -> parameters to start from, arrays of their own; by default

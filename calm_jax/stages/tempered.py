@@ -11,7 +11,17 @@ from jax import numpy as jnp
 
 from calm_jax import config
 from calm_jax.figures import HIGHER, LOWER, Figure
-from calm_jax.generation import candidates, choosers, cost, laws, requests, rules, tradeoff, writing
+from calm_jax.generation import (
+  candidates,
+  choosers,
+  cost,
+  laws,
+  requests,
+  rules,
+  temperature,
+  tradeoff,
+  writing,
+)
 from calm_jax.models import flops
 from calm_jax.models.heads import head, registry, tempered
 from calm_jax.objectives import brier
@@ -34,7 +44,7 @@ class Loss:
 
   Attributes:
     samples: N, samples per patch and temperature.
-    alpha: exponent of the energy score's distance, in (0, 2).
+    alpha: exponent of the energy score's distance, in (0, 2]; see `config.CalmLoss`.
     every: one position in this many is trained; the races cost more than the rest.
     races: temperatures per position; each is drawn log-uniformly in [least_temperature, 1) and
       has a race of its own between the same draws, in another order.
@@ -53,12 +63,8 @@ class Loss:
   at_limit: str = "prefix"
 
   def __post_init__(self):
-    config.require(0 < self.alpha < 2, f"alpha must lie in (0, 2), got {self.alpha}")
-    config.require(
-      self.samples >= 2, f"samples (N) must be at least 2 for the repulsion, got {self.samples}"
-    )
-    for name in ("samples", "races", "num_candidates"):
-      config.require_positive(self, name, most=config.MOST_DRAWS)
+    _ = self.of_head  # Checks `samples` and `alpha`.
+    config.require_positive(self, "races", "num_candidates", most=config.MOST_DRAWS)
     config.require_positive(self, "every")
     config.require(
       0 < self.least_temperature < 1,
@@ -218,7 +224,7 @@ class _Functions:
     """Returns tokens of N single draws at a temperature, [B, N, p, K]."""
 
     def draw(hidden_pD, key):
-      power_p = jnp.full(len(hidden_pD), 1 / value)
+      power_p = jnp.full(len(hidden_pD), temperature.power(value))
       return self.model.sample(params, hidden_pD, power_p, key, self.run.loss.samples)
 
     sample_BNpZ = mesh.map_examples(draw)(hidden_BpD, stage.purpose_keys(key_B, 0))
@@ -227,7 +233,7 @@ class _Functions:
   def _raced(self, pool_BpNK, value: float, key_B) -> jax.Array:
     """Returns winners of two races, between either half of each position's draws, [B, 2, p, K]."""
     half = pool_BpNK.shape[2] // 2
-    power_Bp = jnp.full(pool_BpNK.shape[:2], 1 / value)
+    power_Bp = jnp.full(pool_BpNK.shape[:2], temperature.power(value))
     winners = [
       self._winners(
         pool_BpNK[:, :, i * half : (i + 1) * half], power_Bp, stage.purpose_keys(key_B, 1 + i)
@@ -306,24 +312,41 @@ def _check(run: Run, parents: spec.ParentRuns, vocab_size: int, labels: spec.Par
 
 
 def _flops(run: Run, parents: spec.ParentRuns, vocab_size: int) -> dict[str, float]:
-  """Returns training FLOPs per patch of the text; one patch in `every` is trained."""
+  sample = registry.lookup(run.head).train_flops(
+    run.head, run.model.width, parents["autoencoder"].model.latent
+  )
+  return _parts(run, parents, vocab_size, 3 * run.loss.samples * sample)
+
+
+def _program_flops(run: Run, parents: spec.ParentRuns, vocab_size: int) -> float:
+  computed = registry.lookup(run.head).computed_flops(
+    run.head, run.model.width, parents["autoencoder"].model.latent, run.loss.samples
+  )
+  return sum(_parts(run, parents, vocab_size, computed).values())
+
+
+def _parts(
+  run: Run, parents: spec.ParentRuns, vocab_size: int, head_flops: float
+) -> dict[str, float]:
+  """Returns training FLOPs per patch of the text; one patch in `every` is trained.
+
+  Args:
+    head_flops: training FLOPs of the head for one patch at one temperature.
+  """
   sizes, settings = parents["autoencoder"].model, run.loss
   patches = run.data.context // run.model.patch_size
   once, sample = flops.head_parts(run.head, run.model.width, sizes.latent)
   draws = once + settings.num_candidates * sample
   decoded = settings.num_candidates * flops.decoder_per_patch(sizes, vocab_size)
   winners = settings.races * flops.encoder_per_patch(sizes)
-  trained_head = settings.samples * registry.lookup(run.head).train_flops(
-    run.head, run.model.width, sizes.latent
-  )
-  trained_head += tempered.embedding_flops(run.model.width)
+  head_flops += 3 * tempered.embedding_flops(run.model.width)
   return {
     "frozen backbone": flops.transformer_per_position(run.model, patches),
     "frozen input": flops.input_per_patch(run.model, sizes),
     "draws": draws / settings.every,
     "decoder": decoded / settings.every,
     "encoder": winners / settings.every,
-    "tempered head": 3 * settings.races * trained_head / settings.every,
+    "tempered head": settings.races * head_flops / settings.every,
   }
 
 
@@ -364,9 +387,9 @@ SPEC = spec.Spec(
   stage=_stage,
   check=_check,
   flops=_flops,
-  program_flops=lambda run, parents, vocab_size: sum(_flops(run, parents, vocab_size).values()),
+  program_flops=_program_flops,
   transformer=lambda run: run.model,
-  unshaped=lambda run: calm.SPEC.unshaped(run),
+  unshaped=calm.SPEC.unshaped,
   samples="loss.samples",
   writing=writing.Writing(
     laws.TemperedLaw,

@@ -89,9 +89,9 @@ class Tempered:
       power_P: s of each patch.
       target_PZ: latent that the draws are compared with, without noise.
     """
-    exactly_there = jnp.full_like(target_PZ, -jnp.inf)  # The logarithm of a std of 0.
+    log_std_PZ = jnp.full_like(target_PZ, -jnp.inf)  # The std is 0.
     moved_PD = self._moved(params, hidden_PD, power_P)
-    return self.head.loss(params["head"], moved_PD, (target_PZ, exactly_there), key, settings)
+    return self.head.loss(params["head"], moved_PD, (target_PZ, log_std_PZ), key, settings)
 
   def condition(self, params: head_lib.Params, hidden_D: jax.Array, power: jax.Array) -> Any:
     """Returns what all samples share, from hidden states [..., D] and powers s [...]: [..., *]."""
