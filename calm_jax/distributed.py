@@ -4,6 +4,7 @@ Communication uses the service that `jax.distributed` runs in process 0, so it w
 first device call and while devices hang.
 """
 
+import atexit
 import contextlib
 import dataclasses
 import os
@@ -298,11 +299,11 @@ def _watch_peers() -> None:
   """
   client, me = _client(), index()
   limit = _heartbeat_timeout
+  over = threading.Event()
 
   def watch():
     beat, seen = 0, {process: ("", time.monotonic()) for process in range(count())}
-    while True:
-      time.sleep(HEARTBEAT_SECONDS)
+    while not over.wait(HEARTBEAT_SECONDS):
       beat += 1
       try:
         client.key_value_set(f"calm_jax/alive/{me}", str(beat), allow_overwrite=True)
@@ -316,7 +317,7 @@ def _watch_peers() -> None:
           current = ""  # No heartbeat yet.
         if current != last:
           seen[process] = (current, now)
-        elif current != "done" and now - since > limit:
+        elif now - since > limit:
           say(
             f"process {process} has shown no sign of life for {now - since:.0f} s: stopping, to be "
             "started again"
@@ -325,7 +326,17 @@ def _watch_peers() -> None:
             time.sleep(LINGER_SECONDS)
           exit_now(errors.EXIT_RESTART)
 
-  threading.Thread(target=watch, name="peers", daemon=True).start()
+  thread = threading.Thread(target=watch, name="peers", daemon=True)
+
+  def end():
+    try:
+      jax.distributed.shutdown()  # Waits for the other processes, watched by the thread.
+    finally:
+      over.set()  # A thread that calls the client while Python ends aborts the process.
+      thread.join()
+
+  atexit.register(end)
+  thread.start()
 
 
 def await_verdict() -> None:

@@ -225,6 +225,25 @@ def test_a_process_without_data_stops_all_at_their_last_common_step(tmp_path: pa
   np.testing.assert_allclose(losses(directory), losses(tmp_path / "alone"), rtol=1e-5)
 
 
+# A process that joins, calls the job's service all the time, and ends.
+BEATING = """
+import sys
+from calm_jax import distributed
+distributed.HEARTBEAT_SECONDS = 1e-5
+own = dict(word.removeprefix("--").split("=") for word in sys.argv[1:])
+number, processes = int(own["process_id"]), int(own["num_processes"])
+distributed.initialize(
+  distributed.Processes(own["coordinator_address"], num_processes=processes, process_id=number)
+)
+"""
+
+
+def test_the_heartbeats_end_before_python_does():
+  process = start(*command(4)[:-3], sys.executable, "-c", BEATING)
+  _, output = process.communicate(timeout=100)
+  assert process.returncode == 0, output
+
+
 def assert_each_reports(output: str, processes: int, message: str) -> None:
   for index in range(processes):
     lines = [line for line in output.splitlines() if line.startswith(f"[{index}] error:")]
