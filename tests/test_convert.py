@@ -127,10 +127,13 @@ def test_imported_weights_generate_from_a_prompt_of_one_patch(trained_calm, tmp_
     decoder.start([requests.Request(tuple(range(3)))])
 
 
-def test_a_format_that_a_stage_lacks_is_refused(trained_autoencoder, trained_transformer, tmp_path):
+def test_a_format_that_a_stage_lacks_is_refused(
+  trained_autoencoder, trained_transformer, trained_tempered, tmp_path
+):
   for source, kind, reason in (
     (trained_autoencoder, "llama", "--format=llama is for transformer, but .*'autoencoder'"),
     (trained_transformer, "torch", "can be written as reference, llama"),
+    (trained_tempered, "reference", "torch, stablehlo, onnx; .*/calm can be written as reference"),
   ):
     with pytest.raises(errors.CalmError, match=reason):
       conversion.convert(str(source), str(tmp_path / "out"), kind)

@@ -8,7 +8,11 @@ import numpy as np
 import pytest
 from folders import GOLDEN, agree
 
+from calm_jax import config, errors
+from calm_jax.interchange import names
+from calm_jax.interchange.torch_module import modeling_calm
 from calm_jax.models import calm, layers
+from calm_jax.models.heads import head, registry, tempered
 from calm_jax.running import conversion, loading
 
 torch = pytest.importorskip("torch", reason="exported folders are opened by torch")
@@ -143,6 +147,65 @@ def test_temperature_in_torch_is_the_batch_approximation(opened, trained_calm):
   pool_1NK = torch.tensor([0, 2, 0, 3, 1, 4, 0, 5, 1, 6]).reshape(1, -1, 1)
   weight_N = module.candidate_weights(pool_1NK, 2)[0]
   np.testing.assert_allclose([weight_N[pool_1NK[0, :, 0] == x].sum() for x in (0, 1)], [0.75, 0.25])
+
+
+def test_a_tempered_head_computes_the_same_in_torch(opened, trained_tempered, tmp_path):
+  """One draw per patch from 0.25 to 1; elsewhere candidates of the language model's own head."""
+  torch_model, trained = opened(trained_tempered), loading.load(str(trained_tempered))
+  width = trained.run.model.width
+  hidden_BD = np.random.default_rng(0).normal(size=(3, width)).astype(np.float32)
+  noise = np.array(trained.model.head.draw_noise(jax.random.key(0), (2, 3)))
+  drawn = {}
+  for value in (0.25, 0.5, 1.0):
+    condition = trained.model.condition(trained.params, hidden_BD, np.full(3, 1 / value))
+    drawn[value] = torch_model.tempered_samples(
+      torch.from_numpy(hidden_BD), torch.from_numpy(noise), torch.tensor(value)
+    )
+    agree(drawn[value], trained.model.samples(trained.params, condition, noise))
+  assert (drawn[0.25] - drawn[0.5]).abs().max() > 1e-3
+
+  torch_model.config.eos_token_id = None  # So that no draw ends a text.
+  prompt_S = torch.tensor([*trained.origin.start_patch, *range(20, 28)])
+
+  def generate(model, value: float, count: int = 200) -> list[int]:
+    generator = torch.Generator().manual_seed(0)
+    return model.generate(prompt_S, 8, value, count, generator).tolist()
+
+  generator, text_S = torch.Generator().manual_seed(0), prompt_S
+  for _ in range(2):
+    hidden_1PD = torch_model.hidden_states(text_S.reshape(1, -1, 4))
+    patch_1K, _ = torch_model.draw_once(hidden_1PD[:, -1], 0.3, generator)
+    text_S = torch.cat([text_S, patch_1K[0]])
+  expected = text_S[len(prompt_S) :].tolist()
+  assert generate(torch_model, 0.3) == expected == generate(torch_model, 0.3, count=1)
+  conversion.convert(str(trained_tempered / "calm"), str(tmp_path / "own"), "torch")
+  own_model = transformers.AutoModel.from_pretrained(tmp_path / "own", trust_remote_code=True)
+  own_model.config.eos_token_id = None
+  for value in (1.0, 0.2):
+    assert generate(torch_model, value) == generate(own_model, value)
+  with pytest.raises(ValueError, match="temperature must be 1/n"):
+    generate(torch_model, 0.15)
+  with pytest.raises(errors.CalmError, match="holds a tempered head, which can be exported but"):
+    conversion.convert(str(tmp_path / "out"), str(tmp_path / "back"), "workdir")
+
+
+@pytest.mark.parametrize("kind", ["energy", "flow", "diffusion"])
+def test_every_tempered_head_has_tensors_in_torch(kind: str):
+  sizes, trunk = config.Head(kind=kind, blocks=2, noise=4), head.Trunk(16, 8, "fan_in")
+  model = tempered.Tempered(registry.build(sizes, trunk), trunk)
+  written = names.outgoing(model.initial(jax.random.key(0)), names.tempered(sizes))
+  settings = dict(head=kind, noise_size=4, num_mlp_layers=2, latent_size=8, hidden_size=16)
+  small = dict(num_attention_heads=2, num_key_value_heads=2, num_hidden_layers=1, vocab_size=9)
+  autoencoder = dict(vocab_size=9, hidden_size=8, latent_size=8)
+  torch_model = modeling_calm.CalmModel(
+    modeling_calm.CalmConfig(**settings, **small, autoencoder=autoencoder, least_temperature=0.25)
+  )
+  theirs = {
+    name: tuple(x.shape)
+    for name, x in torch_model.state_dict().items()
+    if name.startswith(("tempered_head", "power_embd"))
+  }
+  assert {tensor.name: tensor.shape for tensor in written} == theirs
 
 
 def test_what_transformers_saves_opens_again(opened, trained_calm, tmp_path):

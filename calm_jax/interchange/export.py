@@ -24,6 +24,14 @@ class Export:
   parent: Callable[[str], None]
 
 
+def temperature_note(least: float) -> str:
+  """Returns the lines of a model card on the input `temperature` of next_patch."""
+  return f"""
+
+`temperature` is a float32 scalar. Candidates are draws of the model at 1, and of its tempered head
+below, down to {least:g}; lower values count as {least:g}."""
+
+
 # Fills the folder with weights, settings and code, and returns Markdown for the model card on how
 # to open it.
 Writer = Callable[[Export], str]

@@ -25,6 +25,8 @@ AUTOENCODER_TABLE = (
   "decoder.lm_head_weight",
   "decoder.lm_head.weight",
 )
+# Prefix of a tempered head in our module for PyTorch.
+TEMPERED_PREFIX = "tempered_head."
 
 
 def autoencoder(sizes: config.Autoencoder, prefix: str = "") -> list[foreign.Tensor]:
@@ -99,6 +101,16 @@ def calm(sizes: config.Backbone, head: config.Head) -> list[foreign.Tensor]:
       f"{head.kind!r} heads have no tensors in the reference: use --format=stablehlo"
     )
   return _backbone(sizes) + kind.tensors(head)
+
+
+def tempered(head: config.Head) -> list[foreign.Tensor]:
+  """Returns the tensors of a tempered head in our module for PyTorch."""
+  result = foreign.linear("power_embd.mlp.0", "power/power_in")
+  result += foreign.linear("power_embd.mlp.2", "power/power_out")
+  for tensor in registry.lookup(head).tensors(head):
+    name = tensor.name.partition(".")[2]
+    result.append(dataclasses.replace(tensor, name=f"{TEMPERED_PREFIX}{name}", also=()))
+  return result
 
 
 def check(

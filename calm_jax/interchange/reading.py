@@ -197,6 +197,11 @@ def _read_calm(
   settings.require(patch_size=sizes.patch_size, latent_size=sizes.latent)
   reads_tokens = "transformer.embed_tokens.weight" in folder.tensors
   reads_latents = "latent_proj.weight" in folder.tensors
+  if any(name.startswith(names.TEMPERED_PREFIX) for name in folder.tensors):
+    raise errors.CalmError(
+      f"{folder.path} holds a tempered head, which can be exported but not imported: give the "
+      "folder of its language model alone"
+    )
   backbone = config.Backbone(
     **_transformer(folder, "transformer"),
     patch_size=sizes.patch_size,

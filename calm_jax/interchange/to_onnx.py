@@ -6,6 +6,7 @@ import importlib.resources
 import importlib.util
 import logging
 import pathlib
+import sys
 import tempfile
 import warnings
 from typing import Any
@@ -43,6 +44,7 @@ def _open(write: export.Writer, request: export.Export, kind: str) -> Any:
     spec = importlib.util.spec_from_file_location(to_torch.MODULE, path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
+    sys.modules[to_torch.MODULE] = module  # PyTorch's tracer of branches imports it by name.
     spec.loader.exec_module(module)
     with _quiet():
       transformers.utils.logging.disable_progress_bar()
@@ -122,7 +124,14 @@ def _export_autoencoder(folder: pathlib.Path, model, sizes) -> None:
   _export(folder, "decode", Decode(), {"latents": (latents, {0: "batch"})}, ["token_logits"])
 
 
-def _export_step(folder: pathlib.Path, model, trained: trained_lib.Trained) -> None:
+def _export_step(
+  folder: pathlib.Path, model, trained: trained_lib.Trained, least: float | None
+) -> None:
+  """Writes next_patch.
+
+  Args:
+    least: the lowest temperature of a tempered head, whose graph reads the temperature; else None.
+  """
   import torch
 
   sizes, autoencoder_sizes = trained.run.model, trained.model.sizes
@@ -148,12 +157,23 @@ def _export_step(folder: pathlib.Path, model, trained: trained_lib.Trained) -> N
 
     def forward(self, *args):
       token_BK, position, noise, *rest = args
+      temperature = None if least is None else rest.pop(0)
       latent_B1Z = rest.pop(0)[:, None] if reads_latents else None
       past = Past(position, rest)
       hidden_B1D = self.model.hidden_states(token_BK[:, None], latent_B1Z, past)
-      sample_NBZ = self.model.samples(hidden_B1D[:, 0], noise)
+      sample_NBZ = self.samples(hidden_B1D[:, 0], noise, temperature)
       token_NBK = self.model.decode(sample_NBZ).argmax(-1)
       return token_NBK, sample_NBZ, *past.present
+
+    def samples(self, hidden_BD, noise, temperature):
+      if temperature is None:
+        return self.model.samples(hidden_BD, noise)
+      return torch.cond(
+        temperature < 1,
+        lambda *args: self.model.tempered_samples(*args[:2], args[2].clamp(min=least)),
+        lambda *args: self.model.samples(*args[:2]),
+        (hidden_BD, noise, temperature),
+      )
 
   head = trained.model.head
   batch, patches, candidates = 2, 3, 4
@@ -162,6 +182,8 @@ def _export_step(folder: pathlib.Path, model, trained: trained_lib.Trained) -> N
     "position": (torch.tensor(5.0), {}),
     "noise": (torch.zeros((candidates, batch, *head.noise_shape)), {0: "candidates", 1: "batch"}),
   }
+  if least is not None:
+    inputs["temperature"] = (torch.tensor(0.5), {})
   if reads_latents:
     inputs["latents"] = (torch.zeros((batch, autoencoder_sizes.latent)), {0: "batch"})
   shape = (batch, sizes.kv_heads, patches, sizes.width // sizes.heads)
@@ -188,7 +210,24 @@ def write_calm(request: export.Export) -> str:
     CalmError: if a required package is missing, or for a head with an `onnx_obstacle`, such as
       a long loop: exporting 100 steps took minutes for a toy model.
   """
-  trained, folder = request.trained, request.folder
+  return _write_model(request, request.trained, to_torch.write_calm)
+
+
+def write_tempered(request: export.Export) -> str:
+  """Writes encode, decode, and next_patch, which reads the temperature; see `write_calm`."""
+  least = request.trained.run.loss.least_temperature
+  use = _write_model(request, request.trained.parents["calm"], to_torch.write_tempered, least)
+  return use + export.temperature_note(least)
+
+
+def _write_model(
+  request: export.Export,
+  trained: trained_lib.Trained,
+  write: export.Writer,
+  least: float | None = None,
+) -> str:
+  """Writes a language model, `trained`, that `write` writes as `torch`; see `_export_step`."""
+  folder = request.folder
   obstacle = trained.model.head.onnx_obstacle
   if obstacle:
     raise errors.CalmError(
@@ -196,10 +235,10 @@ def write_calm(request: export.Export) -> str:
       "--format=stablehlo or --format=torch"
     )
   _require_packages()
-  model = _open(to_torch.write_calm, request, "CalmModel")
+  model = _open(write, request, "CalmModel")
   autoencoder_sizes, sizes = trained.model.sizes, trained.run.model
   _export_autoencoder(folder, model.ae_model, autoencoder_sizes)
-  _export_step(folder, model, trained)
+  _export_step(folder, model, trained, least)
   facts = {
     "opset": OPSET,
     "patch_size": autoencoder_sizes.patch_size,
@@ -211,9 +250,13 @@ def write_calm(request: export.Export) -> str:
     "past_shape": ["batch", sizes.kv_heads, "past", sizes.width // sizes.heads],
     "window_patches": trained.run.data.context // autoencoder_sizes.patch_size - 1,
   }
+  if least is not None:
+    facts["least_temperature"] = least
   files.write(folder / "config.json", files.to_json(facts))
-  latents = ' | {"latents": mean}' if sizes.reads_latents else ""
-  step = _STEP.replace("LATENTS", latents).replace("NOISE", trained.model.head.noise_law)
+  more = ' | {"latents": mean}' if sizes.reads_latents else ""
+  if least is not None:
+    more += ' | {"temperature": np.array(temperature, np.float32)}'
+  step = _STEP.replace("MORE", more).replace("NOISE", trained.model.head.noise_law)
   return _USE + step
 
 
@@ -241,7 +284,7 @@ empty = np.zeros((len(tokens), groups, 0, channels), np.float32)
 names = [f"{kind}_{i}" for i in range(facts["layers"]) for kind in ("key", "value")]
 past = {f"past_{name}": empty for name in names}
 step = {"tokens": tokens, "position": np.array(0, np.float32), "noise": noise}
-candidates, latents, *present = next_patch.run(None, step | pastLATENTS)
+candidates, latents, *present = next_patch.run(None, step | pastMORE)
 past = dict(zip(past, present))  # For the next call, at position 1.
 ```
 

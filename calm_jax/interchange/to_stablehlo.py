@@ -4,6 +4,7 @@ Each artefact is a function of the weights and of arrays of any batch size, for 
 TPU. The weights are stored next to it in safetensors, under our own names.
 """
 
+import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,6 +23,25 @@ from calm_jax.training import trained as trained_lib
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 Shapes = tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sampling:
+  """How next_patch draws the next latents.
+
+  Attributes:
+    samples: (weights as a tree, hidden states, noise, *inputs) -> N latents [N, B, Z].
+    inputs: name -> shape of the inputs of next_patch after the noise.
+    weights: weights beyond those of the language model.
+    facts: entries of config.json.
+    note: end of the model card.
+  """
+
+  samples: Callable[..., jax.Array]
+  inputs: Mapping[str, jax.ShapeDtypeStruct] = dataclasses.field(default_factory=dict)
+  weights: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  note: str = ""
 
 
 def _abstract(tree: Any) -> Any:
@@ -79,7 +99,34 @@ def _autoencoder_functions(model: autoencoder.Autoencoder, prefix: str) -> dict[
   }
 
 
-def _model_functions(trained: trained_lib.Trained, window: int) -> dict[str, Any]:
+def _tempered(trained: trained_lib.Trained) -> _Sampling:
+  """Returns how a tempered head samples; at T = 1 it is how the language model does."""
+  least, model = trained.run.loss.least_temperature, trained.parents["calm"].model
+
+  def tempered(tree, hidden_BD, noise, temperature):
+    power_B = jnp.full(hidden_BD.shape[:1], 1 / jnp.maximum(temperature, least))
+    condition = trained.model.condition(tree["tempered"], hidden_BD, power_B)
+    return trained.model.samples(tree["tempered"], condition, noise)
+
+  def samples(tree, hidden_BD, noise, temperature):
+    return jax.lax.cond(
+      temperature < 1,
+      lambda: tempered(tree, hidden_BD, noise, temperature),
+      lambda: model.samples(tree, hidden_BD, noise),
+    )
+
+  return _Sampling(
+    samples,
+    inputs={"temperature": _float()},
+    weights={"tempered": trained.params},
+    facts={"least_temperature": least},
+    note=formats.temperature_note(least),
+  )
+
+
+def _model_functions(
+  trained: trained_lib.Trained, sampling: _Sampling, window: int
+) -> dict[str, Any]:
   """Returns begin and next_patch of a language model."""
   model, autoencoder_model = trained.model, trained.parents["autoencoder"].model
   size, latent = model.sizes.patch_size, model.sizes.latent
@@ -92,23 +139,26 @@ def _model_functions(trained: trained_lib.Trained, window: int) -> dict[str, Any
 
   def next_patch(weights, state, token_BK, *rest):
     """Reads a patch; returns N candidates for the next one, their latents and the new state."""
-    *latent_BZ, noise = rest
+    latent_BZ, draw = rest[: len(latents)], rest[len(latents) :]
     tree = traverse_util.unflatten_dict(dict(weights), sep="/")
     latent_B1Z = latent_BZ[0][:, None] if latent_BZ else None
     hidden_B1D, new_cache = model.hidden(tree, token_BK[:, None], latent_B1Z, _cache(state))
     assert isinstance(new_cache, memory.Cache)
-    sample_NBZ = model.samples(tree, hidden_B1D[:, 0], noise)
+    sample_NBZ = sampling.samples(tree, hidden_B1D[:, 0], *draw)
     logits_NBKV = layers.apply(autoencoder_model, tree["autoencoder"], sample_NBZ, method="decode")
     token_NBK = jnp.argmax(logits_NBKV, axis=-1).astype(jnp.int32)
     return token_NBK, sample_NBZ, _to_dicts(new_cache)
 
-  weights = _abstract(_calm_weights(trained))
+  weights = _abstract(_calm_weights(trained, sampling))
   state = jax.eval_shape(begin, weights, _int(b, size))
   latents = (_float(b, latent),) if trained.run.model.reads_latents else ()
   noise = _float(n, b, *model.head.noise_shape)
   return {
     "begin": (begin, (_int(b, size),)),
-    "next_patch": (next_patch, (state, _int(b, size), *latents, noise)),
+    "next_patch": (
+      next_patch,
+      (state, _int(b, size), *latents, noise, *sampling.inputs.values()),
+    ),
   }
 
 
@@ -124,8 +174,9 @@ def _cache(state: dict[str, Any]) -> memory.Cache:
   return memory.Cache(layer_cache, state["position_W"], state["next_position"])
 
 
-def _calm_weights(trained: trained_lib.Trained) -> dict[str, Any]:
-  tree = {**trained.params, "autoencoder": trained.parents["autoencoder"].params}
+def _calm_weights(trained: trained_lib.Trained, sampling: _Sampling) -> dict[str, Any]:
+  autoencoder_params = trained.parents["autoencoder"].params
+  tree = {**trained.params, "autoencoder": autoencoder_params, **sampling.weights}
   return traverse_util.flatten_dict(tree, sep="/")
 
 
@@ -148,21 +199,34 @@ def write_autoencoder(request: formats.Export) -> str:
 
 def write_calm(request: formats.Export) -> str:
   """Writes encode, decode, begin and next_patch."""
-  trained, run = request.trained, request.trained.run
+  return _write_model(request, request.trained, _Sampling(request.trained.model.samples))
+
+
+def write_tempered(request: formats.Export) -> str:
+  """Writes encode, decode, begin, and next_patch, which reads the temperature."""
+  return _write_model(request, request.trained.parents["calm"], _tempered(request.trained))
+
+
+def _write_model(request: formats.Export, trained: trained_lib.Trained, sampling: _Sampling) -> str:
+  """Writes a language model that samples as stated; returns the card's section."""
+  run = trained.run
   model = trained.parents["autoencoder"].model
   window = run.data.context // model.sizes.patch_size - 1  # Patches before the last in training.
-  functions = _autoencoder_functions(model, "autoencoder/") | _model_functions(trained, window)
+  functions = _autoencoder_functions(model, "autoencoder/")
+  functions |= _model_functions(trained, sampling, window)
   facts = {
     **_facts(model),
     "window_patches": window,
     "head": run.head.kind,
     "noise_shape": list(trained.model.head.noise_shape),
     "input": run.model.input,
+    **sampling.facts,
   }
-  _write(request.folder, functions, _calm_weights(trained), facts)
-  example = _CONTINUOUS_EXAMPLE if run.model.reads_latents else _EXAMPLE
+  _write(request.folder, functions, _calm_weights(trained, sampling), facts)
+  latents = ["mean"] if run.model.reads_latents else []
+  arguments = ", ".join(["weights", "state", "tokens", *latents, "noise", *sampling.inputs])
   note = _NOTE.replace("NOISE", trained.model.head.noise_law)
-  return _USE + _CALM_CODE.replace("STEP", example) + note
+  return _USE + _CALM_CODE.replace("ARGUMENTS", arguments) + note + sampling.note
 
 
 _USE = """Functions for `jax.export`, for CPU, CUDA and TPU, at any batch size. They run with jax,
@@ -194,10 +258,8 @@ _CALM_CODE = """
 # Reads patch by patch and returns candidates for the next one, one per noise array.
 begin, next_patch = load("begin"), load("next_patch")
 state = begin(weights, tokens)  # tokens only set the batch size
-STEP
+candidates, latents, state = next_patch(ARGUMENTS)
 """
-_EXAMPLE = "candidates, latents, state = next_patch(weights, state, tokens, noise)"
-_CONTINUOUS_EXAMPLE = "candidates, latents, state = next_patch(weights, state, tokens, mean, noise)"
 _NOTE = """```
 
 `noise` is [candidates, batch, *noise_shape], see config.json: NOISE. Candidates are int32

@@ -7,6 +7,7 @@ import importlib.resources
 
 from calm_jax import files
 from calm_jax.interchange import export, names, settings, tensors, to_reference
+from calm_jax.training import trained as trained_lib
 
 MODULE = "modeling_calm"
 
@@ -24,6 +25,10 @@ _AUTOENCODER_USE = (
 _CALM_USE = f"{_USE}`model.generate(tokens,\n\
 max_new_tokens)` generates text; `hidden_states`, `draw_noise`, `samples`, `encode` and `decode`\n\
 are its parts."
+_TEMPERED_USE = """
+
+`model.generate(tokens, max_new_tokens, temperature=T)` makes one draw per patch for T from LEAST
+to 1. `tempered_samples` are the draws."""
 
 
 def _auto(kind: str) -> dict[str, str]:
@@ -52,8 +57,24 @@ def write_autoencoder(request: export.Export) -> str:
 
 def write_calm(request: export.Export) -> str:
   """Writes a language model's folder; its weights include those of its autoencoder."""
-  trained, run = request.trained, request.trained.run
-  tensors.write_folder(request.folder, to_reference.calm_tensors(trained))
+  tensors.write_folder(request.folder, to_reference.calm_tensors(request.trained))
+  _write(request, _calm_values(request.trained))
+  return _CALM_USE
+
+
+def write_tempered(request: export.Export) -> str:
+  """Writes a tempered head's folder: that of its language model, with the head added."""
+  trained, model = request.trained, request.trained.parents["calm"]
+  own_tensors = names.outgoing(trained.params, names.tempered(trained.run.head))
+  tensors.write_folder(request.folder, [*to_reference.calm_tensors(model), *own_tensors])
+  least = trained.run.loss.least_temperature
+  _write(request, _calm_values(model) | {"least_temperature": least})
+  return _CALM_USE + _TEMPERED_USE.replace("LEAST", f"{least:g}")
+
+
+def _calm_values(trained: trained_lib.Trained) -> dict:
+  """Returns the config.json of a language model."""
+  run = trained.run
   values = {
     **settings.calm(trained),
     "eos_token_id": trained.origin.eos_id if trained.origin.appends_eos else None,
@@ -66,5 +87,4 @@ def write_calm(request: export.Export) -> str:
   }
   if run.head.steps:
     values["sampling_steps"] = run.head.steps
-  _write(request, values)
-  return _CALM_USE
+  return values

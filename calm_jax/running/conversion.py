@@ -73,9 +73,11 @@ def _require_format(source: str, kind: str) -> None:
   writers = table.STAGES[stage].writers
   if kind not in writers:
     fitting = [name for name, spec in table.STAGES.items() if kind in spec.writers]
+    parents = [name for name, parent in table.STAGES[stage].parents.items() if parent in fitting]
     raise errors.CalmError(
       f"--format={kind} is for {' and '.join(fitting)}, but {source} holds stage {stage!r}, which "
       f"can be written as {', '.join(writers)}"
+      + "".join(f"; {source}/{name} can be written as {kind}" for name in parents)
     )
 
 

@@ -22,6 +22,7 @@ from calm_jax.generation import (
   tradeoff,
   writing,
 )
+from calm_jax.interchange import to_onnx, to_stablehlo, to_torch
 from calm_jax.models import flops
 from calm_jax.models.heads import head, registry, tempered
 from calm_jax.objectives import brier
@@ -425,4 +426,9 @@ SPEC = spec.Spec(
       ("latent", parents["autoencoder"].model.latent),
     ],
   ),
+  writers={
+    "torch": to_torch.write_tempered,
+    "stablehlo": to_stablehlo.write_tempered,
+    "onnx": to_onnx.write_tempered,
+  },
 )

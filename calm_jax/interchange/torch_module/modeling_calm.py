@@ -24,6 +24,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 EPS = 1e-6  # Epsilon of every LayerNorm.
 LEVELS, MAX_BETA = 1000, 0.999  # Noise levels, and the largest beta of a level.
 FREQUENCIES, MAX_PERIOD = 128, 10_000.0  # Sinusoidal embedding of time.
+POWER_FREQUENCIES, POWER_WIDTH = (1.0, 2.0, 4.0, 8.0), 64  # Embedding of 1/temperature.
 DECODE_CHUNK = 256  # Patches whose logits [K, V] are in memory at once.
 
 AUTOENCODER_DEFAULTS = {
@@ -54,6 +55,7 @@ CALM_DEFAULTS = {
   "sampling_steps": 0,  # Midpoint steps of flow, steps of diffusion; 0: the head's default.
   "input": "discrete",  # Tokens; or "continuous", latents; or "both".
   "max_position_embeddings": 2048,  # Patches.
+  "least_temperature": 1.0,  # Below 1: a second head draws at temperatures from it to 1.
   "eos_token_id": None,  # Without one, texts end at their maximum length only.
   "autoencoder": {},  # The settings of AUTOENCODER_DEFAULTS.
 }
@@ -375,6 +377,20 @@ class Denoiser(nn.Module):
     return self.final_layer["linear"](y_ND).float()
 
 
+class PowerEmbedding(nn.Module):
+  """Temperatures [...] -> what is added to the hidden state of the tempered head, [..., D]."""
+
+  def __init__(self, width):
+    super().__init__()
+    self.mlp = mlp(1 + 2 * len(POWER_FREQUENCIES), POWER_WIDTH, width)
+
+  def forward(self, temperature):
+    log_1 = -temperature.float().log()[..., None]
+    angle = torch.cat([frequency * log_1 for frequency in POWER_FREQUENCIES], dim=-1)
+    features = torch.cat([log_1, angle.sin(), angle.cos() - 1], dim=-1)
+    return self.mlp(features.to(self.mlp[0].weight.dtype))
+
+
 class FlowHead(nn.Module):
   """Hidden [..., D] and noise [N, ..., Z] -> samples [N, ..., Z] by the midpoint rule.
 
@@ -492,6 +508,8 @@ class CalmModel(PreTrainedModel):
     if self.reads_latents:
       self.latent_proj = nn.Linear(config.latent_size, width)
     self.transformer, self.generative_head = Transformer(config), HEADS[config.head](config)
+    if config.least_temperature < 1:
+      self.tempered_head, self.power_embd = HEADS[config.head](config), PowerEmbedding(width)
     self.post_init()
 
   def encode(self, token_K):
@@ -543,6 +561,16 @@ class CalmModel(PreTrainedModel):
     """Returns latents [N, ..., Z] float32 for hidden [..., D], noise [N, ..., *noise_shape]."""
     return self.generative_head(hidden_D, noise)
 
+  def tempered_samples(self, hidden_D, noise, temperature):
+    """Returns the tempered head's latents, as `samples`; `temperature` [] from the least to 1."""
+    return self.tempered_head(hidden_D + self.power_embd(temperature), noise)
+
+  def draw_once(self, hidden_BD, temperature, generator=None):
+    """Returns the tempered head's next patch: tokens [B, K], latent [B, Z]."""
+    noise = self.draw_noise((1, len(hidden_BD)), generator)
+    (z_BZ,) = self.tempered_samples(hidden_BD, noise, torch.tensor(temperature).to(self.device))
+    return self.next_tokens(z_BZ), z_BZ
+
   def choose(self, hidden_BD, n, count, generator=None):
     """Returns one of `count` candidates for the next patch: tokens [B, K], latent [B, Z]."""
     z_NBZ = self.samples(hidden_BD, self.draw_noise((count, len(hidden_BD)), generator))
@@ -562,13 +590,16 @@ class CalmModel(PreTrainedModel):
     the last `max_position_embeddings` − 1 patches.
 
     Args:
-      temperature: 1/n; 1 is the model's own distribution.
-      num_candidates: draws per patch below temperature 1, for the batch approximation.
+      temperature: 1 is the model's own distribution. From `config.least_temperature` to 1 the
+        tempered head makes the one draw of a patch; elsewhere the temperature must be 1/n.
+      num_candidates: draws per patch at a temperature of 1/n, for the batch approximation.
 
     Raises:
       ValueError: if the prompt is not a whole number of patches, or a setting is out of range.
     """
-    n, eos, size = reciprocal(temperature), self.config.eos_token_id, self.config.patch_size
+    is_direct = self.config.least_temperature <= temperature < 1
+    n = 1 if is_direct else reciprocal(temperature)
+    eos, size = self.config.eos_token_id, self.config.patch_size
     token_BS = torch.atleast_2d(token).to(self.device)
     if not token_BS.shape[1] or token_BS.shape[1] % size:
       raise ValueError(
@@ -589,7 +620,10 @@ class CalmModel(PreTrainedModel):
     ended_B = torch.zeros(len(token_BS), dtype=torch.bool, device=self.device)
     while len(new) * size < max_new_tokens and not ended_B.all():
       hidden_BD = self.hidden_states(token_BPK, latent_BPZ, cache)[:, -1]
-      token_BK, z_BZ = self.choose(hidden_BD, n, num_candidates if n > 1 else 1, generator)
+      if is_direct:
+        token_BK, z_BZ = self.draw_once(hidden_BD, temperature, generator)
+      else:
+        token_BK, z_BZ = self.choose(hidden_BD, n, num_candidates if n > 1 else 1, generator)
       token_BPK, latent_BPZ = token_BK[:, None], z_BZ[:, None]
       new.append(token_BK)
       if eos is not None:
