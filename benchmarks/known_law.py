@@ -12,6 +12,7 @@ from jax import numpy as jnp
 from calm_jax import config
 from calm_jax.generation import candidates, choosers, rules
 from calm_jax.models.heads import head, registry, tempered
+from calm_jax.stages import tempered as tempered_stage
 
 LAW, LAW_DRAWS = np.array([0.5, 0.3, 0.15, 0.05]), 100_000
 # The tempered head: its width, the dimensions of its latents, its training, and its draws a race.
@@ -125,7 +126,7 @@ def tempered_head() -> tuple[list[str], Any]:
   model = tempered.Tempered(registry.build(config.Head(blocks=2, noise=16), trunk), trunk)
   latent_XZ = 3 * jax.random.normal(jax.random.key(0), (len(LAW), LATENT))
   optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, STEPS))
-  settings = config.CalmLoss(samples=8, posterior_draws=1)
+  settings = config.CalmLoss(samples=8, posterior_draws=1, repulsion=tempered_stage.Loss.repulsion)
   hidden_BD = jnp.zeros((ROWS, WIDTH))  # The context is always the same.
 
   def step(state, key):
@@ -139,7 +140,8 @@ def tempered_head() -> tuple[list[str], Any]:
     target_BZ = latent_XZ[choice.patch.token_K[:, 0]]
 
     def loss(params):
-      return jnp.mean(model.loss(params, hidden_BD, power_B, target_BZ, loss_key, settings)[0])
+      posterior = target_BZ, jnp.full_like(target_BZ, -jnp.inf)  # The std is 0.
+      return jnp.mean(model.loss(params, hidden_BD, power_B, posterior, loss_key, settings)[0])
 
     updates, optimizer_state = optimizer.update(jax.grad(loss)(params), optimizer_state)
     return (optax.apply_updates(params, updates), optimizer_state), None

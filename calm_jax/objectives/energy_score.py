@@ -129,7 +129,7 @@ def repulsion(sample_NPZ: jax.Array, alpha: float = 1.0) -> jax.Array:
 
 
 def energy_loss(
-  sample_NPZ: jax.Array, attraction_P: jax.Array, alpha: float = 1.0
+  sample_NPZ: jax.Array, attraction_P: jax.Array, alpha: float = 1.0, weight: float = 1.0
 ) -> tuple[jax.Array, jax.Array]:
   """Negative energy score of model samples, [...], and their repulsion.
 
@@ -138,15 +138,19 @@ def energy_loss(
   Unbiased for N independent samples. Lower is better; the unit is the latent unit to the
   power `alpha`, so values compare only within one autoencoder.
 
+  `weight` multiplies the repulsion. A share e of samples far from all targets costs about
+  2 e² times its distance at weight 1, so that small shares hardly matter to the gradient; below 1
+  it costs 2 (1 − weight) e more.
+
   Raises:
     ValueError: if N < 2, where the repulsion would divide by zero, or if alpha is outside
       (0, 2]. At alpha = 2 the score is not proper: it only asks for the right mean.
 
-  Source: CALM (arXiv:2510.27688), eq. 9 and 10.
+  Source: CALM (arXiv:2510.27688), eq. 9 and 10, where `weight` is 1.
   """
   if sample_NPZ.shape[0] < 2:
     raise ValueError(f"the energy loss needs N >= 2 samples, got {sample_NPZ.shape[0]}")
   if not 0 < alpha <= 2:
     raise ValueError(f"alpha must lie in (0, 2], got {alpha}")
   repulsion_P = repulsion(sample_NPZ, alpha)
-  return 2 * attraction_P - repulsion_P, repulsion_P
+  return 2 * attraction_P - weight * repulsion_P, repulsion_P

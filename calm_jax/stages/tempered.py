@@ -46,6 +46,8 @@ class Loss:
   Attributes:
     samples: N, samples per patch and temperature.
     alpha: exponent of the energy score's distance, in (0, 2]; see `config.CalmLoss`.
+    repulsion: weight of the repulsion, in (0, 1]. At 1, 4 % of the draws lie between patches
+      where the races have one winner.
     every: one position in this many is trained; the races cost more than the rest.
     races: temperatures per position; each is drawn log-uniformly in [least_temperature, 1) and
       has a race of its own between the same draws, in another order.
@@ -56,6 +58,7 @@ class Loss:
 
   samples: int = 8
   alpha: float = 1.0
+  repulsion: float = 0.94
   every: int = 16
   races: int = 4
   least_temperature: float = 0.25
@@ -64,7 +67,7 @@ class Loss:
   at_limit: str = "prefix"
 
   def __post_init__(self):
-    _ = self.of_head  # Checks `samples` and `alpha`.
+    _ = self.of_head  # Checks its settings.
     config.require_positive(self, "races", "num_candidates", most=config.MOST_DRAWS)
     config.require_positive(self, "every")
     config.require(
@@ -84,8 +87,10 @@ class Loss:
 
   @property
   def of_head(self) -> config.CalmLoss:
-    """Settings of the head's loss: one target per patch, without noise."""
-    return config.CalmLoss(self.samples, "draws", posterior_draws=1, alpha=self.alpha)
+    """Settings of the head's loss: one target per patch, a draw of the winner's posterior."""
+    return config.CalmLoss(
+      self.samples, posterior_draws=1, alpha=self.alpha, repulsion=self.repulsion
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,14 +194,14 @@ class _Functions:
     keys = stage.purpose_keys(key_B, _DRAWS)
     pool_BpNK = self._pools(frozen, hidden_BpD, keys, self.run.loss.num_candidates)
     power_BR, winner_BRK = self._races(pool_BpNK, key_B)
-    target_BRZ, _ = self.calm.encode(frozen["autoencoder"], winner_BRK)
+    posterior_BRZ = self.calm.encode(frozen["autoencoder"], winner_BRK)
     hidden_BRD = jnp.repeat(hidden_BpD, self.run.loss.races, axis=1)
 
-    def head_loss(hidden_RD, power_R, target_RZ, key):
-      settings = self.run.loss.of_head
-      return self.model.loss(params, hidden_RD, power_R, target_RZ, key, settings)
+    def head_loss(hidden_RD, power_R, mean_RZ, log_std_RZ, key):
+      posterior, settings = (mean_RZ, log_std_RZ), self.run.loss.of_head
+      return self.model.loss(params, hidden_RD, power_R, posterior, key, settings)
 
-    constants = jax.lax.stop_gradient((hidden_BRD, power_BR, target_BRZ))
+    constants = jax.lax.stop_gradient((hidden_BRD, power_BR, *posterior_BRZ))
     loss_BR, figures = mesh.map_examples(head_loss)(*constants, stage.purpose_keys(key_B, _LOSS))
     metrics = {
       "tokens": jnp.float32(batch["tokens"].size),
@@ -409,6 +414,7 @@ SPEC = spec.Spec(
       "head.blocks",
       "head.noise",
       "loss.alpha",
+      "loss.repulsion",
       "loss.samples",
       "loss.every",
       "loss.races",

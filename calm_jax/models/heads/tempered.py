@@ -79,7 +79,7 @@ class Tempered:
     params: head_lib.Params,
     hidden_PD: jax.Array,
     power_P: jax.Array,
-    target_PZ: jax.Array,
+    posterior: head_lib.Posterior,
     key: jax.Array,
     settings: config.CalmLoss,
   ) -> tuple[jax.Array, head_lib.Figures]:
@@ -87,11 +87,10 @@ class Tempered:
 
     Args:
       power_P: s of each patch.
-      target_PZ: latent that the draws are compared with, without noise.
+      posterior: mean and log_std, [P, Z] each, of the patch that the draws are compared with.
     """
-    log_std_PZ = jnp.full_like(target_PZ, -jnp.inf)  # The std is 0.
     moved_PD = self._moved(params, hidden_PD, power_P)
-    return self.head.loss(params["head"], moved_PD, (target_PZ, log_std_PZ), key, settings)
+    return self.head.loss(params["head"], moved_PD, posterior, key, settings)
 
   def condition(self, params: head_lib.Params, hidden_D: jax.Array, power: jax.Array) -> Any:
     """Returns what all samples share, from hidden states [..., D] and powers s [...]: [..., *]."""
