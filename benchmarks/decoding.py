@@ -241,7 +241,7 @@ def measure(directory: str) -> tuple[list[str], dict[str, Any]]:
   endless = dataclasses.replace(  # No text ends early.
     trained, origin=dataclasses.replace(trained.origin, appends_eos=False, start_patch=())
   )
-  patch_size = trained.model.sizes.patch_size
+  patch_size = table.of(trained.run).patch_size(trained.run)
   prompts = [_prompts(store, batch, patch_size) for batch in BATCHES]
   speeds = [_speeds(endless, token_BPK) for token_BPK in prompts]
   sections: dict[str, Section] = {

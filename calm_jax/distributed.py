@@ -296,6 +296,9 @@ def _watch_peers() -> None:
   The thread prints a line and exits with errors.EXIT_RESTART within the heartbeat timeout and a
   few seconds. If process 0 is lost, and the service with it, JAX itself ends the others
   immediately by SIGABRT.
+
+  At the end of Python the process leaves the job, which waits for the others, while the thread
+  still watches them; then the thread ends. JAX clears its backends after that.
   """
   client, me = _client(), index()
   limit = _heartbeat_timeout
@@ -330,7 +333,7 @@ def _watch_peers() -> None:
 
   def end():
     try:
-      jax.distributed.shutdown()  # Waits for the other processes, watched by the thread.
+      jax.distributed.shutdown()
     finally:
       over.set()  # A thread that calls the client while Python ends aborts the process.
       thread.join()

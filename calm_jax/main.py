@@ -35,8 +35,6 @@ _PRINT_SHARDINGS = flags.DEFINE_bool(
   "print_shardings", False, "Print how every parameter is laid out on the devices."
 )
 
-# Sizes that the config files of all stages on a language model or an autoencoder have.
-SIZES = ("m", "l", "xl", "quickstart")
 # Subfolder of the workdir for JAX's compilation cache, unless JAX is configured with another one.
 COMPILED = "compiled"
 
@@ -57,8 +55,8 @@ def main() -> None:
     try:
       train.train_run(run, _WORKDIR.value, options, guard)
       if not options.dry_run:
-        size = run_flags.title().partition(" ")[0].rpartition(":")[2]
-        size = size if size in SIZES else SIZES[0]
+        small = run_flags.title().partition(" ")[0].endswith(":quickstart")
+        size = "quickstart" if small else "m"
         metrics.show(starting.next_command(run, _WORKDIR.value, size))
     except (errors.CalmError, KeyboardInterrupt):
       raise

@@ -38,11 +38,14 @@ from etils import epath
 
 from calm_jax import config, prepare
 from calm_jax.models import calm
+from calm_jax.models.heads import head as head_lib
+from calm_jax.models.heads import tempered
 from calm_jax.running import loading, train
 from calm_jax.stages import autoencoder as autoencoder_stage
 from calm_jax.stages import calm as calm_stage
 from calm_jax.stages import tempered as tempered_stage
 from calm_jax.stages import transformer as transformer_stage
+from calm_jax.training import fingerprint
 from calm_jax.training import trained as trained_lib
 
 atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
@@ -212,6 +215,42 @@ def latent_reader(trained_calm: pathlib.Path, tmp_path: pathlib.Path) -> Callabl
     return str(target)
 
   return write
+
+
+@pytest.fixture
+def other_tempered(trained_tempered: pathlib.Path, tmp_path: pathlib.Path) -> Callable:
+  """Returns a function that writes a workdir like `trained_tempered`, of random weights.
+
+  It takes the kind of the head and the input of the language model.
+  """
+
+  def write(kind: str, reads: str) -> pathlib.Path:
+    trained = loading.load(str(trained_tempered))
+    model = trained.parents["calm"]
+    sizes = dataclasses.replace(model.run.model, input=reads)
+    head = dataclasses.replace(model.run.head, kind=kind, steps=0 if kind == "energy" else 4)
+    autoencoder = model.parents["autoencoder"].run.model
+    calm_model = calm.Calm.build(sizes, head, autoencoder, model.origin.vocab_size)
+    trunk = head_lib.Trunk(sizes.width, autoencoder.latent, sizes.init)
+    models = (calm_model, tempered.Tempered(calm_model.head, trunk))
+    calm_params, params = (_random(x.initial(jax.random.key(0))) for x in models)
+    target = tmp_path / "other"
+    shutil.copytree(trained_tempered / "calm/autoencoder", target / "calm/autoencoder")
+    origin = dataclasses.replace(trained.origin, parents={"calm": fingerprint.of(calm_params)})
+    tokenizer = epath.Path(trained_tempered / origin.tokenizer_file)
+    for part, own, whose, weights in (
+      ("calm", model.run, model.origin, calm_params),
+      ("", trained.run, origin, params),
+    ):
+      run = dataclasses.replace(own, model=sizes, head=head)
+      trained_lib.write(str(target / part), run, whose, weights, 1, tokenizer)
+    return target
+
+  return write
+
+
+def _random(params):
+  return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), params)
 
 
 @pytest.fixture

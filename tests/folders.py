@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from safetensors import numpy as safetensors
 
+from calm_jax.interchange import checking
 from calm_jax.running import conversion, loading
 from calm_jax.training import trained as trained_lib
 
@@ -72,3 +73,28 @@ def agree(actual, expected, tolerance: float = 1e-5) -> None:
   actual, expected = np.asarray(actual), np.asarray(expected)
   assert actual.shape == expected.shape
   assert np.abs(actual - expected).max() <= tolerance * np.abs(expected).max()
+
+
+def require_temperature_input(source: pathlib.Path, output: pathlib.Path, kind: str) -> None:
+  """Exports a tempered head and compares the draws of the folder's own card at temperatures.
+
+  At 1 and above the language model's own head draws; below 0.25 the draws are those at 0.25.
+  """
+  conversion.convert(str(source), str(output), kind)
+  assert checking.shapes(output)
+  trained = loading.load(str(source))
+  model = trained.parents["calm"]
+  token_BK = np.random.default_rng(0).integers(0, 300, (3, 4)).astype(np.int32)
+  noise = np.array(trained.model.head.draw_noise(jax.random.key(0), (2, 3)))
+  code = (output / "README.md").read_text().split("```python\n")[1].split("```")[0]
+  tokens = token_BK.astype(np.int64) if kind == "onnx" else token_BK
+  for value, reached in ((2.0, 1.0), (1.0, 1.0), (0.5, 0.5), (0.1, 0.25)):
+    scope = {"tokens": tokens, "noise": noise, "temperature": np.float32(value)}
+    exec(code.replace("FOLDER", str(output)), scope)
+    latents = scope["mean"][:, None] if model.run.model.reads_latents else None
+    hidden_B1D, _ = model.model.hidden(model.params, token_BK[:, None], latents)
+    condition = trained.model.condition(trained.params, hidden_B1D[:, 0], np.full(3, 1 / reached))
+    sample_NBZ = trained.model.samples(trained.params, condition, noise)
+    if reached == 1:
+      sample_NBZ = model.model.samples(model.params, hidden_B1D[:, 0], noise)
+    agree(scope["latents"], sample_NBZ)

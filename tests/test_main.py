@@ -69,12 +69,7 @@ def test_after_an_autoencoder_the_next_command_trains_a_language_model_of_its_k(
   assert starting.next_command(large_patches, "ae", "m").endswith(flags)
 
 
-@pytest.mark.parametrize("kind", [calm_stage.Run, transformer_stage.Run])
-def test_after_a_language_model_the_next_commands_evaluate_generate_and_temper(kind: type):
-  run = kind(data=config.Data("DATA"))
-  commands = re.findall(r"python -m calm_jax\.(.*)", starting.next_command(run, "runs/lm", "l"))
-  evaluate, generate, *train = commands
-  assert evaluate == "evaluate --workdir=runs/lm"
-  assert generate == "generate --workdir=runs/lm --prompt=TEXT"
-  child = "main --config=tempered.py:l --config.data.path=DATA --config.calm=runs/lm --workdir=DIR"
-  assert train == ([child] if kind is calm_stage.Run else [])
+@pytest.mark.parametrize("run", [calm_stage.Run(), transformer_stage.Run()])
+def test_after_a_language_model_the_next_commands_evaluate_and_generate(run):
+  commands = re.findall(r"python -m calm_jax\.(.*)", starting.next_command(run, "runs/lm", "m"))
+  assert commands == ["evaluate --workdir=runs/lm", "generate --workdir=runs/lm --prompt=TEXT"]

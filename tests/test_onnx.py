@@ -6,7 +6,7 @@ import pathlib
 import jax
 import numpy as np
 import pytest
-from folders import GOLDEN, agree
+from folders import GOLDEN, agree, require_temperature_input
 
 from calm_jax import errors
 from calm_jax.interchange import to_onnx
@@ -74,23 +74,11 @@ def test_the_graphs_read_latents_as_input(latent_reader, tmp_path):
 
 
 def test_the_graph_of_a_tempered_head_reads_the_temperature(trained_tempered, tmp_path):
-  """Runs the code of the folder's own card: at 1 the language model's own head draws."""
-  conversion.convert(str(trained_tempered), str(tmp_path / "out"), "onnx")
-  trained = loading.load(str(trained_tempered))
-  model = trained.parents["calm"]
-  token_BK = np.random.default_rng(0).integers(0, 300, (3, 4))
-  noise = np.array(trained.model.head.draw_noise(jax.random.key(0), (2, 3)))
-  hidden_B1D, _ = model.model.hidden(model.params, token_BK[:, None])
-  code = (tmp_path / "out/README.md").read_text().split("```python\n")[1].split("```")[0]
-  for value, reached in ((1.0, 1.0), (0.5, 0.5), (0.1, 0.25)):
-    scope = {"tokens": token_BK, "noise": noise, "temperature": value}
-    exec(code.replace("FOLDER", str(tmp_path / "out")), scope)
-    condition = trained.model.condition(trained.params, hidden_B1D[:, 0], np.full(3, 1 / reached))
-    sample_NBZ = trained.model.samples(trained.params, condition, noise)
-    if value == 1:
-      sample_NBZ = model.model.samples(model.params, hidden_B1D[:, 0], noise)
-    agree(scope["latents"], sample_NBZ, 1e-5)
-  assert scope["facts"]["least_temperature"] == 0.25
+  require_temperature_input(trained_tempered, tmp_path / "out", "onnx")
+
+
+def test_the_temperature_is_read_whatever_the_head_and_the_input(other_tempered, tmp_path):
+  require_temperature_input(other_tempered("flow", "both"), tmp_path / "out", "onnx")
 
 
 def test_an_autoencoder_is_exported_without_next_patch(trained_autoencoder, tmp_path):

@@ -227,7 +227,7 @@ def test_a_process_without_data_stops_all_at_their_last_common_step(tmp_path: pa
 
 # A process that joins, calls the job's service all the time, and ends.
 BEATING = """
-import sys
+import sys, time
 from calm_jax import distributed
 distributed.HEARTBEAT_SECONDS = 1e-5
 own = dict(word.removeprefix("--").split("=") for word in sys.argv[1:])
@@ -235,6 +235,7 @@ number, processes = int(own["process_id"]), int(own["num_processes"])
 distributed.initialize(
   distributed.Processes(own["coordinator_address"], num_processes=processes, process_id=number)
 )
+time.sleep(0.2)
 """
 
 

@@ -7,7 +7,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from folders import GOLDEN, agree, set_config
+from folders import GOLDEN, agree, require_temperature_input, set_config
 
 from calm_jax.interchange import tensors
 from calm_jax.models import memory
@@ -74,22 +74,11 @@ def test_compiled_artefacts_compute_the_same_without_this_package(model, words, 
 
 
 def test_the_artefact_of_a_tempered_head_reads_the_temperature(trained_tempered, tmp_path):
-  """Runs the code of the folder's own card: at 1 the language model's own head draws."""
-  conversion.convert(str(trained_tempered), str(tmp_path / "out"), "stablehlo")
-  trained = loading.load(str(trained_tempered))
-  model = trained.parents["calm"]
-  token_BK = np.random.default_rng(0).integers(0, 300, (3, 4)).astype(np.int32)
-  noise = np.array(trained.model.head.draw_noise(jax.random.key(0), (2, 3)))
-  hidden_B1D, _ = model.model.hidden(model.params, token_BK[:, None])
-  code = (tmp_path / "out/README.md").read_text().split("```python\n")[1].split("```")[0]
-  for value, reached in ((1.0, 1.0), (0.5, 0.5), (0.1, 0.25)):
-    scope = {"tokens": token_BK, "noise": noise, "temperature": np.float32(value)}
-    exec(code.replace("FOLDER", str(tmp_path / "out")), scope)
-    condition = trained.model.condition(trained.params, hidden_B1D[:, 0], np.full(3, 1 / reached))
-    sample_NBZ = trained.model.samples(trained.params, condition, noise)
-    if value == 1:
-      sample_NBZ = model.model.samples(model.params, hidden_B1D[:, 0], noise)
-    agree(scope["latents"], sample_NBZ)
+  require_temperature_input(trained_tempered, tmp_path / "out", "stablehlo")
+
+
+def test_the_temperature_is_read_whatever_the_head_and_the_input(other_tempered, tmp_path):
+  require_temperature_input(other_tempered("diffusion", "both"), tmp_path / "out", "stablehlo")
 
 
 @pytest.mark.parametrize("kind", ["continuous", "both"])

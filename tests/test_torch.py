@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from folders import GOLDEN, agree
 
-from calm_jax import config, errors
-from calm_jax.interchange import names
+from calm_jax import config
+from calm_jax.interchange import checking, names
 from calm_jax.interchange.torch_module import modeling_calm
 from calm_jax.models import calm, layers
 from calm_jax.models.heads import head, registry, tempered
@@ -149,23 +149,31 @@ def test_temperature_in_torch_is_the_batch_approximation(opened, trained_calm):
   np.testing.assert_allclose([weight_N[pool_1NK[0, :, 0] == x].sum() for x in (0, 1)], [0.75, 0.25])
 
 
-def test_a_tempered_head_computes_the_same_in_torch(opened, trained_tempered, tmp_path):
-  """One draw per patch from 0.25 to 1; elsewhere candidates of the language model's own head."""
+def test_a_tempered_head_computes_the_same_in_torch(opened, trained_tempered):
   torch_model, trained = opened(trained_tempered), loading.load(str(trained_tempered))
   width = trained.run.model.width
   hidden_BD = np.random.default_rng(0).normal(size=(3, width)).astype(np.float32)
   noise = np.array(trained.model.head.draw_noise(jax.random.key(0), (2, 3)))
   drawn = {}
-  for value in (0.25, 0.5, 1.0):
-    condition = trained.model.condition(trained.params, hidden_BD, np.full(3, 1 / value))
-    drawn[value] = torch_model.tempered_samples(
-      torch.from_numpy(hidden_BD), torch.from_numpy(noise), torch.tensor(value)
+  for power in (4.0, 2.0, 1.0):
+    condition = trained.model.condition(trained.params, hidden_BD, np.full(3, power))
+    drawn[power] = torch_model.tempered_samples(
+      torch.from_numpy(hidden_BD), torch.from_numpy(noise), torch.tensor(power)
     )
-    agree(drawn[value], trained.model.samples(trained.params, condition, noise))
-  assert (drawn[0.25] - drawn[0.5]).abs().max() > 1e-3
+    agree(drawn[power], trained.model.samples(trained.params, condition, noise))
+  assert (drawn[4.0] - drawn[2.0]).abs().max() > 1e-3
 
-  torch_model.config.eos_token_id = None  # So that no draw ends a text.
-  prompt_S = torch.tensor([*trained.origin.start_patch, *range(20, 28)])
+
+def test_torch_generates_with_one_draw_at_the_temperatures_of_a_tempered_head(
+  opened, trained_tempered, tmp_path
+):
+  """At 1 and below 0.25, with candidates of the language model's own head."""
+  torch_model, start = opened(trained_tempered), loading.load(str(trained_tempered)).origin
+  conversion.convert(str(trained_tempered / "calm"), str(tmp_path / "own"), "torch")
+  own_model = transformers.AutoModel.from_pretrained(tmp_path / "own", trust_remote_code=True)
+  for model in (torch_model, own_model):
+    model.config.eos_token_id = None  # So that no draw ends a text.
+  prompt_S = torch.tensor([*start.start_patch, *range(20, 28)])
 
   def generate(model, value: float, count: int = 200) -> list[int]:
     generator = torch.Generator().manual_seed(0)
@@ -174,19 +182,31 @@ def test_a_tempered_head_computes_the_same_in_torch(opened, trained_tempered, tm
   generator, text_S = torch.Generator().manual_seed(0), prompt_S
   for _ in range(2):
     hidden_1PD = torch_model.hidden_states(text_S.reshape(1, -1, 4))
-    patch_1K, _ = torch_model.draw_once(hidden_1PD[:, -1], 0.3, generator)
+    patch_1K, _ = torch_model.draw_once(hidden_1PD[:, -1], 1 / 0.4, generator)
     text_S = torch.cat([text_S, patch_1K[0]])
   expected = text_S[len(prompt_S) :].tolist()
-  assert generate(torch_model, 0.3) == expected == generate(torch_model, 0.3, count=1)
-  conversion.convert(str(trained_tempered / "calm"), str(tmp_path / "own"), "torch")
-  own_model = transformers.AutoModel.from_pretrained(tmp_path / "own", trust_remote_code=True)
-  own_model.config.eos_token_id = None
+  assert generate(torch_model, 0.4) == expected == generate(torch_model, 0.4, count=1)
+  assert generate(torch_model, 0.333) == generate(torch_model, 1 / 3)
   for value in (1.0, 0.2):
     assert generate(torch_model, value) == generate(own_model, value)
-  with pytest.raises(ValueError, match="temperature must be 1/n"):
-    generate(torch_model, 0.15)
-  with pytest.raises(errors.CalmError, match="holds a tempered head, which can be exported but"):
-    conversion.convert(str(tmp_path / "out"), str(tmp_path / "back"), "workdir")
+  for value in (0.15, 1.5, 0.0, -1.0, float("nan"), 1e-320):
+    with pytest.raises(ValueError, match=r"must be 1/n \(.*\), or lie in \[0.25, 1\], got"):
+      generate(torch_model, value)
+    with pytest.raises(ValueError, match=r"must be 1/n \(1, 0.5, 0.333, ...\), got"):
+      generate(own_model, value)
+
+
+def test_a_tempered_head_is_imported_and_verified(trained_tempered, tmp_path):
+  conversion.convert(str(trained_tempered), str(tmp_path / "out"), "torch")
+  assert checking.shapes(tmp_path / "out") == "as config.json says"
+  conversion.convert(str(tmp_path / "out"), str(tmp_path / "back"), "workdir")
+  source, back = (loading.load(str(path)) for path in (trained_tempered, tmp_path / "back"))
+  assert back.run.loss.least_temperature == source.run.loss.least_temperature == 0.25
+  jax.tree.map(np.testing.assert_array_equal, back.params, source.params)
+  model, expected = back.parents["calm"], source.parents["calm"]
+  jax.tree.map(np.testing.assert_array_equal, model.params, expected.params)
+  own, inner = (x.parents["autoencoder"].params for x in (model, expected))
+  jax.tree.map(np.testing.assert_array_equal, own, inner)
 
 
 @pytest.mark.parametrize("kind", ["energy", "flow", "diffusion"])

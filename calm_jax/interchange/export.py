@@ -29,7 +29,7 @@ def temperature_note(least: float) -> str:
   return f"""
 
 `temperature` is a float32 scalar. Candidates are draws of the model at 1, and of its tempered head
-below, down to {least:g}; lower values count as {least:g}."""
+from {least:g} to 1. Values above 1 count as 1, values below {least:g} as {least:g}."""
 
 
 # Fills the folder with weights, settings and code, and returns Markdown for the model card on how

@@ -25,8 +25,8 @@ AUTOENCODER_TABLE = (
   "decoder.lm_head_weight",
   "decoder.lm_head.weight",
 )
-# Prefix of a tempered head in our module for PyTorch.
-TEMPERED_PREFIX = "tempered_head."
+# Prefixes of a tempered head's tensors in our module for PyTorch: its network, its embedding.
+TEMPERED_PREFIXES = ("tempered_head.", "power_embd.")
 
 
 def autoencoder(sizes: config.Autoencoder, prefix: str = "") -> list[foreign.Tensor]:
@@ -94,22 +94,28 @@ def _backbone(sizes: config.Backbone) -> list[foreign.Tensor]:
 
 
 def calm(sizes: config.Backbone, head: config.Head) -> list[foreign.Tensor]:
-  """Returns the tensors of a language model, without its autoencoder's."""
+  """Returns the tensors of a language model, without its autoencoder's; see `_head`."""
+  return _backbone(sizes) + _head(head)
+
+
+def _head(head: config.Head) -> list[foreign.Tensor]:
+  """Returns the tensors of a head; CalmError if the reference has no such head."""
   kind = registry.lookup(head)
   if kind.reference_kind != head.kind:
     raise errors.CalmError(
       f"{head.kind!r} heads have no tensors in the reference: use --format=stablehlo"
     )
-  return _backbone(sizes) + kind.tensors(head)
+  return kind.tensors(head)
 
 
 def tempered(head: config.Head) -> list[foreign.Tensor]:
-  """Returns the tensors of a tempered head in our module for PyTorch."""
-  result = foreign.linear("power_embd.mlp.0", "power/power_in")
-  result += foreign.linear("power_embd.mlp.2", "power/power_out")
-  for tensor in registry.lookup(head).tensors(head):
+  """Returns the tensors of a tempered head in our module for PyTorch; see `_head`."""
+  head_prefix, embedding = TEMPERED_PREFIXES
+  result = foreign.linear(f"{embedding}mlp.0", "power/power_in")
+  result += foreign.linear(f"{embedding}mlp.2", "power/power_out")
+  for tensor in _head(head):
     name = tensor.name.partition(".")[2]
-    result.append(dataclasses.replace(tensor, name=f"{TEMPERED_PREFIX}{name}", also=()))
+    result.append(dataclasses.replace(tensor, name=f"{head_prefix}{name}", also=()))
   return result
 
 

@@ -13,7 +13,8 @@ from calm_jax import config, errors
 from calm_jax.interchange import checksums, names, tensors
 from calm_jax.interchange.config_json import Settings
 from calm_jax.models import autoencoder, calm, foreign, transformer
-from calm_jax.models.heads import registry
+from calm_jax.models.heads import head as head_lib
+from calm_jax.models.heads import registry, tempered
 
 Params = Any
 # `names.read`, which returns the parameters, or `names.check`, which returns the tensors' names.
@@ -31,12 +32,13 @@ class Imported:
 
   Attributes:
     stage: its stage.
-    settings: groups of its settings by name; those of training are unknown and keep the published
-      values.
+    settings: groups of its settings by name, as settings or as mappings; those of training are
+      unknown and keep the published values.
     vocab_size: rows of its token table.
     params: its parameters; see `ReadTensors`.
     eos_id: EOS of config.json, which often differs from the tokenizer's.
-    parents: the models that it is used with, by name: the autoencoder of stage two.
+    parents: the models that it is used with, by name: the autoencoder of stage two, and the
+      language model of a tempered head.
   """
 
   stage: str
@@ -197,11 +199,6 @@ def _read_calm(
   settings.require(patch_size=sizes.patch_size, latent_size=sizes.latent)
   reads_tokens = "transformer.embed_tokens.weight" in folder.tensors
   reads_latents = "latent_proj.weight" in folder.tensors
-  if any(name.startswith(names.TEMPERED_PREFIX) for name in folder.tensors):
-    raise errors.CalmError(
-      f"{folder.path} holds a tempered head, which can be exported but not imported: give the "
-      "folder of its language model alone"
-    )
   backbone = config.Backbone(
     **_transformer(folder, "transformer"),
     patch_size=sizes.patch_size,
@@ -226,12 +223,37 @@ def _read_calm(
         "of the autoencoder"
       )
   model = calm.Calm.build(backbone, head, sizes, vocab_size)
-  all_tensors = folder.tensors.items()
-  own = {name: stored for name, stored in all_tensors if not name.startswith(AUTOENCODER_PREFIX)}
+  others = (AUTOENCODER_PREFIX, *names.TEMPERED_PREFIXES)
+  own = {name: x for name, x in folder.tensors.items() if not name.startswith(others)}
   shapes = jax.eval_shape(model.initial, jax.random.key(0))
   params = read_tensors(own, names.calm(backbone, head), shapes, folder.path)
   parents = {"autoencoder": inner}
-  return Imported("calm", groups, vocab_size, params, settings.eos_id, parents)
+  language_model = Imported("calm", groups, vocab_size, params, settings.eos_id, parents)
+  return _with_tempered_head(language_model, model.head, folder, read_tensors)
+
+
+def _with_tempered_head(
+  language_model: Imported, head: head_lib.Head, folder: foreign.Folder, read_tensors: ReadTensors
+) -> Imported:
+  """Returns the tempered head in the folder of a language model; without one, the latter."""
+  prefixes = names.TEMPERED_PREFIXES
+  own = {name: stored for name, stored in folder.tensors.items() if name.startswith(prefixes)}
+  if not own:
+    return language_model
+  groups, sizes = language_model.settings, language_model.sizes
+  trunk = head_lib.Trunk(
+    sizes.width, language_model.parents["autoencoder"].sizes.latent, sizes.init
+  )
+  shapes = jax.eval_shape(tempered.Tempered(head, trunk).initial, jax.random.key(0))
+  params = read_tensors(own, names.tempered(groups["head"]), shapes, folder.path)
+  least = folder.settings.number("least_temperature")
+  return dataclasses.replace(
+    language_model,
+    stage="tempered",
+    settings={**groups, "loss": {"least_temperature": float(least)}},
+    params=params,
+    parents={"calm": language_model},
+  )
 
 
 def _read_llama(folder: foreign.Folder, read_tensors: ReadTensors) -> Imported:

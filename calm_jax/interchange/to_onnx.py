@@ -2,11 +2,10 @@
 
 import contextlib
 import dataclasses
-import importlib.resources
+import importlib
 import importlib.util
 import logging
 import pathlib
-import sys
 import tempfile
 import warnings
 from typing import Any
@@ -38,14 +37,9 @@ def _open(write: export.Writer, request: export.Export, kind: str) -> Any:
   import torch
   import transformers
 
-  code = importlib.resources.files("calm_jax.interchange") / f"torch_module/{to_torch.MODULE}.py"
-  with tempfile.TemporaryDirectory() as folder, importlib.resources.as_file(code) as path:
+  module = importlib.import_module(f"calm_jax.interchange.torch_module.{to_torch.MODULE}")
+  with tempfile.TemporaryDirectory() as folder:
     write(dataclasses.replace(request, folder=pathlib.Path(folder), output=folder))
-    spec = importlib.util.spec_from_file_location(to_torch.MODULE, path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[to_torch.MODULE] = module  # PyTorch's tracer of branches imports it by name.
-    spec.loader.exec_module(module)
     with _quiet():
       transformers.utils.logging.disable_progress_bar()
       return getattr(module, kind).from_pretrained(folder, dtype=torch.float32).eval()
@@ -170,7 +164,7 @@ def _export_step(
         return self.model.samples(hidden_BD, noise)
       return torch.cond(
         temperature < 1,
-        lambda *args: self.model.tempered_samples(*args[:2], args[2].clamp(min=least)),
+        lambda *args: self.model.tempered_samples(*args[:2], 1 / args[2].clamp(min=least)),
         lambda *args: self.model.samples(*args[:2]),
         (hidden_BD, noise, temperature),
       )

@@ -100,7 +100,7 @@ def _autoencoder_functions(model: autoencoder.Autoencoder, prefix: str) -> dict[
 
 
 def _tempered(trained: trained_lib.Trained) -> _Sampling:
-  """Returns how a tempered head samples; at T = 1 it is how the language model does."""
+  """Returns how a tempered head samples; at T = 1 the language model's own head draws."""
   least, model = trained.run.loss.least_temperature, trained.parents["calm"].model
 
   def tempered(tree, hidden_BD, noise, temperature):

@@ -28,7 +28,8 @@ are its parts."
 _TEMPERED_USE = """
 
 `model.generate(tokens, max_new_tokens, temperature=T)` makes one draw per patch for T from LEAST
-to 1. `tempered_samples` are the draws."""
+to 1. Below, T must be 1/n, and `num_candidates` draws at T = 1 are compared. `tempered_samples` are
+the draws."""
 
 
 def _auto(kind: str) -> dict[str, str]:

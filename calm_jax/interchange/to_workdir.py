@@ -1,7 +1,7 @@
 """A folder of another framework -> a workdir, to evaluate, generate from, or train further."""
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from etils import epath
@@ -46,9 +46,7 @@ def write(
   imported = reading.read(folder, autoencoder, allow_nonfinite)
   loaded = _tokenizer(folder, tokenizer, imported)
   with destination.new_folder(output) as partial:
-    for name, parent in imported.parents.items():
-      _write(str(partial / name), parent, run_of(parent), loaded)
-    _write(str(partial), imported, run_of(imported), loaded)
+    _write(partial, imported, loaded, run_of)
 
 
 def _tokenizer(
@@ -74,7 +72,7 @@ def _tokenizer(
       f"{folder / 'config.json'} says eos_token_id = {imported.eos_id}, but {path} has "
       f"{loaded.vocab_size} tokens: set it to the token that ends a text, or to null"
     )
-  for model in (imported, *imported.parents.values()):
+  for model in (imported, *_ancestors(imported)):
     if model.vocab_size < loaded.vocab_size:
       raise errors.CalmError(
         f"{path} has {loaded.vocab_size} tokens, but the model's table has {model.vocab_size}: "
@@ -88,10 +86,21 @@ def _tokenizer(
   return loaded
 
 
+def _ancestors(imported: reading.Imported) -> Iterator[reading.Imported]:
+  for parent in imported.parents.values():
+    yield parent
+    yield from _ancestors(parent)
+
+
 def _write(
-  target: str, imported: reading.Imported, run: Any, tokenizer: tokenizer_lib.Tokenizer
+  folder: pathlib.Path,
+  imported: reading.Imported,
+  tokenizer: tokenizer_lib.Tokenizer,
+  run_of: Callable[[reading.Imported], Any],
 ) -> None:
-  """Writes one model as the workdir `target`."""
+  """Writes a model as a workdir, with those of its parents inside."""
+  for name, parent in imported.parents.items():
+    _write(folder / name, parent, tokenizer, run_of)
   origin = workdir.Origin(
     tokenizer_file=epath.Path(tokenizer.path).name,
     tokenizer_hash=tokenizer.hash,
@@ -102,4 +111,4 @@ def _write(
     start_patch=(),
     parents={name: fingerprint.of(parent.params) for name, parent in imported.parents.items()},
   )
-  trained.write(target, run, origin, imported.params, 0, tokenizer.path)
+  trained.write(str(folder), run_of(imported), origin, imported.params, 0, tokenizer.path)

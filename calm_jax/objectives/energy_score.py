@@ -133,14 +133,14 @@ def energy_loss(
 ) -> tuple[jax.Array, jax.Array]:
   """Negative energy score of model samples, [...], and their repulsion.
 
-  2 · mean ‖z − ẑ_n‖^alpha − mean over n ≠ k of ‖ẑ_n − ẑ_k‖^alpha; the first mean is
+  2 · mean ‖z − ẑ_n‖^alpha − weight · mean over n ≠ k of ‖ẑ_n − ẑ_k‖^alpha; the first mean is
   `attraction_P`, from `drawn_attraction` (the paper's) or `expected_attraction`.
   Unbiased for N independent samples. Lower is better; the unit is the latent unit to the
   power `alpha`, so values compare only within one autoencoder.
 
-  `weight` multiplies the repulsion. A share e of samples far from all targets costs about
-  2 e² times its distance at weight 1, so that small shares hardly matter to the gradient; below 1
-  it costs 2 (1 − weight) e more.
+  With all targets at one place, a share e of samples at a distance d costs 2 e² d at weight 1, so
+  that the gradient hardly moves a small share. A weight below 1 adds 2 (1 − weight) (e − e²) d;
+  the score is then not proper.
 
   Raises:
     ValueError: if N < 2, where the repulsion would divide by zero, or if alpha is outside

@@ -50,10 +50,10 @@ def card(
 ) -> str:
   """Returns the model card: what the model is, how to open it, and its evaluation."""
   run, origin = trained.run, trained.origin
-  count = sum(x.size for x in jax.tree.leaves(trained.params))
   settings = tables.settings(run, presentation.settings)
   facts = [
-    ("parameters", f"{count:,}"),
+    ("parameters", f"{_count(trained):,}"),
+    *((f"parameters of {name}", f"{_count(parent):,}") for name, parent in trained.parents.items()),
     ("vocabulary", f"{origin.vocab_size:,}"),
     ("steps trained", f"{trained.step:,}" if origin.store_hash else "imported"),
     ("EOS", f"token {origin.eos_id}, {tokenizer.piece(origin.eos_id)!r}"),
@@ -76,6 +76,10 @@ Written by calm_jax {calm_jax.__version__}; float32.
 ## Measured
 {_measured(presentation.figures, source)}
 """
+
+
+def _count(trained: trained_lib.Trained) -> int:
+  return sum(x.size for x in jax.tree.leaves(trained.params))
 
 
 def _describes_model(name: str) -> bool:

@@ -1,6 +1,8 @@
 """A workdir <-> a folder of another framework, written completely or not at all."""
 
+import dataclasses
 import pathlib
+from collections.abc import Mapping
 
 from etils import epath
 
@@ -64,7 +66,11 @@ def convert(
 
 
 def _run_of(imported: reading.Imported) -> config.Run:
-  return table.STAGES[imported.stage].run(**imported.settings)
+  groups = {
+    name: group if isinstance(group, Mapping) else dataclasses.asdict(group)
+    for name, group in imported.settings.items()
+  }
+  return table.run_from({"stage": imported.stage, **groups})
 
 
 def _require_format(source: str, kind: str) -> None:

@@ -226,25 +226,26 @@ def remarks(run: Any, store: store_lib.TokenStore) -> list[str]:
 
 
 def next_command(run: Any, directory: str, size: str) -> str:
-  """Returns lines that name the commands to run after training.
+  """Returns lines that name the command to run after training.
 
   Args:
-    size: size in the config file of a stage that is trained on this one.
+    size: size in the config file of the stage that is trained on this one.
   """
   path = shlex.quote(directory)
-  commands = [
-    f"python -m calm_jax.main --config={stage_name}.py:{size} "
-    f"--config.data.path={shlex.quote(run.data.path)} --config.{name}={path}"
-    f"{_patch_size_flag(run, spec)} --workdir=DIR"
-    for stage_name, spec in table.STAGES.items()
-    for name, parent_stage in spec.parents.items()
-    if parent_stage == run.stage
-  ]
-  evaluate = f"python -m calm_jax.evaluate --workdir={path}"
   if table.of(run).writing:
-    generate = f"python -m calm_jax.generate --workdir={path} --prompt=TEXT"
-    commands = [evaluate, generate, *commands]
-  return "next: " + "\n      ".join(commands or [evaluate])
+    return (
+      f"next: python -m calm_jax.evaluate --workdir={path}\n"
+      f"      python -m calm_jax.generate --workdir={path} --prompt=TEXT"
+    )
+  for stage_name, spec in table.STAGES.items():
+    for name, parent_stage in spec.parents.items():
+      if parent_stage == run.stage:
+        return (
+          f"next: python -m calm_jax.main --config={stage_name}.py:{size} "
+          f"--config.data.path={shlex.quote(run.data.path)} --config.{name}={path}"
+          f"{_patch_size_flag(run, spec)} --workdir=DIR"
+        )
+  return f"next: python -m calm_jax.evaluate --workdir={path}"
 
 
 def _patch_size_flag(run: Any, child: Any) -> str:

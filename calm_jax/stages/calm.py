@@ -303,6 +303,7 @@ SPEC = spec.Spec(
       "head.noise",
       "head.steps",
       "loss.alpha",
+      "loss.repulsion",
       "loss.samples",
       "loss.targets",
       "loss.posterior_draws",

@@ -49,7 +49,7 @@ class Loss:
     repulsion: weight of the repulsion, in (0, 1]. At 1, 4 % of the draws lie between patches
       where the races have one winner.
     every: one position in this many is trained; the races cost more than the rest.
-    races: temperatures per position; each is drawn log-uniformly in [least_temperature, 1) and
+    races: temperatures per position; each is drawn log-uniformly in (least_temperature, 1] and
       has a race of its own between the same draws, in another order.
     least_temperature: the lowest temperature that one draw reaches.
     num_candidates: draws at T = 1 per position.

@@ -378,14 +378,14 @@ class Denoiser(nn.Module):
 
 
 class PowerEmbedding(nn.Module):
-  """Temperatures [...] -> what is added to the hidden state of the tempered head, [..., D]."""
+  """Powers 1/temperature [...] -> what the tempered head adds to the hidden state, [..., D]."""
 
   def __init__(self, width):
     super().__init__()
     self.mlp = mlp(1 + 2 * len(POWER_FREQUENCIES), POWER_WIDTH, width)
 
-  def forward(self, temperature):
-    log_1 = -temperature.float().log()[..., None]
+  def forward(self, power):
+    log_1 = power.float().log()[..., None]
     angle = torch.cat([frequency * log_1 for frequency in POWER_FREQUENCIES], dim=-1)
     features = torch.cat([log_1, angle.sin(), angle.cos() - 1], dim=-1)
     return self.mlp(features.to(self.mlp[0].weight.dtype))
@@ -407,7 +407,7 @@ class FlowHead(nn.Module):
   def forward(self, hidden_D, noise_NZ):
     def slope(x_NZ, half_steps):
       time = LEVELS * half_steps // (2 * self.steps)  # In integers, so t is not rounded.
-      return self.net(x_NZ, hidden_D, torch.tensor(time, device=x_NZ.device))
+      return self.net(x_NZ, hidden_D, torch.full((), time, device=x_NZ.device))
 
     x_NZ = noise_NZ
     for i in range(self.steps):
@@ -443,7 +443,7 @@ class DiffusionHead(nn.Module):
     times, signal = self.levels()
     x_NZ = noise[..., 0, :]
     for i in reversed(range(self.steps)):
-      prediction = self.net(x_NZ, hidden_D, torch.tensor(times[i], device=x_NZ.device))
+      prediction = self.net(x_NZ, hidden_D, torch.full((), times[i], device=x_NZ.device))
       noise_NZ, between_NZ = prediction.chunk(2, dim=-1)
       now, before = signal[i], signal[i - 1] if i else 1.0
       beta = 1 - now / before
@@ -459,12 +459,16 @@ class DiffusionHead(nn.Module):
 HEADS = {"energy": EnergyHead, "flow": FlowHead, "diffusion": DiffusionHead}
 
 
-def reciprocal(temperature):
-  """Returns n for a temperature of 1/n."""
-  n = round(1 / temperature) if 0 < temperature <= 1 else 0
-  if not n or abs(1 / temperature - n) > 1e-2:
-    raise ValueError(f"temperature must be 1/n (1, 0.5, 0.333, 0.25, ...), got {temperature}")
-  return n
+def power_of(temperature, least):
+  """Returns 1/temperature; an integer if it is near one, and for temperatures below `least`."""
+  power = 1 / temperature if 0 < temperature <= 1 else math.inf
+  n = round(power) if math.isfinite(power) else 0
+  if n and abs(power - n) <= 1e-2:
+    return n
+  if n and power <= 1 / least:
+    return power
+  others = f", or lie in [{least}, 1]" if least < 1 else ""
+  raise ValueError(f"temperature must be 1/n (1, 0.5, 0.333, ...){others}, got {temperature}")
 
 
 def candidate_weights(token_BNK, n):
@@ -561,14 +565,15 @@ class CalmModel(PreTrainedModel):
     """Returns latents [N, ..., Z] float32 for hidden [..., D], noise [N, ..., *noise_shape]."""
     return self.generative_head(hidden_D, noise)
 
-  def tempered_samples(self, hidden_D, noise, temperature):
-    """Returns the tempered head's latents, as `samples`; `temperature` [] from the least to 1."""
-    return self.tempered_head(hidden_D + self.power_embd(temperature), noise)
+  def tempered_samples(self, hidden_D, noise, power):
+    """Returns the tempered head's latents, as `samples`; `power` is 1/temperature, a tensor []."""
+    return self.tempered_head(hidden_D + self.power_embd(power), noise)
 
-  def draw_once(self, hidden_BD, temperature, generator=None):
+  def draw_once(self, hidden_BD, power, generator=None):
     """Returns the tempered head's next patch: tokens [B, K], latent [B, Z]."""
     noise = self.draw_noise((1, len(hidden_BD)), generator)
-    (z_BZ,) = self.tempered_samples(hidden_BD, noise, torch.tensor(temperature).to(self.device))
+    power = torch.tensor(float(power), device=self.device)
+    (z_BZ,) = self.tempered_samples(hidden_BD, noise, power)
     return self.next_tokens(z_BZ), z_BZ
 
   def choose(self, hidden_BD, n, count, generator=None):
@@ -590,25 +595,27 @@ class CalmModel(PreTrainedModel):
     the last `max_position_embeddings` − 1 patches.
 
     Args:
-      temperature: 1 is the model's own distribution. From `config.least_temperature` to 1 the
-        tempered head makes the one draw of a patch; elsewhere the temperature must be 1/n.
+      temperature: 1 is the model's own distribution. Below 1, down to
+        `config.least_temperature`, the tempered head makes the one draw of a patch; below that
+        the temperature must be 1/n. 1/temperature is rounded to an integer within 0.01.
       num_candidates: draws per patch at a temperature of 1/n, for the batch approximation.
 
     Raises:
       ValueError: if the prompt is not a whole number of patches, or a setting is out of range.
     """
-    is_direct = self.config.least_temperature <= temperature < 1
-    n = 1 if is_direct else reciprocal(temperature)
+    least = self.config.least_temperature
+    power = power_of(temperature, least)
+    is_direct = 1 < power <= 1 / least
     eos, size = self.config.eos_token_id, self.config.patch_size
     token_BS = torch.atleast_2d(token).to(self.device)
     if not token_BS.shape[1] or token_BS.shape[1] % size:
       raise ValueError(
         f"a prompt must be whole patches of {size} tokens, at least one; got {token_BS.shape[1]}"
       )
-    if max_new_tokens < 1 or num_candidates < n:
+    if max_new_tokens < 1 or (not is_direct and num_candidates < power):
       raise ValueError(
         f"max_new_tokens must be at least 1, got {max_new_tokens}, and num_candidates at least "
-        f"1/temperature = {n}, got {num_candidates}"
+        f"1/temperature = {power}, got {num_candidates}"
       )
     # The patches that the model read of an example in training, whose last patch is only predicted.
     cache, latent_BPZ, new = Cache(self.config.max_position_embeddings - 1), None, []
@@ -621,9 +628,10 @@ class CalmModel(PreTrainedModel):
     while len(new) * size < max_new_tokens and not ended_B.all():
       hidden_BD = self.hidden_states(token_BPK, latent_BPZ, cache)[:, -1]
       if is_direct:
-        token_BK, z_BZ = self.draw_once(hidden_BD, temperature, generator)
+        token_BK, z_BZ = self.draw_once(hidden_BD, power, generator)
       else:
-        token_BK, z_BZ = self.choose(hidden_BD, n, num_candidates if n > 1 else 1, generator)
+        count = num_candidates if power > 1 else 1
+        token_BK, z_BZ = self.choose(hidden_BD, power, count, generator)
       token_BPK, latent_BPZ = token_BK[:, None], z_BZ[:, None]
       new.append(token_BK)
       if eos is not None:
