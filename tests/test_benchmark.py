@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import pathlib
+import re
 
 import pytest
 
@@ -9,6 +11,7 @@ from benchmarks import (
   contenders,
   conversion,
   data,
+  decoding,
   documents,
   evaluation,
   jobs,
@@ -134,6 +137,27 @@ def test_a_document_takes_its_blocks_from_the_files_it_names(tmp_path):
 def test_every_known_device_has_a_peak():
   assert peaks.of("NVIDIA H200") == 989.4e12 and peaks.of("TPU v5 lite") == 197e12
   assert peaks.of("cpu") is None
+
+
+def test_decoding_measures_single_draws_of_a_tempered_head_beside_the_race(
+  trained_tempered: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+  sizes = dict(BATCHES=(2,), REPETITIONS=1, PROMPT_PATCHES=2, NEW_PATCHES=2, QUALITY_PATCHES=8)
+  for name, value in sizes.items():
+    monkeypatch.setattr(decoding, name, value)
+  monkeypatch.setattr(decoding, "WAYS", [way for way in decoding.WAYS if way[2] > 0.4])
+  for name in ("batch_bias", "first_bias", "tempered_head", "exact_law"):
+    monkeypatch.setattr(decoding.known_law, name, lambda: ([], {}))
+  lines, figures = decoding.measure(str(trained_tempered))
+  rows = {row["way"]: row for row in figures["speeds"]}
+  assert set(rows) == {"bare loop", "one draw", "published", "race", "direct"}
+  assert rows["direct"]["draws"] == 1 and rows["race"]["draws"] > 1
+  assert rows["direct"]["mflop"] == pytest.approx(rows["one draw"]["mflop"], rel=0.1)
+  assert all(row["tokens_per_second"] > 0 for row in rows.values())
+  (line,) = [line for line in lines if line.startswith("batch  2  direct")]
+  assert re.search(r"1.0 draws a patch, .*; .* times one draw, .* published, .* race$", line)
+  samplers = [(row["rule"], row["temperature"]) for row in figures["quality"]]
+  assert [rule for rule, _ in samplers].count("direct") == 2
 
 
 def test_losses_are_measured_with_their_errors(monkeypatch: pytest.MonkeyPatch):
