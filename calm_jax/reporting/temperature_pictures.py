@@ -43,7 +43,8 @@ def _tradeoff(figure: Figure, account: records.Account) -> None:
   for number, ((rule, at_limit, n), curve) in enumerate(samplers.items()):
     draws = [row["draws"] for row in curve]
     spread = f"{min(draws):.0f} to {max(draws):.0f}" if max(draws) >= min(draws) + 1 else f"{n}"
-    _curve(axes, [*start, *curve], f"{rule}:{at_limit}, N = {n}: {spread} draws", number, "-")
+    label = f"{rule}, one draw" if n == 1 else f"{rule}:{at_limit}, N = {n}: {spread} draws"
+    _curve(axes, [*start, *curve], label, number, "-")
   baseline = account.tradeoff.get("baseline")
   if baseline:
     _curve(axes, baseline, "Transformer", len(samplers), "--")
