@@ -73,11 +73,7 @@ def test_the_graphs_read_latents_as_input(latent_reader, tmp_path):
   agree(scope["latents"], trained.model.samples(trained.params, hidden_B1D[:, 0], noise), 1e-5)
 
 
-def test_the_graph_of_a_tempered_head_reads_the_temperature(trained_tempered, tmp_path):
-  require_temperature_input(trained_tempered, tmp_path / "out", "onnx")
-
-
-def test_the_temperature_is_read_whatever_the_head_and_the_input(other_tempered, tmp_path):
+def test_the_graph_of_a_tempered_head_reads_the_temperature(other_tempered, tmp_path):
   require_temperature_input(other_tempered("flow", "both"), tmp_path / "out", "onnx")
 
 

@@ -73,11 +73,7 @@ def test_compiled_artefacts_compute_the_same_without_this_package(model, words, 
     np.testing.assert_allclose(outputs["last"], sample_NBZ, rtol=1e-4, atol=1e-5)
 
 
-def test_the_artefact_of_a_tempered_head_reads_the_temperature(trained_tempered, tmp_path):
-  require_temperature_input(trained_tempered, tmp_path / "out", "stablehlo")
-
-
-def test_the_temperature_is_read_whatever_the_head_and_the_input(other_tempered, tmp_path):
+def test_the_artefact_of_a_tempered_head_reads_the_temperature(other_tempered, tmp_path):
   require_temperature_input(other_tempered("diffusion", "both"), tmp_path / "out", "stablehlo")
 
 

@@ -338,7 +338,9 @@ def untrained_run() -> Run:
 def test_unsupported_requests_are_refused_in_one_line(
   trained: pathlib.Path, tmp_path: pathlib.Path
 ):
-  with pytest.raises(errors.CalmError, match="--format=torch is for autoencoder and calm, but "):
+  with pytest.raises(
+    errors.CalmError, match="--format=torch is for autoencoder and calm and tempered, but "
+  ):
     conversion.convert(str(trained), str(tmp_path / "out"), "torch")
   with pytest.raises(errors.CalmError, match="a parrot, which generates no text"):
     texts.decoder(loading.load(str(trained)), requests.Sampler(), print)

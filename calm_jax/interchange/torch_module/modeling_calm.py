@@ -388,7 +388,7 @@ class PowerEmbedding(nn.Module):
     log_1 = power.float().log()[..., None]
     angle = torch.cat([frequency * log_1 for frequency in POWER_FREQUENCIES], dim=-1)
     features = torch.cat([log_1, angle.sin(), angle.cos() - 1], dim=-1)
-    return self.mlp(features.to(self.mlp[0].weight.dtype))
+    return self.mlp(features.to(next(self.parameters()).dtype))
 
 
 class FlowHead(nn.Module):
