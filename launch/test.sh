@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes .venv, installs calm_jax and runs all tests, in less than 15 minutes on 2 cores, without
-# network or accelerator. Arguments go to pytest: launch/test.sh tests/test_brier.py -k collapsed
+# Makes .venv, installs calm_jax and runs all tests, in 15 to 21 minutes on 2 cores, without network
+# or accelerator. Arguments go to pytest: launch/test.sh tests/test_brier.py -k collapsed
 set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" dev

@@ -160,12 +160,53 @@ def test_sizes_other_than_the_models_are_refused(tempered_run: tempered_stage.Ru
     ({"rule": "direct"}, "the race must compare draws, .* got direct:prefix"),
     ({"samples": 1}, "at least 2 for the repulsion, got 1"),
     ({"alpha": 2.5}, r"alpha must lie in \(0, 2\], got 2.5"),
+    ({"repulsion": 0.0}, r"repulsion must lie in \(0, 1\], got 0.0"),
     ({"at_limit": "error"}, "got first:error"),
   ],
 )
 def test_impossible_settings_are_refused(settings: dict, message: str):
   with pytest.raises(errors.CalmError, match=message):
     tempered_stage.Loss(**settings)
+
+
+def stage_loss(repulsion: float, log_std: float) -> dict[str, float]:
+  """Returns loss and metrics of one batch, with `log_std` added to all posteriors' log std."""
+  run = tempered_stage.Run(
+    data=config.Data("", 16),
+    model=config.Backbone(layers=1, width=16, ffn=32, heads=2, kv_heads=2, init="fan_in"),
+    head=config.Head(blocks=1, noise=4),
+    loss=tempered_stage.Loss(samples=3, every=2, races=2, num_candidates=6, repulsion=repulsion),
+    training=config.Training(batch=2, compute_dtype="float32"),
+    mesh=config.Mesh(fsdp=1),
+  )
+  parents = {
+    "calm": calm_stage.Run(model=run.model, head=run.head),
+    "autoencoder": table.STAGES["autoencoder"].run(
+      model=config.Autoencoder(width=16, ffn=32, latent=4, init="fan_in")
+    ),
+  }
+
+  def noisy(initial):
+    params = initial(jax.random.key(0))
+    return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), params)
+
+  token_BS = np.random.default_rng(0).integers(0, 32, (2, 16), dtype=np.int32)
+  with jax.set_mesh(mesh_lib.build(run.mesh, jax.devices()[:1])):
+    functions = untrained.functions(run, parents, 32, noisy)
+    frozen = functions.frozen
+    bias = frozen["autoencoder"]["encoder"]["posterior"]["bias"]
+    frozen["autoencoder"]["encoder"]["posterior"]["bias"] = bias.at[len(bias) // 2 :].add(log_std)
+    batch = {"tokens": token_BS, "index": np.arange(2, dtype=np.int32)}
+    params = noisy(functions.init)
+    loss, metrics = jax.jit(functions.loss)(params, frozen, batch, jax.random.key(2))
+  return {name: float(x) for name, x in {"loss": loss, **metrics}.items()}
+
+
+def test_the_repulsion_is_weighted_and_targets_are_draws_of_the_winners_posterior():
+  one, less, wider = stage_loss(1.0, 0.0), stage_loss(0.9, 0.0), stage_loss(1.0, 1.0)
+  assert one["repulsion"] == less["repulsion"] == wider["repulsion"] > 0
+  np.testing.assert_allclose(one["loss"] - less["loss"], -0.1 * one["repulsion"], rtol=1e-4)
+  assert wider["attraction"] > one["attraction"] * 1.01
 
 
 def test_the_distance_of_two_laws_is_unbiased():

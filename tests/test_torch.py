@@ -189,6 +189,9 @@ def test_torch_generates_with_one_draw_at_the_temperatures_of_a_tempered_head(
   assert generate(torch_model, 0.333) == generate(torch_model, 1 / 3)
   for value in (1.0, 0.2):
     assert generate(torch_model, value) == generate(own_model, value)
+  torch_model.config.least_temperature = 0.334  # 1/T is rounded to 3, which is above 1/0.334.
+  assert generate(torch_model, 0.334) == generate(torch_model, 0.334, count=1)
+  torch_model.config.least_temperature = 0.25
   for value in (0.15, 1.5, 0.0, -1.0, float("nan"), 1e-320):
     with pytest.raises(ValueError, match=r"must be 1/n \(.*\), or lie in \[0.25, 1\], got"):
       generate(torch_model, value)

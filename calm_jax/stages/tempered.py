@@ -46,8 +46,8 @@ class Loss:
   Attributes:
     samples: N, samples per patch and temperature.
     alpha: exponent of the energy score's distance, in (0, 2]; see `config.CalmLoss`.
-    repulsion: weight of the repulsion, in (0, 1]. At 1, 4 % of the draws lie between patches
-      where the races have one winner.
+    repulsion: weight of the energy head's repulsion, in (0, 1]. The lower it is, the fewer draws
+      lie between patches, and the rarer are rare patches; see `energy_score.energy_loss`.
     every: one position in this many is trained; the races cost more than the rest.
     races: temperatures per position; each is drawn log-uniformly in (least_temperature, 1] and
       has a race of its own between the same draws, in another order.

@@ -460,13 +460,14 @@ HEADS = {"energy": EnergyHead, "flow": FlowHead, "diffusion": DiffusionHead}
 
 
 def power_of(temperature, least):
-  """Returns 1/temperature; an integer if it is near one, and for temperatures below `least`."""
+  """Returns 1/temperature, rounded if an integer is near; below `least` one must be near."""
   power = 1 / temperature if 0 < temperature <= 1 else math.inf
-  n = round(power) if math.isfinite(power) else 0
-  if n and abs(power - n) <= 1e-2:
-    return n
-  if n and power <= 1 / least:
-    return power
+  if math.isfinite(power):
+    n = round(power)
+    if abs(power - n) <= 1e-2:
+      return n
+    if temperature >= least:
+      return power
   others = f", or lie in [{least}, 1]" if least < 1 else ""
   raise ValueError(f"temperature must be 1/n (1, 0.5, 0.333, ...){others}, got {temperature}")
 
@@ -605,7 +606,7 @@ class CalmModel(PreTrainedModel):
     """
     least = self.config.least_temperature
     power = power_of(temperature, least)
-    is_direct = 1 < power <= 1 / least
+    is_direct = power > 1 and temperature >= least
     eos, size = self.config.eos_token_id, self.config.patch_size
     token_BS = torch.atleast_2d(token).to(self.device)
     if not token_BS.shape[1] or token_BS.shape[1] % size:
