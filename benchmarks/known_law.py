@@ -12,7 +12,6 @@ from jax import numpy as jnp
 from calm_jax import config
 from calm_jax.generation import candidates, choosers, rules
 from calm_jax.models.heads import head, registry, tempered
-from calm_jax.stages import tempered as tempered_stage
 
 LAW, LAW_DRAWS = np.array([0.5, 0.3, 0.15, 0.05]), 100_000
 # The tempered head: its width, the dimensions of its latents, its training, and its draws a race.
@@ -126,7 +125,7 @@ def tempered_head() -> tuple[list[str], Any]:
   model = tempered.Tempered(registry.build(config.Head(blocks=2, noise=16), trunk), trunk)
   latent_XZ = 3 * jax.random.normal(jax.random.key(0), (len(LAW), LATENT))
   optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, STEPS))
-  settings = config.CalmLoss(samples=8, posterior_draws=1, repulsion=tempered_stage.Loss.repulsion)
+  settings = config.CalmLoss(samples=8, posterior_draws=1)
   hidden_BD = jnp.zeros((ROWS, WIDTH))  # The context is always the same.
 
   def step(state, key):

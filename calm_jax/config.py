@@ -261,19 +261,15 @@ class CalmLoss:
     posterior_draws: M, posterior draws per patch.
     alpha: exponent of the energy score's distance, in (0, 2]. With 2 the score is not proper: it
       only requires the right mean (BrierLM 0 in the paper).
-    repulsion: weight of the distance between the energy head's samples, in (0, 1]. Below 1 the
-      score is not proper: rare outcomes are drawn less often than they occur.
   """
 
   samples: int = 8
   targets: Literal["draws", "exact"] = "draws"
   posterior_draws: int = 100
   alpha: float = 1.0
-  repulsion: float = 1.0
 
   def __post_init__(self):
     require(0 < self.alpha <= 2, f"alpha must lie in (0, 2], got {self.alpha}")
-    require(0 < self.repulsion <= 1, f"repulsion must lie in (0, 1], got {self.repulsion}")
     require(
       self.samples >= 2, f"samples (N) must be at least 2 for the repulsion, got {self.samples}"
     )

@@ -53,7 +53,6 @@ def test_config_json_keeps_the_order_in_which_workdirs_hold_it(run, own: list[st
     ("loss.samples", 1, "config.loss.samples .N. must be at least 2.*got 1"),
     ("loss.alpha", 2.5, r"config.loss.alpha must lie in \(0, 2\], got 2.5"),
     ("loss.alpha", 0.0, r"must lie in \(0, 2\], got 0.0"),
-    ("loss.repulsion", 1.5, r"config.loss.repulsion must lie in \(0, 1\], got 1.5"),
     ("training.batch", 10, None),
     ("model.heads", 3, "config.model.width must be a multiple of 2 \\* heads"),
     ("optimizer.learning_rate", -1.0, "learning_rate must be above 0, got -1.0"),

@@ -81,20 +81,6 @@ def test_gradient_is_zero_where_a_sample_meets_its_only_target():
   np.testing.assert_array_equal(grad, np.zeros((2, 1, 1, 3)))
 
 
-@pytest.mark.parametrize("weight", [1.0, 0.9])
-def test_a_single_stray_sample_is_pulled_back_only_if_the_repulsion_weighs_less(weight: float):
-  sample_N11Z = jnp.array([0.0, 0.0, 0.0, 5.0]).reshape(4, 1, 1, 1)
-
-  def loss(sample_N11Z):
-    attraction_11 = jnp.mean(
-      energy_score.norm_power(sample_N11Z, 1.0), axis=0
-    )  # All targets are 0.
-    return energy_score.energy_loss(sample_N11Z, attraction_11, weight=weight)[0].sum()
-
-  slope = jax.grad(loss)(sample_N11Z)[3].item()
-  np.testing.assert_allclose(slope, 2 / 4 * (1 - weight), atol=1e-6)
-
-
 def test_score_is_proper_the_true_distribution_beats_shifted_and_collapsed_ones():
   key_a, key_b = jax.random.split(jax.random.key(0))
   target_MBPZ = jax.random.normal(key_a, (64, 200, 1, 4))

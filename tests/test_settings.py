@@ -106,9 +106,8 @@ def test_a_missing_letter_or_two_swapped_letters_still_suggest_the_setting(run: 
 
 def test_a_name_like_no_other_gets_a_list_or_a_way_to_one():
   values = dataclasses.asdict(calm_stage.Run())
-  assert (
-    "--config.loss has samples, targets, posterior_draws, alpha, repulsion"
-    in settings.unknown("loss.qqq", values, "config")
+  assert "--config.loss has samples, targets, posterior_draws, alpha" in settings.unknown(
+    "loss.qqq", values, "config"
   )
   assert "add --help after --config" in settings.unknown("qqq", values, "config")
 

@@ -160,7 +160,8 @@ def test_sizes_other_than_the_models_are_refused(tempered_run: tempered_stage.Ru
     ({"rule": "direct"}, "the race must compare draws, .* got direct:prefix"),
     ({"samples": 1}, "at least 2 for the repulsion, got 1"),
     ({"alpha": 2.5}, r"alpha must lie in \(0, 2\], got 2.5"),
-    ({"repulsion": 0.0}, r"repulsion must lie in \(0, 1\], got 0.0"),
+    ({"brier": -1.0}, r"brier must be at least 0, got -1.0"),
+    ({"sharpening": 1.0}, r"sharpening must lie in \[0, 1\), got 1.0"),
     ({"at_limit": "error"}, "got first:error"),
   ],
 )
@@ -169,13 +170,13 @@ def test_impossible_settings_are_refused(settings: dict, message: str):
     tempered_stage.Loss(**settings)
 
 
-def stage_loss(repulsion: float, log_std: float) -> dict[str, float]:
+def stage_loss(log_std: float, **settings) -> dict[str, float]:
   """Returns loss and metrics of one batch, with `log_std` added to all posteriors' log std."""
   run = tempered_stage.Run(
     data=config.Data("", 16),
     model=config.Backbone(layers=1, width=16, ffn=32, heads=2, kv_heads=2, init="fan_in"),
     head=config.Head(blocks=1, noise=4),
-    loss=tempered_stage.Loss(samples=3, every=2, races=2, num_candidates=6, repulsion=repulsion),
+    loss=tempered_stage.Loss(samples=3, every=2, races=2, num_candidates=6, **settings),
     training=config.Training(batch=2, compute_dtype="float32"),
     mesh=config.Mesh(fsdp=1),
   )
@@ -202,11 +203,21 @@ def stage_loss(repulsion: float, log_std: float) -> dict[str, float]:
   return {name: float(x) for name, x in {"loss": loss, **metrics}.items()}
 
 
-def test_the_repulsion_is_weighted_and_targets_are_draws_of_the_winners_posterior():
-  one, less, wider = stage_loss(1.0, 0.0), stage_loss(0.9, 0.0), stage_loss(1.0, 1.0)
-  assert one["repulsion"] == less["repulsion"] == wider["repulsion"] > 0
-  np.testing.assert_allclose(one["loss"] - less["loss"], -0.1 * one["repulsion"], rtol=1e-4)
+def test_targets_are_draws_of_the_winners_posterior():
+  one, wider = stage_loss(0.0, brier=0.0), stage_loss(1.0, brier=0.0)
+  assert one["repulsion"] == wider["repulsion"] > 0
   assert wider["attraction"] > one["attraction"] * 1.01
+  np.testing.assert_allclose(one["loss"], 2 * one["attraction"] - one["repulsion"], rtol=1e-5)
+
+
+def test_the_loss_adds_the_prefixes_brier_score_with_less_weight_on_collisions():
+  plain, proper = stage_loss(0.0, brier=0.0), stage_loss(0.0, brier=5.0, sharpening=0.0)
+  assert "prefix_brier" not in plain and plain["attraction"] == proper["attraction"]
+  expected = plain["loss"] - 5.0 * proper["prefix_brier"] / 100
+  np.testing.assert_allclose(proper["loss"], expected, rtol=1e-5)
+  sharper = stage_loss(0.0, brier=5.0, sharpening=0.5)
+  assert sharper["prefix_brier"] == proper["prefix_brier"]
+  assert proper["loss"] - 2.5 < sharper["loss"] < proper["loss"]
 
 
 def test_the_distance_of_two_laws_is_unbiased():

@@ -108,6 +108,11 @@ class Autoencoder(nn.Module):
     """Returns the logits of the K tokens of latents [..., Z]: [..., K, V] float32."""
     return self.embed.attend(self.decoder(z_Z)).astype(jnp.float32)
 
+  def decode_among(self, z_Z: jax.Array, token_KU: jax.Array) -> jax.Array:
+    """Returns the logits of U tokens for each place of latents [..., Z]: [..., K, U] float32."""
+    feature_KE = self.decoder(z_Z)
+    return jnp.einsum("...KE,KUE->...KU", feature_KE, self.embed(token_KU)).astype(jnp.float32)
+
   def __call__(self, token_K: jax.Array) -> jax.Array:
     """Returns the logits at the posterior mean; creates every parameter."""
     return self.decode(self.encode(token_K)[0])

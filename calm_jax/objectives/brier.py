@@ -33,6 +33,39 @@ def collision(sample_NPK: jax.Array) -> jax.Array:
   return pairs_PK / (count * (count - 1))
 
 
+def expected(
+  logit_NPKU: jax.Array, candidate_KU: jax.Array, target_PK: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Expected accuracy and collision of samples whose tokens are drawn: [P, K] each, in [0, 1].
+
+  Those of `accuracy` and `collision`, if each sample were not its most likely tokens but a draw of
+  every place's softmax. They have a gradient; 2 · accuracy − collision is a strictly proper score
+  of the law of the drawn tokens.
+
+  Args:
+    logit_NPKU: N samples' logits of U candidates for each place, the only tokens with a share.
+    candidate_KU: the candidates' tokens. One that occurs more than once counts once.
+    target_PK: tokens that count as right; at a place where it is no candidate, none is.
+
+  Raises:
+    ValueError: if N < 2, where no pair exists.
+  """
+  count = logit_NPKU.shape[0]
+  if count < 2:
+    raise ValueError(f"the expected collision needs N >= 2 samples, got {count}")
+  same_KUU = candidate_KU[:, :, None] == candidate_KU[:, None, :]
+  times_11KU = jnp.sum(same_KUU, axis=-1)[None, None]
+  # Each occurrence has an equal part of its token's share.
+  part_NPKU = jax.nn.softmax(logit_NPKU - jnp.log(times_11KU), axis=-1)
+  right_PKU = candidate_KU[None] == target_PK[..., None]
+  accuracy_NPK = jnp.sum(jnp.where(right_PKU[None], part_NPKU, 0.0), axis=-1)
+  equal_PKNN = jnp.einsum("nPKU,mPKU->PKnm", part_NPKU, part_NPKU * times_11KU)
+  equal_PKNN = jnp.cumprod(equal_PKNN, axis=1)
+  itself_PK = jnp.trace(equal_PKNN, axis1=-2, axis2=-1)
+  pairs_PK = jnp.sum(equal_PKNN, axis=(-2, -1)) - itself_PK
+  return jnp.mean(jnp.cumprod(accuracy_NPK, axis=-1), axis=0), pairs_PK / (count * (count - 1))
+
+
 def repeats(sample_NPK: jax.Array) -> jax.Array:
   """Share of samples 2 to N that equal the first sample: [P] in [0, 1]."""
   return jnp.mean(_equal_so_far(sample_NPK[1:], sample_NPK[:1])[..., -1], axis=0)

@@ -129,28 +129,24 @@ def repulsion(sample_NPZ: jax.Array, alpha: float = 1.0) -> jax.Array:
 
 
 def energy_loss(
-  sample_NPZ: jax.Array, attraction_P: jax.Array, alpha: float = 1.0, weight: float = 1.0
+  sample_NPZ: jax.Array, attraction_P: jax.Array, alpha: float = 1.0
 ) -> tuple[jax.Array, jax.Array]:
   """Negative energy score of model samples, [...], and their repulsion.
 
-  2 · mean ‖z − ẑ_n‖^alpha − weight · mean over n ≠ k of ‖ẑ_n − ẑ_k‖^alpha; the first mean is
+  2 · mean ‖z − ẑ_n‖^alpha − mean over n ≠ k of ‖ẑ_n − ẑ_k‖^alpha; the first mean is
   `attraction_P`, from `drawn_attraction` (the paper's) or `expected_attraction`.
   Unbiased for N independent samples. Lower is better; the unit is the latent unit to the
   power `alpha`, so values compare only within one autoencoder.
-
-  With all targets at one place, a share e of samples at a distance d costs 2 e² d at weight 1, so
-  that the gradient hardly moves a small share. A weight below 1 adds 2 (1 − weight) (e − e²) d;
-  the score is then not proper.
 
   Raises:
     ValueError: if N < 2, where the repulsion would divide by zero, or if alpha is outside
       (0, 2]. At alpha = 2 the score is not proper: it only asks for the right mean.
 
-  Source: CALM (arXiv:2510.27688), eq. 9 and 10, where `weight` is 1.
+  Source: CALM (arXiv:2510.27688), eq. 9 and 10.
   """
   if sample_NPZ.shape[0] < 2:
     raise ValueError(f"the energy loss needs N >= 2 samples, got {sample_NPZ.shape[0]}")
   if not 0 < alpha <= 2:
     raise ValueError(f"alpha must lie in (0, 2], got {alpha}")
   repulsion_P = repulsion(sample_NPZ, alpha)
-  return 2 * attraction_P - weight * repulsion_P, repulsion_P
+  return 2 * attraction_P - repulsion_P, repulsion_P

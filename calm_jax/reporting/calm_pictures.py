@@ -45,7 +45,7 @@ PICTURES = (
     "train",
     "attraction",
     "Mean distances, with equal expectations for a calibrated model. The loss is twice the "
-    "attraction minus the repulsion, which config.loss.repulsion weights.",
+    "attraction minus the repulsion.",
     _energy,
   ),
 )

@@ -303,7 +303,6 @@ SPEC = spec.Spec(
       "head.noise",
       "head.steps",
       "loss.alpha",
-      "loss.repulsion",
       "loss.samples",
       "loss.targets",
       "loss.posterior_draws",

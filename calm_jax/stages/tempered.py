@@ -23,7 +23,7 @@ from calm_jax.generation import (
   writing,
 )
 from calm_jax.interchange import to_onnx, to_stablehlo, to_torch
-from calm_jax.models import flops
+from calm_jax.models import flops, layers
 from calm_jax.models.heads import head, registry, tempered
 from calm_jax.objectives import brier
 from calm_jax.parallel import mesh
@@ -36,7 +36,7 @@ Params = Any
 # Temperatures at which one draw is compared with the race in evaluation.
 EVALUATED = (0.7, 0.5, 0.333)
 # Purposes of an example's key; the parent's are below.
-_POSITIONS, _DRAWS, _RACES, _LOSS, _EVALUATION = range(16, 21)
+_POSITIONS, _DRAWS, _RACES, _LOSS, _EVALUATION, _BRIER = range(16, 22)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +46,10 @@ class Loss:
   Attributes:
     samples: N, samples per patch and temperature.
     alpha: exponent of the energy score's distance, in (0, 2]; see `config.CalmLoss`.
-    repulsion: weight of the energy head's repulsion, in (0, 1]. The lower it is, the fewer draws
-      lie between patches, and the rarer are rare patches; see `energy_score.energy_loss`.
+    brier: weight of the prefixes' Brier score, of draws of their own at one race per position; 0
+      leaves it out. Heads that take several steps per sample are trained through all of them.
+    sharpening: c in [0, 1). The collision of the first n tokens weighs 1 − c (1 − T²)/n in that
+      score. With 0 the score is proper; the higher it is, the fewer draws are outliers.
     every: one position in this many is trained; the races cost more than the rest.
     races: temperatures per position; each is drawn log-uniformly in (least_temperature, 1] and
       has a race of its own between the same draws, in another order.
@@ -58,7 +60,8 @@ class Loss:
 
   samples: int = 8
   alpha: float = 1.0
-  repulsion: float = 0.94
+  brier: float = 10.0
+  sharpening: float = 0.2
   every: int = 16
   races: int = 4
   least_temperature: float = 0.25
@@ -74,6 +77,10 @@ class Loss:
       0 < self.least_temperature < 1,
       f"least_temperature must lie in (0, 1), got {self.least_temperature}",
     )
+    config.require(self.brier >= 0, f"brier must be at least 0, got {self.brier}")
+    config.require(
+      0 <= self.sharpening < 1, f"sharpening must lie in [0, 1), got {self.sharpening}"
+    )
     config.require(
       self.num_candidates >= 1 / self.least_temperature,
       f"num_candidates must be at least 1/least_temperature = {1 / self.least_temperature:g}, "
@@ -88,9 +95,7 @@ class Loss:
   @property
   def of_head(self) -> config.CalmLoss:
     """Settings of the head's loss: one target per patch, a draw of the winner's posterior."""
-    return config.CalmLoss(
-      self.samples, posterior_draws=1, alpha=self.alpha, repulsion=self.repulsion
-    )
+    return config.CalmLoss(self.samples, posterior_draws=1, alpha=self.alpha)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,8 +145,7 @@ class _Functions:
     """Returns one position in `every` of each example, from a random first one."""
     text = self.calm.read(frozen["autoencoder"], batch, key)
     hidden_BPD, _ = self.calm.model.hidden(frozen["calm"], text.token_BPK, text.latent_BPZ)
-    predicted = hidden_BPD.shape[1] - 1
-    count = -(-predicted // self.run.loss.every)
+    predicted, count = hidden_BPD.shape[1] - 1, _positions(self.run)
 
     def strided(hidden_PD, token_PK, key):
       first = jax.random.randint(key, (), 0, self.run.loss.every)
@@ -203,11 +207,42 @@ class _Functions:
 
     constants = jax.lax.stop_gradient((hidden_BRD, power_BR, *posterior_BRZ))
     loss_BR, figures = mesh.map_examples(head_loss)(*constants, stage.purpose_keys(key_B, _LOSS))
+    loss = jnp.mean(loss_BR)
+    if self.run.loss.brier > 0:
+      loss_Bp, own_figures = self._brier(params, frozen, positions, pool_BpNK, power_BR, winner_BRK)
+      loss += self.run.loss.brier * jnp.mean(loss_Bp)
+      figures |= own_figures
     metrics = {
       "tokens": jnp.float32(batch["tokens"].size),
       "patches_per_token": jnp.float32(1 / self.run.model.patch_size),
     }
-    return jnp.mean(loss_BR), metrics | jax.tree.map(jnp.mean, figures)
+    return loss, metrics | jax.tree.map(jnp.mean, figures)
+
+  def _brier(
+    self, params, frozen, positions, pool_BpNK, power_BR, winner_BRK
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Returns minus the prefixes' Brier score against each position's first winner, and figures.
+
+    Both are [B, p]. The tokens of all draws of an example are the candidates of its patches.
+    """
+    settings = self.run.loss
+    power_Bp, winner_BpK = (x[:, :: settings.races] for x in (power_BR, winner_BRK))
+
+    def score(hidden_pD, power_p, winner_pK, pool_pNK, key):
+      sample_NpZ = self.model.sample(params, hidden_pD, power_p, key, settings.samples)
+      candidate_KU = pool_pNK.reshape(-1, pool_pNK.shape[-1]).T
+      decode = (self.calm.autoencoder, frozen["autoencoder"], sample_NpZ, candidate_KU)
+      logit_NpKU = layers.apply(*decode, method="decode_among")
+      accuracy_pK, collision_pK = brier.expected(logit_NpKU, candidate_KU, winner_pK)
+      number_1K = 1 + jnp.arange(candidate_KU.shape[0])[None]
+      weight_pK = 1 - settings.sharpening * (1 - power_p[:, None] ** -2) / number_1K
+      loss_p = jnp.mean(weight_pK * collision_pK - 2 * accuracy_pK, axis=-1)
+      return loss_p, jnp.mean(2 * accuracy_pK - collision_pK, axis=-1)
+
+    constants = (positions.hidden_BpD, power_Bp, winner_BpK, pool_BpNK)
+    keys = stage.purpose_keys(positions.key_B, _BRIER)
+    loss_Bp, brier_Bp = mesh.map_examples(score)(*jax.lax.stop_gradient(constants), keys)
+    return loss_Bp, {"prefix_brier": 100 * brier_Bp}
 
   def evaluate(self, params, frozen, batch, key):
     """Returns scores of each example: one draw against two races, per temperature, [B, n] each."""
@@ -251,6 +286,12 @@ class _Functions:
   def summarize(self, scores: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Returns each score's mean over examples and over n, in percent, with its standard error."""
     return stage.with_stderr({name: 100 * x.mean(axis=-1) for name, x in scores.items()}, *scores)
+
+
+def _positions(run: Run) -> int:
+  """Returns the number of positions of an example that are trained."""
+  predicted = run.data.context // run.model.patch_size - 1
+  return -(-predicted // run.loss.every)
 
 
 def evaluated(run: Run) -> tuple[float, ...]:
@@ -346,14 +387,27 @@ def _parts(
   decoded = settings.num_candidates * flops.decoder_per_patch(sizes, vocab_size)
   winners = settings.races * flops.encoder_per_patch(sizes)
   head_flops += 3 * tempered.embedding_flops(run.model.width)
+  trained = {
+    "draws": draws,
+    "decoder": decoded,
+    "encoder": winners,
+    "tempered head": settings.races * head_flops,
+  }
+  if settings.brier > 0:
+    trained["Brier score"] = 3 * (once + settings.samples * sample) + _score_flops(
+      settings, sizes, candidates=_positions(run) * settings.num_candidates
+    )
   return {
     "frozen backbone": flops.transformer_per_position(run.model, patches),
     "frozen input": flops.input_per_patch(run.model, sizes),
-    "draws": draws / settings.every,
-    "decoder": decoded / settings.every,
-    "encoder": winners / settings.every,
-    "tempered head": settings.races * head_flops / settings.every,
-  }
+  } | {name: part / settings.every for name, part in trained.items()}
+
+
+def _score_flops(settings: Loss, sizes: config.Autoencoder, candidates: int) -> float:
+  """Returns FLOPs of scoring one patch's draws; the decoder's weights get no gradient."""
+  count, tokens = settings.samples, sizes.patch_size * candidates
+  decoded = flops.decoder_per_patch(sizes, candidates)
+  return 2 * count * decoded + 3 * 2 * count**2 * tokens
 
 
 def _figures() -> tuple[Figure, ...]:
@@ -375,6 +429,12 @@ def _figures() -> tuple[Figure, ...]:
     for value in EVALUATED
     for name, label, meaning in shown
   )
+
+
+def _metrics(run: Run) -> tuple[Figure, ...]:
+  """Returns what the loss reports."""
+  own = Figure("prefix_brier", "Brier score of prefixes, on winners", "%", HIGHER, console="value")
+  return (*registry.lookup(run.head).figures, *[own] * (run.loss.brier > 0))
 
 
 def _pictures():
@@ -414,7 +474,8 @@ SPEC = spec.Spec(
       "head.blocks",
       "head.noise",
       "loss.alpha",
-      "loss.repulsion",
+      "loss.brier",
+      "loss.sharpening",
       "loss.samples",
       "loss.every",
       "loss.races",
@@ -423,7 +484,7 @@ SPEC = spec.Spec(
       "loss.rule",
       "loss.at_limit",
     ),
-    metrics=lambda run: registry.lookup(run.head).figures,
+    metrics=_metrics,
     figures=_figures(),
     loss_unit=lambda run: registry.lookup(run.head).loss_unit,
     pictures=_pictures,

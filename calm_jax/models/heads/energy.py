@@ -157,9 +157,7 @@ class EnergyHead(head.Head):
     attraction_P = TARGETS[settings.targets](
       target_key, sample_NPZ, mean_PZ, jnp.exp(log_std_PZ), settings
     )
-    energy_P, repulsion_P = energy_score.energy_loss(
-      sample_NPZ, attraction_P, settings.alpha, settings.repulsion
-    )
+    energy_P, repulsion_P = energy_score.energy_loss(sample_NPZ, attraction_P, settings.alpha)
     return energy_P, {"attraction": attraction_P, "repulsion": repulsion_P}
 
   def draw_noise(self, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
