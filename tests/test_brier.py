@@ -178,3 +178,40 @@ def test_grams_start_where_patches_do():
   expected = [[0, 1, 2, 3], [2, 3, 4, 5], [4, 5, 6, 7]]
   np.testing.assert_array_equal(brier.grams(token_S, 2), expected)
   assert brier.grams(np.arange(12).reshape(2, 6), 1).shape == (2, 3, 4)
+
+
+def test_the_expected_terms_are_those_of_tokens_drawn_from_the_softmax():
+  """A candidate that occurs twice counts once; a target that is none is never right."""
+  rng = np.random.default_rng(0)
+  candidate_KU = jnp.array([[3, 5, 3, 9], [1, 2, 4, 2]])
+  logit_NPKU = rng.normal(size=(2, 3, 2, 4)).astype(np.float32)
+  logit_NPKU[..., 0, 2], logit_NPKU[..., 1, 3] = logit_NPKU[..., 0, 0], logit_NPKU[..., 1, 1]
+  target_PK = jnp.array([[3, 2], [9, 1], [5, 7]])
+  accuracy_PK, collision_PK = brier.expected(jnp.array(logit_NPKU), candidate_KU, target_PK)
+  odds_NPKX = np.exp(logit_NPKU[..., :3])
+  odds_NPKX[..., 0, 2] = np.exp(logit_NPKU[..., 0, 3])  # The tokens are 3, 5, 9 and 1, 2, 4.
+  share_NPKX = odds_NPKX / odds_NPKX.sum(-1, keepdims=True)
+  right_PK = np.array([[0, 1], [2, 0], [1, -1]])
+  for p, (first, second) in enumerate(right_PK):
+    one_N = share_NPKX[:, p, 0, first]
+    both_N = one_N * (share_NPKX[:, p, 1, second] if second >= 0 else 0)
+    np.testing.assert_allclose(accuracy_PK[p], [one_N.mean(), both_N.mean()], rtol=1e-5)
+  equal_PK = np.cumprod((share_NPKX[0] * share_NPKX[1]).sum(-1), axis=-1)
+  np.testing.assert_allclose(collision_PK, equal_PK, rtol=1e-5)
+
+
+def test_the_expected_terms_of_certain_samples_are_those_of_their_tokens():
+  rng = np.random.default_rng(1)
+  sample_NPK, target_PK = draw(rng, 8, 20), draw(rng, 20)
+  candidate_KU = jnp.array(PATCHES.T)
+  logit_NPKU = 100.0 * (sample_NPK[..., None] == PATCHES.T)
+  expected = brier.expected(jnp.array(logit_NPKU), candidate_KU, jnp.array(target_PK))
+  for got, wanted in zip(
+    expected, scores(jnp.array(sample_NPK), jnp.array(target_PK)), strict=True
+  ):
+    np.testing.assert_allclose(got, wanted, atol=1e-6)
+
+
+def test_the_expected_collision_needs_two_samples():
+  with pytest.raises(ValueError, match="N >= 2 samples, got 1"):
+    brier.expected(jnp.zeros((1, 1, 2, 3)), jnp.zeros((2, 3), jnp.int32), jnp.zeros((1, 2)))

@@ -10,6 +10,7 @@ import sys
 
 import jax
 import numpy as np
+import optax
 import processes
 import pytest
 from jax import numpy as jnp
@@ -152,6 +153,14 @@ def test_sizes_other_than_the_models_are_refused(tempered_run: tempered_stage.Ru
   assert not (tmp_path / "run").exists()
 
 
+def test_what_has_no_size_may_differ_from_the_model(tempered_run: tempered_stage.Run, tmp_path):
+  """An imported model's scheme of initial values is the reference's."""
+  model = dataclasses.replace(tempered_run.model, init="reference")
+  head = dataclasses.replace(tempered_run.head, steps=3)
+  run = dataclasses.replace(tempered_run, model=model, head=head)
+  starting.prepare(run, str(tmp_path / "run"), False)
+
+
 @pytest.mark.parametrize(
   ("settings", "message"),
   [
@@ -170,12 +179,15 @@ def test_impossible_settings_are_refused(settings: dict, message: str):
     tempered_stage.Loss(**settings)
 
 
-def stage_loss(log_std: float, **settings) -> dict[str, float]:
-  """Returns loss and metrics of one batch, with `log_std` added to all posteriors' log std."""
+def stage_loss(log_std: float, kind: str = "energy", **settings) -> dict[str, float]:
+  """Returns loss, metrics and the gradient's norm of one batch of a head of some kind.
+
+  `log_std` is added to all posteriors' log std.
+  """
   run = tempered_stage.Run(
     data=config.Data("", 16),
     model=config.Backbone(layers=1, width=16, ffn=32, heads=2, kv_heads=2, init="fan_in"),
-    head=config.Head(blocks=1, noise=4),
+    head=config.Head(kind, blocks=1, noise=4, steps=0 if kind == "energy" else 2),
     loss=tempered_stage.Loss(samples=3, every=2, races=2, num_candidates=6, **settings),
     training=config.Training(batch=2, compute_dtype="float32"),
     mesh=config.Mesh(fsdp=1),
@@ -199,8 +211,10 @@ def stage_loss(log_std: float, **settings) -> dict[str, float]:
     frozen["autoencoder"]["encoder"]["posterior"]["bias"] = bias.at[len(bias) // 2 :].add(log_std)
     batch = {"tokens": token_BS, "index": np.arange(2, dtype=np.int32)}
     params = noisy(functions.init)
-    loss, metrics = jax.jit(functions.loss)(params, frozen, batch, jax.random.key(2))
-  return {name: float(x) for name, x in {"loss": loss, **metrics}.items()}
+    value_and_gradient = jax.jit(jax.value_and_grad(functions.loss, has_aux=True))
+    (loss, metrics), gradient = value_and_gradient(params, frozen, batch, jax.random.key(2))
+    figures = {"loss": loss, "gradient_norm": optax.tree.norm(gradient), **metrics}
+  return {name: float(x) for name, x in figures.items()}
 
 
 def test_targets_are_draws_of_the_winners_posterior():
@@ -218,6 +232,14 @@ def test_the_loss_adds_the_prefixes_brier_score_with_less_weight_on_collisions()
   sharper = stage_loss(0.0, brier=5.0, sharpening=0.5)
   assert sharper["prefix_brier"] == proper["prefix_brier"]
   assert proper["loss"] - 2.5 < sharper["loss"] < proper["loss"]
+
+
+@pytest.mark.parametrize("kind", ["flow", "diffusion"])
+def test_heads_of_several_steps_are_trained_through_them(kind: str):
+  plain, scored = (stage_loss(0.0, kind, brier=brier, sharpening=0.0) for brier in (0.0, 5.0))
+  expected = plain["loss"] - 5.0 * scored["prefix_brier"] / 100
+  np.testing.assert_allclose(scored["loss"], expected, rtol=1e-5)
+  assert abs(scored["gradient_norm"] / plain["gradient_norm"] - 1) > 1e-3
 
 
 def test_the_distance_of_two_laws_is_unbiased():

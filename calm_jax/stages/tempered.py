@@ -347,11 +347,13 @@ def _initial(run: Run, model: tempered.Tempered, parents: spec.Parents) -> Param
 
 def _check(run: Run, parents: spec.ParentRuns, vocab_size: int, labels: spec.ParentLabels) -> None:
   """Raises CalmError unless the sizes are those of the language model."""
-  flags = []
+  flags, unshaped = [], calm.SPEC.unshaped(run)
   for group in ("model", "head"):
     own, theirs = (dataclasses.asdict(getattr(x, group)) for x in (run, parents["calm"]))
     flags += [
-      f"--config.{group}.{name}={value}" for name, value in theirs.items() if own[name] != value
+      f"--config.{group}.{name}={value}"
+      for name, value in theirs.items()
+      if own[name] != value and f"{group}.{name}" not in unshaped
     ]
   config.require(
     not flags, f"{labels['calm'][0]} has other sizes than the settings: give {' '.join(flags)}"
