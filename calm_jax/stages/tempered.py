@@ -48,8 +48,8 @@ class Loss:
     alpha: exponent of the energy score's distance, in (0, 2]; see `config.CalmLoss`.
     brier: weight of the prefixes' Brier score, of draws of their own at one race per position; 0
       leaves it out. Heads that take several steps per sample are trained through all of them.
-    sharpening: c in [0, 1). The collision of the first n tokens weighs 1 − c (1 − T²)/n in that
-      score. With 0 the score is proper; the higher it is, the fewer draws are outliers.
+    sharpening: c in [0, 1). The collision weighs 1 − c (1 − T²) in that score. With 0 the score is
+      proper; the higher c is, the fewer draws are outliers.
     every: one position in this many is trained; the races cost more than the rest.
     races: temperatures per position; each is drawn log-uniformly in (least_temperature, 1] and
       has a race of its own between the same draws, in another order.
@@ -61,7 +61,7 @@ class Loss:
   samples: int = 8
   alpha: float = 1.0
   brier: float = 10.0
-  sharpening: float = 0.2
+  sharpening: float = 0.17
   every: int = 16
   races: int = 4
   least_temperature: float = 0.25
@@ -234,9 +234,8 @@ class _Functions:
       decode = (self.calm.autoencoder, frozen["autoencoder"], sample_NpZ, candidate_KU)
       logit_NpKU = layers.apply(*decode, method="decode_among")
       accuracy_pK, collision_pK = brier.expected(logit_NpKU, candidate_KU, winner_pK)
-      number_1K = 1 + jnp.arange(candidate_KU.shape[0])[None]
-      weight_pK = 1 - settings.sharpening * (1 - power_p[:, None] ** -2) / number_1K
-      loss_p = jnp.mean(weight_pK * collision_pK - 2 * accuracy_pK, axis=-1)
+      weight_p1 = 1 - settings.sharpening * (1 - power_p[:, None] ** -2)
+      loss_p = jnp.mean(weight_p1 * collision_pK - 2 * accuracy_pK, axis=-1)
       return loss_p, jnp.mean(2 * accuracy_pK - collision_pK, axis=-1)
 
     constants = (positions.hidden_BpD, power_Bp, winner_BpK, pool_BpNK)
