@@ -145,7 +145,8 @@ class _Functions:
     """Returns one position in `every` of each example, from a random first one."""
     text = self.calm.read(frozen["autoencoder"], batch, key)
     hidden_BPD, _ = self.calm.model.hidden(frozen["calm"], text.token_BPK, text.latent_BPZ)
-    predicted, count = hidden_BPD.shape[1] - 1, _positions(self.run)
+    predicted = hidden_BPD.shape[1] - 1
+    count = _trained(predicted, self.run)
 
     def strided(hidden_PD, token_PK, key):
       first = jax.random.randint(key, (), 0, self.run.loss.every)
@@ -287,9 +288,8 @@ class _Functions:
     return stage.with_stderr({name: 100 * x.mean(axis=-1) for name, x in scores.items()}, *scores)
 
 
-def _positions(run: Run) -> int:
-  """Returns the number of positions of an example that are trained."""
-  predicted = run.data.context // run.model.patch_size - 1
+def _trained(predicted: int, run: Run) -> int:
+  """Returns how many of an example's predicted positions are trained."""
   return -(-predicted // run.loss.every)
 
 
@@ -388,20 +388,20 @@ def _parts(
   decoded = settings.num_candidates * flops.decoder_per_patch(sizes, vocab_size)
   winners = settings.races * flops.encoder_per_patch(sizes)
   head_flops += 3 * tempered.embedding_flops(run.model.width)
-  trained = {
+  parts = {
     "draws": draws,
     "decoder": decoded,
     "encoder": winners,
     "tempered head": settings.races * head_flops,
   }
   if settings.brier > 0:
-    trained["Brier score"] = 3 * (once + settings.samples * sample) + _score_flops(
-      settings, sizes, candidates=_positions(run) * settings.num_candidates
-    )
+    number = _trained(patches - 1, run) * settings.num_candidates
+    parts["Brier score"] = 3 * (once + settings.samples * sample)
+    parts["Brier score"] += _score_flops(settings, sizes, number)
   return {
     "frozen backbone": flops.transformer_per_position(run.model, patches),
     "frozen input": flops.input_per_patch(run.model, sizes),
-  } | {name: part / settings.every for name, part in trained.items()}
+  } | {name: part / settings.every for name, part in parts.items()}
 
 
 def _score_flops(settings: Loss, sizes: config.Autoencoder, candidates: int) -> float:
