@@ -40,12 +40,12 @@ QUICKSTART = tempered.Run(
   loss=tempered.Loss(every=4),
   optimizer=dataclasses.replace(OPTIMIZER, learning_rate=1e-3, warmup_steps=50),
   training=config.Training(
-    steps=160,
+    steps=120,
     batch=4,
     compute_dtype="float32",
-    eval_every=160,
+    eval_every=120,
     eval_blocks=16,
-    checkpoint_every=80,
+    checkpoint_every=60,
   ),
   mesh=config.Mesh(fsdp=1),  # The batch is for one device.
 )

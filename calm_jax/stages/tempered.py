@@ -251,30 +251,39 @@ class _Functions:
     number = 2 * self.run.loss.num_candidates
     keys = stage.purpose_keys(key_B, 0)
     pool_BpNK = self._pools(frozen, positions.hidden_BpD, keys, number)
-    scores = {}
-    for index, value in enumerate(evaluated(self.run), 1):
-      keys = stage.purpose_keys(key_B, index)
-      drawn_BNpK = self._drawn(params, frozen, positions.hidden_BpD, value, keys)
-      raced_B2pK = self._raced(pool_BpNK, value, keys)
-      compare = mesh.map_examples(_compared)
-      for name, score_Bpn in compare(drawn_BNpK, raced_B2pK, positions.next_BpK).items():
-        scores[_name(name, value)] = jnp.mean(score_Bpn, axis=1)
-    return scores
+    values = evaluated(self.run)
 
-  def _drawn(self, params, frozen, hidden_BpD, value: float, key_B) -> jax.Array:
-    """Returns tokens of N single draws at a temperature, [B, N, p, K]."""
+    def compared(job: tuple[jax.Array, jax.Array]) -> dict[str, jax.Array]:
+      index, power = job
+      keys = stage.purpose_keys(key_B, index)
+      drawn_BNpK = self._drawn(params, frozen, positions.hidden_BpD, power, keys)
+      raced_B2pK = self._raced(pool_BpNK, power, keys)
+      figures = mesh.map_examples(_compared)(drawn_BNpK, raced_B2pK, positions.next_BpK)
+      return {name: jnp.mean(score_Bpn, axis=1) for name, score_Bpn in figures.items()}
+
+    powers = jnp.array([temperature.power(value) for value in values], jnp.float32)
+    # Compiled once for all temperatures.
+    figures = jax.lax.map(compared, (1 + jnp.arange(len(values)), powers))
+    return {
+      _name(name, value): score_TBn[i]
+      for name, score_TBn in figures.items()
+      for i, value in enumerate(values)
+    }
+
+  def _drawn(self, params, frozen, hidden_BpD, power: jax.Array, key_B) -> jax.Array:
+    """Returns tokens of N single draws at a power s, [B, N, p, K]."""
 
     def draw(hidden_pD, key):
-      power_p = jnp.full(len(hidden_pD), temperature.power(value))
+      power_p = jnp.full(len(hidden_pD), power)
       return self.model.sample(params, hidden_pD, power_p, key, self.run.loss.samples)
 
     sample_BNpZ = mesh.map_examples(draw)(hidden_BpD, stage.purpose_keys(key_B, 0))
     return self.calm.decode(frozen["autoencoder"], sample_BNpZ)
 
-  def _raced(self, pool_BpNK, value: float, key_B) -> jax.Array:
+  def _raced(self, pool_BpNK, power: jax.Array, key_B) -> jax.Array:
     """Returns winners of two races, between either half of each position's draws, [B, 2, p, K]."""
     half = pool_BpNK.shape[2] // 2
-    power_Bp = jnp.full(pool_BpNK.shape[:2], temperature.power(value))
+    power_Bp = jnp.full(pool_BpNK.shape[:2], power)
     winners = [
       self._winners(
         pool_BpNK[:, :, i * half : (i + 1) * half], power_Bp, stage.purpose_keys(key_B, 1 + i)
