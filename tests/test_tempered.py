@@ -169,7 +169,7 @@ def test_what_has_no_size_may_differ_from_the_model(tempered_run: tempered_stage
     ({"rule": "direct"}, "the race must compare draws, .* got direct:prefix"),
     ({"samples": 1}, "at least 2 for the repulsion, got 1"),
     ({"alpha": 2.5}, r"alpha must lie in \(0, 2\], got 2.5"),
-    ({"brier": -1.0}, r"brier must be at least 0, got -1.0"),
+    ({"brier": -1.0}, r"brier must not be negative, got -1.0"),
     ({"sharpening": 1.0}, r"sharpening must lie in \[0, 1\), got 1.0"),
     ({"at_limit": "error"}, "got first:error"),
   ],

@@ -77,7 +77,7 @@ class Loss:
       0 < self.least_temperature < 1,
       f"least_temperature must lie in (0, 1), got {self.least_temperature}",
     )
-    config.require(self.brier >= 0, f"brier must be at least 0, got {self.brier}")
+    config.require_not_negative(self, "brier")
     config.require(
       0 <= self.sharpening < 1, f"sharpening must lie in [0, 1), got {self.sharpening}"
     )
