@@ -1,5 +1,6 @@
 """Claims about tempered heads: one draw at any temperature, beside a model that stays as it is."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -179,8 +180,9 @@ def test_impossible_settings_are_refused(settings: dict, message: str):
     tempered_stage.Loss(**settings)
 
 
-def stage_loss(log_std: float, kind: str = "energy", **settings) -> dict[str, float]:
-  """Returns loss, metrics and the gradient's norm of one batch of a head of some kind.
+@contextlib.contextmanager
+def functions_of(log_std: float, kind: str = "energy", **settings):
+  """Yields a stage's functions, parameters and a batch, in its mesh, of a head of some kind.
 
   `log_std` is added to all posteriors' log std.
   """
@@ -210,7 +212,13 @@ def stage_loss(log_std: float, kind: str = "energy", **settings) -> dict[str, fl
     bias = frozen["autoencoder"]["encoder"]["posterior"]["bias"]
     frozen["autoencoder"]["encoder"]["posterior"]["bias"] = bias.at[len(bias) // 2 :].add(log_std)
     batch = {"tokens": token_BS, "index": np.arange(2, dtype=np.int32)}
-    params = noisy(functions.init)
+    yield functions, noisy(functions.init), batch
+
+
+def stage_loss(log_std: float, kind: str = "energy", **settings) -> dict[str, float]:
+  """Returns loss, metrics and the gradient's norm of one batch; see `functions_of`."""
+  with functions_of(log_std, kind, **settings) as (functions, params, batch):
+    frozen = functions.frozen
     value_and_gradient = jax.jit(jax.value_and_grad(functions.loss, has_aux=True))
     (loss, metrics), gradient = value_and_gradient(params, frozen, batch, jax.random.key(2))
     figures = {"loss": loss, "gradient_norm": optax.tree.norm(gradient), **metrics}
@@ -231,7 +239,34 @@ def test_the_loss_adds_the_prefixes_brier_score_with_less_weight_on_collisions()
   np.testing.assert_allclose(proper["loss"], expected, rtol=1e-5)
   sharper = stage_loss(0.0, brier=5.0, sharpening=0.5)
   assert sharper["prefix_brier"] == proper["prefix_brier"]
-  assert proper["loss"] - 2.5 < sharper["loss"] < proper["loss"]
+  # T >= 1/4, so that the collision, of at most 1, weighs at least 1 - 0.5 * 15/16.
+  assert proper["loss"] - 5.0 * 0.5 * 15 / 16 < sharper["loss"] < proper["loss"]
+
+
+def test_near_temperature_one_the_collision_has_its_whole_weight():
+  near = dict(least_temperature=0.999, brier=5.0)
+  proper, sharper = (stage_loss(0.0, sharpening=x, **near) for x in (0.0, 0.5))
+  assert 0 < proper["loss"] - sharper["loss"] < 5.0 * 0.5 * (1 - 0.999**2)
+
+
+def test_each_position_is_scored_against_its_own_first_winner():
+  with functions_of(0.0) as (functions, params, batch):
+    own, key = functions.loss.__self__, jax.random.key(2)
+    positions = own._read(functions.frozen, batch, key)
+    keys = positions.key_B
+    pool_BpNK = own._pools(functions.frozen, positions.hidden_BpD, keys, 6)
+    power_BR, winner_BRK = own._races(pool_BpNK, keys)
+
+    @jax.jit
+    def losses(winner_BRK):
+      job = (params, functions.frozen, positions, pool_BpNK, power_BR, winner_BRK)
+      return own._brier(*job)[0]
+
+    first_Bp = losses(winner_BRK)
+    np.testing.assert_array_equal(losses(winner_BRK.at[:, 1::2].set(-1)), first_Bp)
+    # Nothing is drawn that equals -1, so that the accuracy of this position alone is lost.
+    changed_Bp = np.asarray(losses(winner_BRK.at[1, 2].set(-1)) - first_Bp)
+  assert changed_Bp[1, 1] > 0 and np.count_nonzero(changed_Bp) == 1
 
 
 @pytest.mark.parametrize("kind", ["flow", "diffusion"])

@@ -447,6 +447,11 @@ def _metrics(run: Run) -> tuple[Figure, ...]:
   return (*registry.lookup(run.head).figures, *[own] * (run.loss.brier > 0))
 
 
+def _loss_unit(run: Run) -> str:
+  unit = registry.lookup(run.head).loss_unit
+  return f"{unit} - {run.loss.brier:g} Brier" if run.loss.brier > 0 else unit
+
+
 def _pictures():
   from calm_jax.reporting import temperature_pictures, training_pictures
 
@@ -496,7 +501,7 @@ SPEC = spec.Spec(
     ),
     metrics=_metrics,
     figures=_figures(),
-    loss_unit=lambda run: registry.lookup(run.head).loss_unit,
+    loss_unit=_loss_unit,
     pictures=_pictures,
     facts=lambda run, parents: [
       ("K, tokens a patch", run.model.patch_size),
