@@ -46,7 +46,7 @@ def example_keys(key: jax.Array, index_B: jax.Array) -> jax.Array:
   return jax.vmap(lambda index: jax.random.fold_in(key, index))(index_B)
 
 
-def purpose_keys(key_B: jax.Array, purpose: int) -> jax.Array:
+def purpose_keys(key_B: jax.Array, purpose: int | jax.Array) -> jax.Array:
   """Returns each example's key for one kind of noise, numbered by `purpose`: [B]."""
   return jax.vmap(jax.random.fold_in, in_axes=(0, None))(key_B, purpose)
 
