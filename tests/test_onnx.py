@@ -74,7 +74,7 @@ def test_the_graphs_read_latents_as_input(latent_reader, tmp_path):
 
 
 def test_the_graph_of_a_tempered_head_reads_the_temperature(other_tempered, tmp_path):
-  require_temperature_input(other_tempered("flow", "both"), tmp_path / "out", "onnx")
+  require_temperature_input(other_tempered("energy", "both"), tmp_path / "out", "onnx")
 
 
 def test_an_autoencoder_is_exported_without_next_patch(trained_autoencoder, tmp_path):

@@ -119,9 +119,9 @@ def test_four_processes_compute_the_same_as_one(four_process_run, one_process_ru
 
 
 def test_a_run_resumes_with_another_number_of_processes(one_process_run, tmp_path: pathlib.Path):
-  """Four processes start, one continues on another mesh, two finish."""
+  """Two processes start, one continues on another mesh, two finish."""
   directory = tmp_path / "run"
-  run_job(4, *flags(directory, steps=2), "--allow_config_change")
+  run_job(2, *flags(directory, steps=2), "--allow_config_change")
   run_job(1, *flags(directory, steps=4, mesh__data=2, mesh__fsdp=2), "--allow_config_change")
   run_job(2, *flags(directory), "--allow_config_change")
   assert_same(directory, one_process_run)
@@ -185,7 +185,7 @@ def test_a_killed_process_stops_the_others_and_the_job_resumes(tmp_path: pathlib
   newest = max(int(path.name) for path in (directory / "checkpoints").iterdir())
   changed = dict(steps=newest + 3, eval_every=0, checkpoint_every=2)
   assert f"resuming after step {newest}" in run_job(
-    4, *flags(directory, **changed), "--allow_config_change"
+    2, *flags(directory, **changed), "--allow_config_change"
   )
   run_job(1, *flags(tmp_path / "alone", **changed))
   assert len(losses(directory)) == newest + 3

@@ -28,10 +28,13 @@ def params():
   )  # A distribution far from uniform.
 
 
+@jax.jit
+def _logits(params, token_S: jax.Array) -> jax.Array:
+  return layers.apply(transformer.Transformer(RUN.model, VOCAB), params, token_S[None])[0]
+
+
 def next_distribution(params, text: tuple[int, ...]) -> np.ndarray:
-  model = transformer.Transformer(RUN.model, VOCAB)
-  logits_SV = layers.apply(model, params, jnp.array([text]))[0]
-  return np.asarray(jax.nn.softmax(logits_SV[-1]), np.float64)
+  return np.asarray(jax.nn.softmax(_logits(params, jnp.array(text))[-1]), np.float64)
 
 
 def test_brier_of_the_baseline_is_exact_accuracy_and_an_unbiased_collision(params):
