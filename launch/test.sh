@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv, installs calm_jax and runs all tests, in about 15 minutes on 2 cores, without network
+# Makes .venv, installs calm_jax and runs all tests, in 15 to 30 minutes on 2 cores, without network
 # or accelerator. Arguments go to pytest: launch/test.sh tests/test_brier.py -k collapsed
 set -euo pipefail
 # shellcheck source=launch/environment.sh
