@@ -261,12 +261,18 @@ class CalmLoss:
     posterior_draws: M, posterior draws per patch.
     alpha: exponent of the energy score's distance, in (0, 2]. With 2 the score is not proper: it
       only requires the right mean (BrierLM 0 in the paper).
+    token_weight: weight of the token loss: the cross-entropy of the next patch's tokens, nats a
+      token, each read from the hidden state alone by a Linear and the autoencoder's token table.
+      It teaches the trunk; no draw reads it. 0, as published, leaves it and its parameters out.
+    token_every: one position in this many, from a random first one, has a token loss.
   """
 
   samples: int = 8
   targets: Literal["draws", "exact"] = "draws"
   posterior_draws: int = 100
   alpha: float = 1.0
+  token_weight: float = 0.0
+  token_every: int = 1
 
   def __post_init__(self):
     require(0 < self.alpha <= 2, f"alpha must lie in (0, 2], got {self.alpha}")
@@ -274,7 +280,8 @@ class CalmLoss:
       self.samples >= 2, f"samples (N) must be at least 2 for the repulsion, got {self.samples}"
     )
     require_positive(self, "samples", "posterior_draws", most=MOST_DRAWS)
-    require_positive(self, "alpha")
+    require_positive(self, "alpha", "token_every")
+    require_not_negative(self, "token_weight")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -132,11 +132,18 @@ def digest(run: config.Run) -> str:
 # that it may change with --allow_config_change. All others shape its parameters and are fixed.
 FREE = ("mesh", "execution", "limits", "profile")
 CHANGEABLE = ("data", "loss", "optimizer", "training")
+# Of these, settings that leave parameters out when they are 0.
+SWITCHES = ("loss.token_weight",)
 
 
 def is_fixed(name: str) -> bool:
   """Returns whether a started run can't change a setting."""
   return name.partition(".")[0] not in (*FREE, *CHANGEABLE)
+
+
+def is_switched(name: str, before: Any, now: Any) -> bool:
+  """Returns whether a change of a setting adds or removes parameters."""
+  return name in SWITCHES and (before == 0) != (now == 0)
 
 
 def differences(a: config.Run, b: config.Run) -> dict[str, tuple[Any, Any]]:

@@ -37,7 +37,7 @@ RUNS: dict[str, config.Run] = {
   kind: calm_stage.Run(
     model=config.Backbone(**SIZES, input="both"),
     head=config.Head(kind=kind, blocks=1, noise=8),
-    loss=config.CalmLoss(samples=4, posterior_draws=8),
+    loss=config.CalmLoss(samples=4, posterior_draws=8, token_weight=3.0, token_every=2),
     **COMMON,
   )
   for kind in ("energy", "flow", "diffusion")

@@ -27,7 +27,7 @@ def calm_tensors(trained: trained_lib.Trained) -> list[tensors.Outgoing]:
   own_names = names.calm(trained.run.model, trained.run.head)
   return [
     *names.outgoing(autoencoder.params, autoencoder_names),
-    *names.outgoing(trained.params, own_names),
+    *names.outgoing(trained.model.drawing(trained.params), own_names),
   ]
 
 

@@ -176,7 +176,8 @@ def _cache(state: dict[str, Any]) -> memory.Cache:
 
 def _calm_weights(trained: trained_lib.Trained, sampling: _Sampling) -> dict[str, Any]:
   autoencoder_params = trained.parents["autoencoder"].params
-  tree = {**trained.params, "autoencoder": autoencoder_params, **sampling.weights}
+  own = trained.model.drawing(trained.params)
+  tree = {**own, "autoencoder": autoencoder_params, **sampling.weights}
   return traverse_util.flatten_dict(tree, sep="/")
 
 

@@ -13,6 +13,7 @@ from calm_jax.kernels import argmax
 from calm_jax.models import autoencoder as autoencoder_lib
 from calm_jax.models import backbone as backbone_lib
 from calm_jax.models import layers, memory
+from calm_jax.models import token_maps as token_maps_lib
 from calm_jax.models.heads import head as head_lib
 from calm_jax.models.heads import registry
 
@@ -44,16 +45,19 @@ def decode_tokens(
 class Calm:
   """The language model over latents.
 
-  The trained parameters are {"backbone": ..., "head": ...}. The autoencoder is a parent of the
-  stage: its module and its parameters are passed separately and never trained here.
+  The trained parameters are {"backbone": ..., "head": ...}, and "token_maps" with a token loss. The
+  autoencoder is a parent of the stage: its module and its parameters are passed separately and
+  never trained here.
 
   Attributes:
     sizes: sizes of the autoencoder.
+    token_maps: how the token loss reads hidden states; None without one.
   """
 
   backbone: backbone_lib.Backbone
   head: head_lib.Head
   sizes: config.Autoencoder
+  token_maps: token_maps_lib.TokenMaps | None = None
 
   @classmethod
   def build(
@@ -64,19 +68,23 @@ class Calm:
     vocab_size: int,
     dtype: Any = jnp.float32,
     execution: config.Execution = EXECUTION,
+    token_loss: bool = False,
   ) -> "Calm":
     """Returns the model over an autoencoder of given sizes.
 
     Args:
       vocab_size: V of the backbone's token table, which may exceed the autoencoder's where
         an imported table is padded.
+      token_loss: whether it is trained with a token loss too.
     """
     dtype = jnp.dtype(dtype)
     trunk = head_lib.Trunk(sizes.width, autoencoder.latent, sizes.init, dtype, execution.remat)
+    maps = token_maps_lib.TokenMaps(autoencoder.patch_size, autoencoder.width, sizes.init, dtype)
     return cls(
       backbone=backbone_lib.Backbone(sizes, vocab_size, dtype, execution),
       head=registry.build(head, trunk),
       sizes=autoencoder,
+      token_maps=maps if token_loss else None,
     )
 
   def mapped(self, function: Callable[[Any], Any]) -> "Calm":
@@ -90,10 +98,25 @@ class Calm:
     backbone_key, head_key = jax.random.split(key)
     token_BPK = jnp.zeros((1, 2, self.sizes.patch_size), jnp.int32)
     latent_BPZ = jnp.zeros((1, 2, self.sizes.latent))
-    return {
+    params = {
       "backbone": self.backbone.init(backbone_key, token_BPK, latent_BPZ)["params"],
       "head": self.head.init(head_key),
     }
+    if self.token_maps is not None:
+      hidden_D = jnp.zeros(self.backbone.sizes.width)
+      maps_key = jax.random.fold_in(key, 2)  # The others start as without a token loss.
+      params["token_maps"] = self.token_maps.init(maps_key, hidden_D)["params"]
+    return params
+
+  def drawing(self, params: Params) -> Params:
+    """Returns the parameters that draws read, which are those of the published model."""
+    return {name: params[name] for name in ("backbone", "head")}
+
+  def fitted(self, params: Params) -> Params:
+    """Returns a language model's parameters with initial token maps, or without, as this needs."""
+    if self.token_maps is None:
+      return self.drawing(params)
+    return self.initial(jax.random.key(0)) | params
 
   def hidden(
     self,

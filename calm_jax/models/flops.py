@@ -27,8 +27,18 @@ def decoder_per_patch(sizes: config.Autoencoder, vocab_size: int) -> int:
   block = _swiglu(sizes.width, sizes.ffn)
   half = sizes.decoder_layers // 2
   linears = 2 * sizes.width * (sizes.latent + sizes.patch_size * sizes.width)
-  vocabulary = 2 * sizes.patch_size * sizes.width * vocab_size
+  vocabulary = vocabulary_per_patch(sizes, vocab_size)
   return (sizes.patch_size + 1) * half * block + linears + vocabulary
+
+
+def vocabulary_per_patch(sizes: config.Autoencoder, vocab_size: int) -> int:
+  """Forward FLOPs of a patch's features times the autoencoder's token table."""
+  return 2 * sizes.patch_size * sizes.width * vocab_size
+
+
+def token_maps_per_patch(sizes: config.Backbone, autoencoder: config.Autoencoder) -> int:
+  """Forward FLOPs of the token loss's features of one hidden state."""
+  return 2 * sizes.width * autoencoder.patch_size * autoencoder.width
 
 
 def decoder_weights(sizes: config.Autoencoder) -> int:

@@ -106,7 +106,10 @@ def _require_same_config(run: Any, directory: str, allow_change: bool) -> None:
     for name, values in resolve.differences(loading.read_run(directory), run).items()
     if name.partition(".")[0] not in resolve.FREE
   }
-  fixed = any(map(resolve.is_fixed, differing))
+  fixed = any(
+    resolve.is_fixed(name) or resolve.is_switched(name, *values)
+    for name, values in differing.items()
+  )
   if not differing or (allow_change and not fixed):
     return
   changes = "; ".join(f"{name}: {before!r}, {now!r}" for name, (before, now) in differing.items())
@@ -141,7 +144,7 @@ def _build(run: Any, store: store_lib.TokenStore, directory: str, is_started: bo
   patch_size = spec.patch_size(run)
   fingerprints = {name: parent.fingerprint for name, parent in parents.items()}
   model = spec.model(run, parents, vocab_size, run.training.compute_dtype)
-  initial = source.params if source else None
+  initial = spec.continued(model, source.params) if source else None
   if initial is None and spec.initial and not resumes:
     initial = spec.initial(run, model, parents)
   return Start(

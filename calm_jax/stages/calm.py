@@ -1,6 +1,7 @@
 """Stage two: tokens -> hidden -> samples of the next latent, over a frozen autoencoder."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from calm_jax import config, errors
 from calm_jax.figures import HIGHER, LOWER, Figure
 from calm_jax.generation import cost, laws, tradeoff, writing
 from calm_jax.interchange import to_onnx, to_reference, to_stablehlo, to_torch
+from calm_jax.kernels import cross_entropy
 from calm_jax.models import autoencoder, calm, flops, layers, memory
 from calm_jax.models.heads import registry
 from calm_jax.objectives import autoencoding, brier, energy_score
@@ -21,6 +23,9 @@ from calm_jax.stages import spec, transformer
 from calm_jax.training import stage
 
 Params = Any
+
+# Purpose of an example's key, above those of evaluation's patches.
+_TOKENS = 15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,11 +105,41 @@ class Functions:
     targets = map(stage.next_position, text.posterior_BPZ)
     keys = stage.purpose_keys(text.key_B, 1)
     loss_BP, figures = mesh.map_examples(head_loss)(hidden_BPD, *targets, keys)
+    loss, figures = jax.tree.map(stage.mean_with_next, (loss_BP, figures))
+    if self.model.token_maps is not None:
+      target_BPK = stage.next_position(text.token_BPK)
+      keys = stage.purpose_keys(text.key_B, _TOKENS)
+      token_loss = self._token_scores(params, frozen, hidden_BPD, target_BPK, keys).loss
+      loss += self.run.loss.token_weight * token_loss
+      figures["token_cross_entropy"] = token_loss
     metrics = {
       "tokens": jnp.float32(text.token_BPK[:, 1:].size),
       "patches_per_token": jnp.float32(1 / self._patch_size),
     }
-    return stage.mean_with_next(loss_BP), metrics | jax.tree.map(stage.mean_with_next, figures)
+    return loss, metrics | figures
+
+  def _token_scores(
+    self, params, frozen, hidden_BPD, target_BPK, key_B=None
+  ) -> cross_entropy.Scores:
+    """Returns the scores of the tokens of the patches that hidden states predict, [B, P·K] each.
+
+    The loss is the mean over the patches that have a next one; with keys, over a share of them.
+    """
+    mask_BP = stage.has_next(target_BPK[..., 0])
+    pick = functools.partial(stage.one_in, self.run.loss.token_every, key_B=key_B)
+    if key_B is not None:
+      hidden_BPD, target_BPK, mask_BP = map(pick, (hidden_BPD, target_BPK, mask_BP))
+
+    def features(hidden_PD):
+      return layers.apply(self.model.token_maps, params["token_maps"], hidden_PD)
+
+    feature_BPKE = mesh.map_examples(features, broadcasts=True)(hidden_BPD)
+    feature_BSE, target_BS = (
+      x.reshape(len(x), -1, *x.shape[3:]) for x in (feature_BPKE, target_BPK)
+    )
+    weight_BS = jnp.repeat(mask_BP, self._patch_size, axis=1)
+    table_VE = frozen["embed"]["embedding"]
+    return cross_entropy.scores(table_VE, feature_BSE, target_BS, weight_BS / weight_BS.sum())
 
   def _samples(self, params, frozen, hidden_BPD, key_B):
     """Returns N sampled latents of every patch [B, N, P, Z] and their tokens [B, N, P, K]."""
@@ -143,12 +178,18 @@ class Functions:
     terms = self._collisions(params, frozen, cache, start_samples, text.key_B, spanned)
     energy_BP, gap_BP = self._energy(sample_BNPZ, text.posterior_BPZ)
     accuracy_BPn = self._accuracy(token_BNPK, text.token_BPK[:, 1:], starts, spanned)
-    return {
+    scores = {
       "accuracy": jnp.mean(accuracy_BPn, axis=1),
       "collision": jnp.mean(brier.chain(*terms), axis=1),
       "energy": jnp.mean(energy_BP, axis=1),
       "conditioning_gap": jnp.mean(gap_BP, axis=1),
     }
+    if self.model.token_maps is not None:
+      padded_BPD = jnp.pad(hidden_BPD, ((0, 0), (0, 1), (0, 0)))  # A mesh divides all P positions.
+      target_BPK = stage.next_position(text.token_BPK)
+      nats_BS = self._token_scores(params, frozen, padded_BPD, target_BPK).cross_entropy
+      scores["token_cross_entropy"] = jnp.mean(nats_BS[:, : count * self._patch_size], axis=1)
+    return scores
 
   def _accuracy(self, token_BNPK, target_BPK, starts: int, spanned: int) -> jax.Array:
     """Returns the shares of samples whose first n tokens are the text's, n = 1 to 4: [B, P, n]."""
@@ -197,7 +238,8 @@ class Functions:
   def summarize(self, scores: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Returns the figures from the scores of all examples."""
     result = brier.summary(scores["accuracy"], scores["collision"])
-    return result | stage.with_stderr(scores, "energy", "conditioning_gap")
+    means = ("energy", "conditioning_gap", "token_cross_entropy")
+    return result | stage.with_stderr(scores, *(name for name in means if name in scores))
 
 
 def _stage(run: Run, model: calm.Calm, parents: spec.Parents) -> stage.Stage:
@@ -209,12 +251,19 @@ def _stage(run: Run, model: calm.Calm, parents: spec.Parents) -> stage.Stage:
 
 
 def _model(run: Run, parents: spec.Parents, vocab_size: int, dtype: Any) -> calm.Calm:
-  sizes = parents["autoencoder"].run.model
-  return calm.Calm.build(run.model, run.head, sizes, vocab_size, jnp.dtype(dtype), run.execution)
+  sizes, token_loss = parents["autoencoder"].run.model, run.loss.token_weight > 0
+  return calm.Calm.build(
+    run.model, run.head, sizes, vocab_size, jnp.dtype(dtype), run.execution, token_loss
+  )
 
 
 def _check(run: Run, parents: spec.ParentRuns, vocab_size: int, labels: spec.ParentLabels) -> None:
-  """Raises CalmError unless the model and its autoencoder have the same K."""
+  """Raises CalmError unless K is its autoencoder's and `token_every` divides the positions."""
+  positions, every = run.data.context // run.model.patch_size, run.loss.token_every
+  config.require(
+    run.loss.token_weight == 0 or positions % every == 0,
+    f"config.loss.token_every must divide the {positions} patches of an example, got {every}",
+  )
   own_k, parent_k = run.model.patch_size, parents["autoencoder"].model.patch_size
   if own_k == parent_k:
     return
@@ -234,7 +283,16 @@ def _flops(run: Run, parents: spec.ParentRuns, vocab_size: int) -> dict[str, flo
     "input": 3 * flops.input_per_patch(run.model, sizes),
     "head": 3 * run.loss.samples * sample,
     "frozen encoder": flops.encoder_per_patch(sizes),
-  }
+  } | _token_flops(run, sizes, vocab_size)
+
+
+def _token_flops(run: Run, sizes: config.Autoencoder, vocab_size: int) -> dict[str, float]:
+  """Returns the token loss's training FLOPs per position; its table is frozen."""
+  if run.loss.token_weight == 0:
+    return {}
+  maps = flops.token_maps_per_patch(run.model, sizes)
+  product = flops.vocabulary_per_patch(sizes, vocab_size)
+  return {"token loss": (3 * maps + 2 * product) / run.loss.token_every}
 
 
 def _program_flops(run: Run, parents: spec.ParentRuns, vocab_size: int) -> float:
@@ -244,7 +302,8 @@ def _program_flops(run: Run, parents: spec.ParentRuns, vocab_size: int) -> float
   head = registry.lookup(run.head).computed_flops(
     run.head, run.model.width, sizes.latent, run.loss.samples
   )
-  return backbone + head + flops.encoder_per_patch(sizes)
+  tokens = sum(_token_flops(run, sizes, vocab_size).values())
+  return backbone + head + flops.encoder_per_patch(sizes) + tokens
 
 
 def _unshaped(run: Run) -> frozenset[str]:
@@ -265,6 +324,10 @@ def _pictures():
 
 _ENERGY_UNIT = "latent unit^alpha"
 
+_TOKEN_FIGURE = Figure(
+  "token_cross_entropy", "Cross-entropy of the next patch's tokens", "nats a token", LOWER
+)
+
 _FIGURES = (
   *transformer.BRIER,
   Figure(
@@ -275,8 +338,14 @@ _FIGURES = (
     console="value",
   ),
   Figure("energy", "Energy score", _ENERGY_UNIT, LOWER, console="value"),
+  _TOKEN_FIGURE,
   *transformer.BRIER_PARTS,
 )
+
+
+def _metrics(run: Run) -> tuple[Figure, ...]:
+  return registry.lookup(run.head).figures + (_TOKEN_FIGURE,) * (run.loss.token_weight > 0)
+
 
 SPEC = spec.Spec(
   run=Run,
@@ -290,6 +359,7 @@ SPEC = spec.Spec(
   program_flops=_program_flops,
   transformer=lambda run: run.model,
   unshaped=_unshaped,
+  continued=lambda model, params: model.fitted(params),
   samples="loss.samples",
   writing=writing.Writing(laws.CalmLaw, cost.calm_parts, tradeoff.of_calm, takes_candidates=True),
   presentation=presentation.Presentation(
@@ -306,8 +376,10 @@ SPEC = spec.Spec(
       "loss.samples",
       "loss.targets",
       "loss.posterior_draws",
+      "loss.token_weight",
+      "loss.token_every",
     ),
-    metrics=lambda run: registry.lookup(run.head).figures,
+    metrics=_metrics,
     figures=_FIGURES,
     loss_unit=lambda run: registry.lookup(run.head).loss_unit,
     pictures=_pictures,

@@ -36,6 +36,8 @@ class Spec:
       nothing but attention is recomputed.
     initial: (settings, model, parents) -> parameters to start from, arrays of their own; by default
       the model's initial values.
+    continued: (model, parameters of the weights in `start_from`) -> parameters to start from; by
+      default the same.
     presentation: how reports and model cards show it.
     check: (settings, parents' settings, vocabulary, labels) -> None; raises CalmError if they
       don't fit each other. See `ParentLabels`.
@@ -60,6 +62,7 @@ class Spec:
   program_flops: Callable[[Any, ParentRuns, int], float]
   presentation: presentation.Presentation
   initial: Callable[[Any, Any, Parents], Params] | None = None
+  continued: Callable[[Any, Params], Params] = lambda model, params: params
   parents: Mapping[str, str] = dataclasses.field(default_factory=dict)
   check: Callable[[Any, ParentRuns, int, ParentLabels], None] = lambda *arguments: None
   transformer: Callable[[Any], config.Transformer | None] = lambda run: None

@@ -71,6 +71,21 @@ def has_next(x_BP: jax.Array) -> jax.Array:
   return jnp.broadcast_to(mask_P[None], x_BP.shape).astype(jnp.float32)
 
 
+def one_in(every: int, x_BP: jax.Array, key_B: jax.Array) -> jax.Array:
+  """Returns one position in `every` of [B, P, ...], from an example's random first one.
+
+  `every` must divide P. The result is [B, P / every, ...], which a mesh divides as it does x.
+  """
+  if every == 1:
+    return x_BP
+
+  def strided(x_P, key):
+    first = jax.random.randint(key, (), 0, every)
+    return x_P.reshape(-1, every, *x_P.shape[1:])[:, first]
+
+  return mesh.map_examples(strided)(x_BP, key_B)
+
+
 def mean_with_next(x_BP: jax.Array) -> jax.Array:
   """Returns the mean of [B, P] over the positions of `has_next`."""
   mask_BP = has_next(x_BP)
