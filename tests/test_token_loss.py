@@ -83,7 +83,7 @@ def test_a_share_of_positions_has_the_mean_of_all(trained, batch):
   loss = jax.jit(lambda key: stage.loss(trained.params, stage.frozen, batch, key)[1])
   values = [loss(key)["token_cross_entropy"] for key in jax.random.split(KEY, 200)]
   error = np.std(values) / np.sqrt(200)
-  assert 0 < error < 0.02
+  assert 0 < error < 0.1
   # Patches in blocks of four; the last one of the second block predicts nothing.
   np.testing.assert_allclose(np.mean(values), expected.mean(), atol=4 * error)
 

@@ -123,12 +123,15 @@ class Functions:
   ) -> cross_entropy.Scores:
     """Returns the scores of the tokens of the patches that hidden states predict, [B, P·K] each.
 
-    The loss is the mean over the patches that have a next one; with keys, over a share of them.
+    The loss is the mean over the patches that have a next one; with keys, an unbiased estimate of
+    it from one position in `token_every`.
     """
     mask_BP = stage.has_next(target_BPK[..., 0])
-    pick = functools.partial(stage.one_in, self.run.loss.token_every, key_B=key_B)
+    weight_BP = mask_BP / mask_BP.sum()
     if key_B is not None:
-      hidden_BPD, target_BPK, mask_BP = map(pick, (hidden_BPD, target_BPK, mask_BP))
+      every = self.run.loss.token_every
+      pick = functools.partial(stage.one_in, every, key_B=key_B)
+      hidden_BPD, target_BPK, weight_BP = map(pick, (hidden_BPD, target_BPK, every * weight_BP))
 
     def features(hidden_PD):
       return layers.apply(self.model.token_maps, params["token_maps"], hidden_PD)
@@ -137,9 +140,8 @@ class Functions:
     feature_BSE, target_BS = (
       x.reshape(len(x), -1, *x.shape[3:]) for x in (feature_BPKE, target_BPK)
     )
-    weight_BS = jnp.repeat(mask_BP, self._patch_size, axis=1)
-    table_VE = frozen["embed"]["embedding"]
-    return cross_entropy.scores(table_VE, feature_BSE, target_BS, weight_BS / weight_BS.sum())
+    weight_BS = jnp.repeat(weight_BP / self._patch_size, self._patch_size, axis=1)
+    return cross_entropy.scores(frozen["embed"]["embedding"], feature_BSE, target_BS, weight_BS)
 
   def _samples(self, params, frozen, hidden_BPD, key_B):
     """Returns N sampled latents of every patch [B, N, P, Z] and their tokens [B, N, P, K]."""
