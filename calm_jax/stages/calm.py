@@ -126,6 +126,8 @@ class Functions:
     The loss is the mean over the patches that have a next one; with keys, an unbiased estimate of
     it from one position in `token_every`.
     """
+    maps = self.model.token_maps
+    assert maps is not None
     mask_BP = stage.has_next(target_BPK[..., 0])
     weight_BP = mask_BP / mask_BP.sum()
     if key_B is not None:
@@ -134,7 +136,7 @@ class Functions:
       hidden_BPD, target_BPK, weight_BP = map(pick, (hidden_BPD, target_BPK, every * weight_BP))
 
     def features(hidden_PD):
-      return layers.apply(self.model.token_maps, params["token_maps"], hidden_PD)
+      return layers.apply(maps, params["token_maps"], hidden_PD)
 
     feature_BPKE = mesh.map_examples(features, broadcasts=True)(hidden_BPD)
     feature_BSE, target_BS = (
