@@ -12,7 +12,6 @@ import traceback
 if __name__ == "__main__":
   signal.signal(signal.SIGTERM, lambda *_: os._exit(75))  # errors.EXIT_RESTART
 
-import jax
 from absl import flags
 
 from calm_jax import cli, distributed, errors, resolve, run_flags
@@ -35,18 +34,14 @@ _PRINT_SHARDINGS = flags.DEFINE_bool(
   "print_shardings", False, "Print how every parameter is laid out on the devices."
 )
 
-# Subfolder of the workdir for JAX's compilation cache, unless JAX is configured with another one.
-COMPILED = "compiled"
-
 
 def main() -> None:
   run = run_flags.run()
   if run is None or not _WORKDIR.value:
     raise errors.CalmError("give --config=configs/STAGE.py[:SIZE] and --workdir=DIR")
-  options = train.Options(_ALLOW_CONFIG_CHANGE.value, _DRY_RUN.value, _PRINT_SHARDINGS.value)
-  cache = jax.config.values["jax_compilation_cache_dir"]
-  if cache is None and not options.dry_run:
-    jax.config.update("jax_compilation_cache_dir", f"{_WORKDIR.value}/{COMPILED}")
+  options = train.Options(
+    _ALLOW_CONFIG_CHANGE.value, _DRY_RUN.value, _PRINT_SHARDINGS.value, keep_compiled=True
+  )
   with guard_lib.Guard(run.limits) as guard:
     guard.stop.unsaved = False
     distributed.initialize(run_flags.processes())

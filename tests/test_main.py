@@ -1,10 +1,14 @@
 """Claims about what main prints: remarks on unusual settings first, the next command last."""
 
 import dataclasses
+import os
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
+from processes import ROOT
 
 from calm_jax import config
 from calm_jax.data import store as store_lib
@@ -54,6 +58,30 @@ def test_a_run_prints_remarks_first_and_the_saved_step_last(
   train.train_run(run, str(tmp_path / "run"))
   resumed_output = capsys.readouterr().err.splitlines()
   assert resumed_output[-2:] == ["resuming after step 2", f"saved step 2 in {tmp_path}/run"]
+
+
+def test_a_refused_run_leaves_no_workdir_and_an_accepted_one_keeps_what_it_compiles(
+  trained_autoencoder, tokens, tmp_path
+):
+  environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+
+  def ended(*flags: str) -> tuple[int, str]:
+    command = [sys.executable, "-m", "calm_jax.main", "--config=configs/calm.py:quickstart"]
+    sizes = ("layers=1", "width=16", "ffn=32", "heads=2", "kv_heads=2")
+    settings = [f"--config.model.{size}" for size in sizes] + [f"--config.data.path={tokens}"]
+    settings += [f"--config.autoencoder={trained_autoencoder}", "--config.data.context=32"]
+    settings += ["--config.training.steps=2", "--config.training.eval_every=0"]
+    words = [*command, *settings, f"--workdir={tmp_path}/run", *flags]
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return done.returncode, done.stderr
+
+  # Its autoencoder has been read and its model built by then.
+  code, output = ended("--config.loss.token_weight=1", "--config.loss.token_every=3")
+  assert code == 2 and "token_every must divide the 8 patches" in output, output
+  assert not list(tmp_path.iterdir())
+  code, output = ended()
+  assert code == 0, output
+  assert [path for path in (tmp_path / "run" / train.COMPILED).iterdir() if path.is_file()]
 
 
 def test_after_an_autoencoder_the_next_command_trains_a_language_model_of_its_k():

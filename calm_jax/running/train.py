@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from calm_jax import config, distributed, figures, files, lease, workdir
 from calm_jax.data import pipeline
@@ -18,14 +19,23 @@ from calm_jax.stages import table
 from calm_jax.training import evaluation, metrics, program, trainer
 from calm_jax.training import guard as guard_lib
 
+# Subfolder of the workdir for JAX's compilation cache.
+COMPILED = "compiled"
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """Options of a run that are not settings; main's flags of the same names."""
+  """Options of a run that are not settings: main's flags of the same names, and
+
+  Attributes:
+    keep_compiled: whether JAX's compilation cache is in the workdir, unless JAX is configured with
+      another place. The cache is the whole process's from then on.
+  """
 
   allow_config_change: bool = False
   dry_run: bool = False
   print_shardings: bool = False
+  keep_compiled: bool = False
 
 
 def train_run(
@@ -92,6 +102,9 @@ def _train_on_mesh(
   start = dataclasses.replace(start, initial=None)  # The trainer alone keeps them in memory.
   _write_workdir(start, directory)
   distributed.together("workdir seen", lambda: _require_shared(directory))
+  if options.keep_compiled and jax.config.values["jax_compilation_cache_dir"] is None:
+    jax.config.update("jax_compilation_cache_dir", f"{directory}/{COMPILED}")
+    compilation_cache.reset_cache()  # JAX looks for the folder only once.
   trainer.Trainer(training, directory, guard, workdir_lease).train()
 
 
