@@ -135,6 +135,17 @@ def trained_calm(
 
 
 @pytest.fixture(scope="session")
+def trained_with_tokens(
+  calm_run: calm_stage.Run, tmp_path_factory: pytest.TempPathFactory
+) -> pathlib.Path:
+  """The workdir of a finished run of stage two with a token loss."""
+  loss = dataclasses.replace(calm_run.loss, token_weight=3.0, token_every=2)
+  workdir = tmp_path_factory.mktemp("tokens") / "run"
+  train.train_run(dataclasses.replace(calm_run, loss=loss), str(workdir))
+  return workdir
+
+
+@pytest.fixture(scope="session")
 def tempered_run(calm_run: calm_stage.Run, trained_calm: pathlib.Path) -> tempered_stage.Run:
   return tempered_stage.Run(
     data=calm_run.data,

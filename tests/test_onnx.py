@@ -73,8 +73,9 @@ def test_the_graphs_read_latents_as_input(latent_reader, tmp_path):
   agree(scope["latents"], trained.model.samples(trained.params, hidden_B1D[:, 0], noise), 1e-5)
 
 
-def test_the_graph_of_a_tempered_head_reads_the_temperature(other_tempered, tmp_path):
-  require_temperature_input(other_tempered("energy", "both"), tmp_path / "out", "onnx")
+@pytest.mark.parametrize("kind", ["energy", "flow"])
+def test_the_graph_of_a_tempered_head_reads_the_temperature(kind, other_tempered, tmp_path):
+  require_temperature_input(other_tempered(kind, "both"), tmp_path / "out", "onnx")
 
 
 def test_an_autoencoder_is_exported_without_next_patch(trained_autoencoder, tmp_path):

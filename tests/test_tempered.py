@@ -9,6 +9,7 @@ import runpy
 import subprocess
 import sys
 
+import counted as counted_lib
 import jax
 import numpy as np
 import optax
@@ -22,12 +23,10 @@ from calm_jax.generation import candidates, cost, requests, tradeoff
 from calm_jax.models.heads import head, registry, tempered
 from calm_jax.parallel import mesh as mesh_lib
 from calm_jax.planning import writing
-from calm_jax.planning.compiled import matmuls, runs
 from calm_jax.running import counting, loading, starting, texts, train, untrained
 from calm_jax.stages import calm as calm_stage
 from calm_jax.stages import table
 from calm_jax.stages import tempered as tempered_stage
-from calm_jax.training import program
 
 PROMPT = tuple(range(20, 28))
 DIRECT = requests.Sampler("direct")
@@ -365,12 +364,7 @@ def test_a_training_step_computes_what_is_counted():
     "calm": calm_stage.Run(model=run.model, head=run.head),
     "autoencoder": table.STAGES["autoencoder"].run(model=sizes),
   }
-  functions = untrained.functions(run, parents, 64, untrained.abstract)
-  mesh = mesh_lib.build(run.mesh, jax.devices()[:1])
-  with jax.set_mesh(mesh):
-    fields = table.of(run).fields(run)
-    compiled = program.TrainProgram(run, functions, mesh, fields).compiled_plain_step()
-  computed = matmuls.flops(runs.read(compiled.as_text()))
+  computed = counted_lib.step_flops(run, parents, 64)
   # All 15 predicted positions of 16 patches are a multiple of `every`.
   counted = table.of(run).program_flops(run, parents, 64) * 2 * 15
   frozen = {"frozen backbone", "frozen input"}

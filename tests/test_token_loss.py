@@ -2,22 +2,20 @@
 
 import dataclasses
 import json
-import pathlib
 
+import counted
 import jax
 import numpy as np
 import pytest
 from folders import converted
 from jax import numpy as jnp
+from safetensors.numpy import load_file
 
 from calm_jax import config, errors, workdir
 from calm_jax.models import layers
-from calm_jax.parallel import mesh as mesh_lib
-from calm_jax.planning.compiled import matmuls, runs
-from calm_jax.running import conversion, evaluating, loading, train, untrained
+from calm_jax.running import conversion, evaluating, loading, train
 from calm_jax.stages import calm as calm_stage
 from calm_jax.stages import table
-from calm_jax.training import program
 from calm_jax.training import stage as stage_lib
 
 WEIGHT = 3.0
@@ -27,14 +25,6 @@ KEY = jax.random.key(0)
 def with_token_loss(run: calm_stage.Run, **changes) -> calm_stage.Run:
   changes = {"token_weight": WEIGHT, "token_every": 2} | changes
   return dataclasses.replace(run, loss=dataclasses.replace(run.loss, **changes))
-
-
-@pytest.fixture(scope="module")
-def trained_with_tokens(calm_run, tmp_path_factory) -> pathlib.Path:
-  """The workdir of a finished run of stage two with a token loss."""
-  directory = tmp_path_factory.mktemp("tokens") / "run"
-  train.train_run(with_token_loss(calm_run), str(directory))
-  return directory
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +100,7 @@ def test_trunk_and_maps_learn_from_it_and_the_head_does_not(trained, batch):
   assert largest["backbone"]["embed"]["embedding"] > 0
 
 
-def test_without_a_weight_the_parameters_are_the_published_models(calm_run, trained_calm, trained):
+def test_without_a_weight_the_parameters_are_the_published_models(trained_calm, trained):
   published = loading.load(str(trained_calm))
   assert published.params.keys() == {"backbone", "head"}
   start = published.model.initial(KEY)
@@ -132,7 +122,8 @@ def test_draws_and_exports_are_those_of_the_model_without_maps(
     imported = converted(tmp_path / form)
     jax.tree.map(np.testing.assert_array_equal, imported.params, plain.params)
   conversion.convert(str(trained_with_tokens), str(tmp_path / "hlo"), "stablehlo")
-  assert not [path for path in (tmp_path / "hlo").rglob("*") if "token_maps" in path.name]
+  names = {name for path in (tmp_path / "hlo").glob("*.safetensors") for name in load_file(path)}
+  assert {name.partition("/")[0] for name in names} == {"autoencoder", "backbone", "head"}
 
 
 @pytest.mark.parametrize("had_maps", [False, True])
@@ -187,18 +178,10 @@ def test_a_training_step_computes_what_is_counted():
   )
   sizes = config.Autoencoder(width=32, ffn=64, latent=16, init="fan_in")
   parents = {"autoencoder": table.STAGES["autoencoder"].run(model=sizes)}
-
-  def computed(run: calm_stage.Run) -> float:
-    functions = untrained.functions(run, parents, 512, untrained.abstract)
-    mesh = mesh_lib.build(run.mesh, jax.devices()[:1])
-    with jax.set_mesh(mesh):
-      fields = table.of(run).fields(run)
-      compiled = program.TrainProgram(run, functions, mesh, fields).compiled_plain_step()
-    return matmuls.flops(runs.read(compiled.as_text()))
-
   without = dataclasses.replace(run, loss=dataclasses.replace(run.loss, token_weight=0.0))
-  counted = table.of(run).flops(run, parents, 512)["token loss"] * 2 * 16
-  assert computed(run) - computed(without) == pytest.approx(counted, rel=0.02)
+  added = counted.step_flops(run, parents, 512) - counted.step_flops(without, parents, 512)
+  expected = table.of(run).flops(run, parents, 512)["token loss"] * 2 * 16
+  assert added == pytest.approx(expected, rel=0.02)
 
 
 def test_features_of_each_place_are_a_map_of_the_hidden_state(trained):

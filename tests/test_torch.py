@@ -78,6 +78,19 @@ def test_a_language_model_computes_the_same_in_torch(case, model, opened, golden
   np.testing.assert_array_equal(torch_model.next_tokens(actual_NBZ), token_NBK)
 
 
+def test_a_model_with_a_token_loss_opens_without_a_weight_left_over(
+  opened, trained_with_tokens, tmp_path
+):
+  torch_model, trained = opened(trained_with_tokens), loading.load(str(trained_with_tokens))
+  token_BPK = some_tokens(300, 2, 5, 4)
+  hidden_BPD, _ = trained.model.hidden(trained.params, token_BPK)
+  agree(torch_model.hidden_states(torch.from_numpy(token_BPK)), hidden_BPD)
+  _, loaded = transformers.AutoModel.from_pretrained(
+    tmp_path / "out", trust_remote_code=True, output_loading_info=True
+  )
+  assert not loaded["unexpected_keys"] and not loaded["missing_keys"]
+
+
 def test_an_autoencoder_computes_the_same_in_torch(opened, trained_autoencoder):
   torch_model, trained = opened(trained_autoencoder), loading.load(str(trained_autoencoder))
   token_BPK = some_tokens(300, 2, 3, 4)

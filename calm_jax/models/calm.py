@@ -102,11 +102,15 @@ class Calm:
       "backbone": self.backbone.init(backbone_key, token_BPK, latent_BPZ)["params"],
       "head": self.head.init(head_key),
     }
-    if self.token_maps is not None:
-      hidden_D = jnp.zeros(self.backbone.sizes.width)
-      maps_key = jax.random.fold_in(key, 2)  # The others start as without a token loss.
-      params["token_maps"] = self.token_maps.init(maps_key, hidden_D)["params"]
-    return params
+    return params | self._initial_token_maps(key)
+
+  def _initial_token_maps(self, key: jax.Array) -> Params:
+    """Returns {"token_maps": initial parameters}, or {} without a token loss."""
+    if self.token_maps is None:
+      return {}
+    hidden_D = jnp.zeros(self.backbone.sizes.width)
+    maps_key = jax.random.fold_in(key, 2)  # The others start as without a token loss.
+    return {"token_maps": self.token_maps.init(maps_key, hidden_D)["params"]}
 
   def drawing(self, params: Params) -> Params:
     """Returns the parameters that draws read, which are those of the published model."""
@@ -114,9 +118,8 @@ class Calm:
 
   def fitted(self, params: Params) -> Params:
     """Returns a language model's parameters with initial token maps, or without, as this needs."""
-    if self.token_maps is None:
-      return self.drawing(params)
-    return self.initial(jax.random.key(0)) | params
+    maps = self._initial_token_maps(jax.random.key(0))
+    return self.drawing(params) | {name: params.get(name, own) for name, own in maps.items()}
 
   def hidden(
     self,

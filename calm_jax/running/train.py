@@ -25,9 +25,10 @@ COMPILED = "compiled"
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """Options of a run that are not settings: main's flags of the same names, and
+  """Options of a run that are not settings.
 
   Attributes:
+    allow_config_change, dry_run, print_shardings: main's flags of the same names.
     keep_compiled: whether JAX's compilation cache is in the workdir, unless JAX is configured with
       another place. The cache is the whole process's from then on.
   """

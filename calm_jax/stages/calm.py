@@ -351,6 +351,11 @@ def _metrics(run: Run) -> tuple[Figure, ...]:
   return registry.lookup(run.head).figures + (_TOKEN_FIGURE,) * (run.loss.token_weight > 0)
 
 
+def _loss_unit(run: Run) -> str:
+  unit, weight = registry.lookup(run.head).loss_unit, run.loss.token_weight
+  return f"{unit} + {weight:g} nats a token" if weight > 0 else unit
+
+
 SPEC = spec.Spec(
   run=Run,
   title="a CALM language model",
@@ -385,7 +390,7 @@ SPEC = spec.Spec(
     ),
     metrics=_metrics,
     figures=_FIGURES,
-    loss_unit=lambda run: registry.lookup(run.head).loss_unit,
+    loss_unit=_loss_unit,
     pictures=_pictures,
     facts=lambda run, parents: [
       ("K, tokens a patch", parents["autoencoder"].model.patch_size),
